@@ -1,0 +1,1 @@
+//! Collectives among the ranks of a tensor-parallel group, behind one trait.

@@ -1,0 +1,1 @@
+//! The CPU backend: the readable reference of every op.

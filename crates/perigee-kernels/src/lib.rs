@@ -1,0 +1,1 @@
+//! CUDA C++ kernels, compiled ahead of time; this crate only hands out the images.

@@ -1,0 +1,1 @@
+//! Who is in the cluster: records, and a stream of changes, behind one trait.

@@ -1,0 +1,1 @@
+//! The front door: places sessions on replicas and owns the client's stream. It knows no tensor.

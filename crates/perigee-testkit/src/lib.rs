@@ -1,0 +1,1 @@
+//! What tests share: golden loader, comparison, sandbox cluster.

@@ -1,0 +1,2 @@
+//! The one binary of Perigee: subcommands, and nothing else.
+fn main() {}
