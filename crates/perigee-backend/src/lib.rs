@@ -1,1 +1,16 @@
-//! Model ops as a trait in the words of the model, and the conformance suite that every backend passes.
+//! The seam between the model and a device: ops as a trait in the model's words, the host-side types that cross it, and
+//! the conformance suite that every backend passes. It holds no arithmetic of its own outside that suite.
+
+pub mod batch;
+pub mod conformance;
+pub mod error;
+pub mod ops;
+pub mod random;
+pub mod shapes;
+pub mod weights;
+
+pub use batch::{Row, Segment, StepBatch};
+pub use error::{BackendError, Result};
+pub use ops::{Backend, Partials, Precision, Routing, StateKind, StatePart};
+pub use shapes::{CacheShape, KdaShape, MlaShape, MlpShape, MoeShape, PAGE_TOKENS};
+pub use weights::{DType, TensorSlice, TensorSource};

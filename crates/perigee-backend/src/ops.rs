@@ -1,0 +1,201 @@
+//! The ops of Kimi Linear, coarse enough that a backend can fuse as it likes and few enough that the model reads like its
+//! description. A backend owns its device, its caches and its seat in the tensor-parallel group; the model owns layers and
+//! activations and never learns what device they are on.
+
+use crate::batch::StepBatch;
+use crate::error::Result;
+use crate::shapes::{CacheShape, KdaShape, MlaShape, MlpShape, MoeShape};
+use crate::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, TensorSlice};
+use serde::{Deserialize, Serialize};
+
+/// How an activation tensor is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// The backend's activation type: float32 or bfloat16, as it was opened.
+    Activation,
+    /// Always float32: logits, attention partials, absorbed queries.
+    Full,
+}
+
+/// Which experts a mixture-of-experts layer uses.
+#[derive(Debug, Clone, Copy)]
+pub enum Routing<'a> {
+    /// The layer's own selection.
+    Free,
+    /// These, `top_k` for each token of the step; their weights are still computed from the layer's own scores.
+    Forced(&'a [u32]),
+}
+
+/// Attention over a part of the keys: normalised outputs in latent space and the natural log of the sums of exponentials.
+#[derive(Debug)]
+pub struct Partials<T> {
+    /// [tokens, heads * R], full precision. Rows whose part is empty are finite.
+    pub output: T,
+    /// [tokens, heads], full precision; -inf where the part is empty.
+    pub lse: T,
+}
+
+/// The four tensors of a KDA layer's state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum StateKind {
+    /// Recurrent state, [heads, D, D] float32, key index first.
+    Recurrent,
+    /// Last W - 1 inputs of the q convolution, [heads, D, W - 1] in the activation type, oldest first.
+    ConvQ,
+    /// The same of the k convolution.
+    ConvK,
+    /// The same of the v convolution.
+    ConvV,
+}
+
+/// A contiguous part of a slot: some heads of one tensor of one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatePart {
+    /// Index among the KDA layers.
+    pub layer: u32,
+    /// Which tensor.
+    pub kind: StateKind,
+    /// First head, counted on this rank.
+    pub first_head: u32,
+    /// Number of heads.
+    pub heads: u32,
+}
+
+/// A device that runs Kimi Linear. Activations are [tokens of the step, width]; `index` counts layers of one kind from 0.
+pub trait Backend {
+    /// An activation matrix with room for a fixed number of rows.
+    type Tensor;
+    /// Weight of an RMS norm.
+    type Norm;
+    /// This rank's rows of the embedding table.
+    type Embedding;
+    /// This rank's rows of the output head.
+    type Head;
+    /// A KDA layer's mixer.
+    type Kda;
+    /// An MLA layer's mixer.
+    type Mla;
+    /// A dense MLP.
+    type Mlp;
+    /// A mixture of experts.
+    type Moe;
+
+    // Loading. Sizes are checked against the shape; bytes loaded are counted.
+
+    /// A norm over `weight.len()` channels.
+    fn load_norm(&mut self, weight: &TensorSlice<'_>, eps: f32) -> Result<Self::Norm>;
+    /// Rows `first..first + rows` of the [V, d] table.
+    fn load_embedding(&mut self, rows: &TensorSlice<'_>, first: usize) -> Result<Self::Embedding>;
+    /// This rank's rows of the [V, d] head; `counts` are the rows of every rank, in rank order.
+    fn load_head(&mut self, rows: &TensorSlice<'_>, counts: &[usize]) -> Result<Self::Head>;
+    /// A KDA mixer.
+    fn load_kda(&mut self, shape: &KdaShape, weights: &KdaWeights<'_>) -> Result<Self::Kda>;
+    /// An MLA mixer.
+    fn load_mla(&mut self, shape: &MlaShape, weights: &MlaWeights<'_>) -> Result<Self::Mla>;
+    /// A dense MLP.
+    fn load_mlp(&mut self, shape: &MlpShape, weights: &MlpWeights<'_>) -> Result<Self::Mlp>;
+    /// A mixture of experts.
+    fn load_moe(&mut self, shape: &MoeShape, weights: &MoeWeights<'_>) -> Result<Self::Moe>;
+    /// Bytes of weights held by this rank.
+    fn weight_bytes(&self) -> u64;
+
+    // Memory, before the first step.
+
+    /// Allocates state slots and latent pages, all poisoned (not-a-number) until cleared or written.
+    fn reserve_cache(&mut self, shape: &CacheShape) -> Result<()>;
+    /// A tensor of `rows` by `width`, poisoned.
+    fn tensor(&mut self, rows: usize, width: usize, precision: Precision) -> Result<Self::Tensor>;
+
+    // A step: `begin_step`, then ops in the model's order. The current batch is implicit in all of them.
+
+    /// Makes `batch`, already validated, the current one.
+    fn begin_step(&mut self, batch: &StepBatch) -> Result<()>;
+    /// Embedding rows of the step's tokens, zero where another rank holds the row.
+    fn embed(&mut self, table: &Self::Embedding, out: &mut Self::Tensor) -> Result<()>;
+    /// out = w . x / sqrt(mean(x^2) + eps).
+    fn rms_norm(&mut self, x: &Self::Tensor, norm: &Self::Norm, out: &mut Self::Tensor) -> Result<()>;
+    /// residual += delta; out = rms_norm(residual).
+    fn add_rms_norm(
+        &mut self,
+        residual: &mut Self::Tensor,
+        delta: &Self::Tensor,
+        norm: &Self::Norm,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// The KDA mixer on normed input x [tokens, d]: reads `read_slot`, writes `write_slot` of every row, and leaves this
+    /// rank's partial sum of the output projection in `out` [tokens, d].
+    fn kda_mixer(&mut self, layer: &Self::Kda, index: usize, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+    /// First third of the MLA mixer: writes the step's latents to their pages and leaves the absorbed queries,
+    /// [tokens, heads * (R + r)] in full precision and not yet scaled by (n + r)^-1/2, in `queries`.
+    fn mla_project(
+        &mut self,
+        layer: &Self::Mla,
+        index: usize,
+        x: &Self::Tensor,
+        queries: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// Second third: scaled causal attention of the queries over every local segment of their row, each by itself, then
+    /// merged by log-sum-exp.
+    fn mla_attend(
+        &mut self,
+        layer: &Self::Mla,
+        index: usize,
+        queries: &Self::Tensor,
+        partials: &mut Partials<Self::Tensor>,
+    ) -> Result<()>;
+    /// Merges another part, computed elsewhere, into `partials` for one token of the step:
+    /// `output` [heads * R], `lse` [heads].
+    fn mla_merge(
+        &mut self,
+        layer: &Self::Mla,
+        partials: &mut Partials<Self::Tensor>,
+        token: usize,
+        output: &[f32],
+        lse: &[f32],
+    ) -> Result<()>;
+    /// Last third: values from latent space, then this rank's partial sum of the output projection.
+    fn mla_output(
+        &mut self,
+        layer: &Self::Mla,
+        partials: &Partials<Self::Tensor>,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// (silu(x g^T) . (x u^T)) d^T, this rank's partial sum.
+    fn mlp(&mut self, layer: &Self::Mlp, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+    /// Routed plus shared experts, this rank's partial sum of both.
+    fn moe(&mut self, layer: &Self::Moe, x: &Self::Tensor, routing: Routing<'_>, out: &mut Self::Tensor) -> Result<()>;
+    /// The layer's own selection in the last `moe`, `top_k` for each token, ascending; also under forced routing.
+    fn selected_experts(&mut self) -> Result<Vec<u32>>;
+    /// Sums `x` over the ranks of the group, the same bits on every rank.
+    fn all_reduce(&mut self, x: &mut Self::Tensor) -> Result<()>;
+    /// Logits [batch.logits.len(), V], full precision, gathered from all ranks; `x` is the finally normed stream.
+    fn logits(&mut self, head: &Self::Head, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+
+    // Host access, outside the hot path.
+
+    /// The first `rows` rows as float32.
+    fn read(&mut self, tensor: &Self::Tensor, rows: usize) -> Result<Vec<f32>>;
+    /// Overwrites the first rows; `values.len()` is a multiple of the width.
+    fn write(&mut self, tensor: &mut Self::Tensor, values: &[f32]) -> Result<()>;
+
+    // Caches.
+
+    /// Zeroes slots: the state of an empty sequence.
+    fn clear_slots(&mut self, slots: &[u32]) -> Result<()>;
+    /// Fills slots with not-a-number, so that a stale read shows.
+    fn poison_slots(&mut self, slots: &[u32]) -> Result<()>;
+    /// Copies a slot, for forks and shadow commits.
+    fn copy_slot(&mut self, from: u32, to: u32) -> Result<()>;
+    /// A part of a slot as little-endian bytes in its storage type.
+    fn export_state(&mut self, slot: u32, part: &StatePart) -> Result<Vec<u8>>;
+    /// Overwrites a part of a slot.
+    fn import_state(&mut self, slot: u32, part: &StatePart, bytes: &[u8]) -> Result<()>;
+    /// Copies a page in every layer, for forks of a partial page.
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<()>;
+    /// A page of one MLA layer, [`crate::PAGE_TOKENS`] by R + r, as little-endian bytes in its storage type.
+    fn export_page(&mut self, page: u32, layer: u32) -> Result<Vec<u8>>;
+    /// Overwrites the first positions of a page of one MLA layer.
+    fn import_page(&mut self, page: u32, layer: u32, bytes: &[u8]) -> Result<()>;
+    /// Fills pages with not-a-number.
+    fn poison_pages(&mut self, pages: &[u32]) -> Result<()>;
+}
