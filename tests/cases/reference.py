@@ -39,8 +39,9 @@ def read_checkpoint(case_dir):
     """The configuration and every weight, from model.safetensors or from the shards that the index names."""
     config = json.loads((case_dir / "config.json").read_text())
     index = case_dir / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    weights = {}
+    files, weights = ["model.safetensors"], {}
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for name in files:
         weights |= read_safetensors(case_dir / name)
     return config, weights
@@ -76,7 +77,8 @@ class Model:
     def __init__(self, config, weights):
         self.config, self.weights = config, weights
         linear = config["linear_attn_config"]
-        self.kda_heads, self.kda_dim, self.taps = linear["num_heads"], linear["head_dim"], linear["short_conv_kernel_size"]
+        self.kda_heads, self.kda_dim = linear["num_heads"], linear["head_dim"]
+        self.taps = linear["short_conv_kernel_size"]
         self.mla_layers = {number - 1 for number in linear["full_attn_layers"]}  # published numbers count from 1
         self.layers = config["num_hidden_layers"]
         self.mla_heads, self.latent = config["num_attention_heads"], config["kv_lora_rank"]
@@ -87,10 +89,10 @@ class Model:
 
     def new_cache(self):
         """Per layer: what the next token needs of the tokens before it."""
-        channels = self.kda_heads * self.kda_dim
+        state, tail = (self.kda_heads, self.kda_dim, self.kda_dim), (self.taps - 1, self.kda_heads * self.kda_dim)
         return [{"latents": [], "rope_keys": []} if layer in self.mla_layers else
-                {"state": np.zeros((self.kda_heads, self.kda_dim, self.kda_dim)),
-                 "tails": {part: np.zeros((self.taps - 1, channels)) for part in "qkv"}} for layer in range(self.layers)]
+                {"state": np.zeros(state), "tails": {part: np.zeros(tail) for part in "qkv"}}
+                for layer in range(self.layers)]
 
     def step(self, token, cache, trace=None):
         """Feed one token. Returns its logits [V]; `trace` receives the residual stream and the experts by layer."""
@@ -99,7 +101,8 @@ class Model:
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}."
             mixer = self.mla if layer in self.mla_layers else self.kda
-            h = h + mixer(prefix + "self_attn.", rms_norm(h, w[prefix + "input_layernorm.weight"], self.eps), cache[layer])
+            x = rms_norm(h, w[prefix + "input_layernorm.weight"], self.eps)
+            h = h + mixer(prefix + "self_attn.", x, cache[layer])
             x = rms_norm(h, w[prefix + "post_attention_layernorm.weight"], self.eps)
             if layer < self.config["first_k_dense_replace"]:
                 h = h + mlp(x, *(w[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up", "down")))
@@ -113,8 +116,7 @@ class Model:
 
     def kda(self, prefix, x, cache):
         w, heads = self.weights, (self.kda_heads, self.kda_dim)
-        q, k, v = (self.short_convolution(w[f"{prefix}{part}_conv1d.weight"][:, 0], x @ w[f"{prefix}{part}_proj.weight"].T,
-                                          cache["tails"], part).reshape(heads) for part in "qkv")
+        q, k, v = (self.short_convolution(prefix + part, x, cache["tails"], part).reshape(heads) for part in "qkv")
         z = (x @ w[prefix + "f_a_proj.weight"].T) @ w[prefix + "f_b_proj.weight"].T + w[prefix + "dt_bias"]
         log_decay = -np.exp(w[prefix + "A_log"].reshape(-1, 1)) * softplus(z.reshape(heads))
         beta = sigmoid(x @ w[prefix + "b_proj.weight"].T)[:, None]
@@ -123,11 +125,15 @@ class Model:
         y = rms_norm(o, w[prefix + "o_norm.weight"], self.o_norm_eps) * self.output_gate(gate.reshape(heads))
         return y.reshape(-1) @ w[prefix + "o_proj.weight"].T
 
-    def short_convolution(self, taps, projected, tails, part):
-        """Depthwise and causal over the last inputs; the last tap multiplies the current token."""
-        window = np.concatenate([tails[part], projected[None]])
+    def short_convolution(self, prefix, x, tails, part):
+        """Project, then convolve with the tokens before, channel by channel; `tails` keeps the projected inputs."""
+        window = np.concatenate([tails[part], x[None] @ self.weights[prefix + "_proj.weight"].T])
         tails[part] = window[1:]
-        return silu(np.sum(taps.T * window, axis=0))
+        return silu(np.sum(self.convolution_taps(prefix) * window, axis=0))
+
+    def convolution_taps(self, prefix):
+        """[taps, channels], oldest token first: the last tap multiplies the current one."""
+        return self.weights[prefix + "_conv1d.weight"][:, 0].T
 
     def delta_rule(self, state, q, k, v, log_decay, beta):
         """Per head: decay, correct what the key reads towards the value, then read with the query. State [H, K, V]."""
@@ -144,13 +150,13 @@ class Model:
     def mla(self, prefix, x, cache):
         w = self.weights
         query = self.mla_query(prefix, x).reshape(self.mla_heads, self.nope + self.rope)
-        compressed = x @ w[prefix + "kv_a_proj_with_mqa.weight"].T
-        query, rope_key = self.position(query, compressed[self.latent:], len(cache["latents"]))
-        cache["latents"].append(rms_norm(compressed[:self.latent], w[prefix + "kv_a_layernorm.weight"], LATENT_NORM_EPS))
+        latent, rope_key = np.split(x @ w[prefix + "kv_a_proj_with_mqa.weight"].T, [self.latent])
+        query, rope_key = self.position(query, rope_key, len(cache["latents"]))
+        cache["latents"].append(rms_norm(latent, w[prefix + "kv_a_layernorm.weight"], LATENT_NORM_EPS))
         cache["rope_keys"].append(rope_key)
         latents, rope_keys = np.array(cache["latents"]), np.array(cache["rope_keys"])
-        key_value = (latents @ w[prefix + "kv_b_proj.weight"].T).reshape(len(latents), self.mla_heads, self.nope + self.value)
-        key, value = key_value[..., :self.nope], key_value[..., self.nope:]
+        key_value = (latents @ w[prefix + "kv_b_proj.weight"].T).reshape(len(latents), self.mla_heads, -1)
+        key, value = np.split(key_value, [self.nope], axis=2)
         scores = np.einsum("hn,jhn->hj", query[:, :self.nope], key) + query[:, self.nope:] @ rope_keys.T
         p = np.exp(self.softmax_scale * (scores - scores.max(axis=1, keepdims=True)))
         out = np.einsum("hj,jhm->hm", p / p.sum(axis=1, keepdims=True), value)
