@@ -1,1 +1,16 @@
-//! The CPU backend: the readable reference of every op.
+//! The CPU backend: every op of the model in plain Rust, readable first, since it is the reference that other backends are
+//! held to. Matrix products go through `ndarray`; inner loops are written for the compiler's vectoriser and dispatched to
+//! the widest instruction set by `pulp`. It has no `unsafe` and no device.
+
+mod backend;
+mod latents;
+mod matrix;
+mod ops;
+mod simd;
+mod states;
+mod tensor;
+mod workers;
+
+pub use backend::{CpuBackend, CpuOptions};
+pub use latents::{LatentSlab, attend_segment};
+pub use tensor::Tensor;
