@@ -2,6 +2,7 @@
 //! the conformance suite that every backend passes. It holds no arithmetic of its own outside that suite.
 
 pub mod batch;
+#[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 pub mod error;
 pub mod ops;

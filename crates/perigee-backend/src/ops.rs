@@ -62,23 +62,23 @@ pub struct StatePart {
 }
 
 /// A device that runs Kimi Linear. Activations are [tokens of the step, width]; `index` counts layers of one kind from 0.
-pub trait Backend {
+pub trait Backend: Send {
     /// An activation matrix with room for a fixed number of rows.
-    type Tensor;
+    type Tensor: Send;
     /// Weight of an RMS norm.
-    type Norm;
+    type Norm: Send;
     /// This rank's rows of the embedding table.
-    type Embedding;
+    type Embedding: Send;
     /// This rank's rows of the output head.
-    type Head;
+    type Head: Send;
     /// A KDA layer's mixer.
-    type Kda;
+    type Kda: Send;
     /// An MLA layer's mixer.
-    type Mla;
+    type Mla: Send;
     /// A dense MLP.
-    type Mlp;
+    type Mlp: Send;
     /// A mixture of experts.
-    type Moe;
+    type Moe: Send;
 
     // Loading. Sizes are checked against the shape; bytes loaded are counted.
 

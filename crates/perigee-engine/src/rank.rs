@@ -1,0 +1,210 @@
+//! One rank: a backend, the model's shard on it and the sessions parked in its host memory. It executes commands one after
+//! the other, the same ones as every other rank of its replica, and decides nothing.
+
+use std::collections::HashMap;
+
+use perigee_backend::batch::BatchLimits;
+use perigee_backend::{Backend, BackendError, CacheShape, Routing, StateKind, StatePart};
+use perigee_model::forward::{Model, StepHooks};
+use perigee_model::{LayerKind, ModelError};
+
+use crate::executor::{ExecutorLimits, StepPlan};
+use crate::link::{FollowerLink, LinkError};
+use crate::protocol::{RankCommand, RankReply};
+
+/// A session's cache in host memory: parts of its slot, then its pages, all as bytes.
+struct Parked {
+    state: Vec<(StatePart, Vec<u8>)>,
+    /// [pages][MLA layers].
+    pages: Vec<Vec<Vec<u8>>>,
+}
+
+/// One rank of a replica.
+pub struct Rank<B: Backend> {
+    backend: B,
+    model: Model<B>,
+    cache: CacheShape,
+    limits: ExecutorLimits,
+    rank: usize,
+    parked: HashMap<u64, Parked>,
+}
+
+/// Sizes of a rank that is about to run.
+#[derive(Debug, Clone, Copy)]
+pub struct RankShape {
+    /// This rank.
+    pub rank: usize,
+    /// Caches, already divided by the tensor-parallel degree.
+    pub cache: CacheShape,
+    /// Sizes that all ranks share.
+    pub limits: ExecutorLimits,
+}
+
+impl<B: Backend> Rank<B> {
+    /// Takes a loaded model and reserves the caches.
+    ///
+    /// # Errors
+    /// The device has no room for them.
+    pub fn new(mut backend: B, model: Model<B>, shape: RankShape) -> Result<Self, BackendError> {
+        backend.reserve_cache(&shape.cache)?;
+        let RankShape { rank, cache, limits } = shape;
+        Ok(Self { backend, model, cache, limits, rank, parked: HashMap::new() })
+    }
+
+    /// Sizes that all ranks share.
+    pub fn limits(&self) -> ExecutorLimits {
+        self.limits
+    }
+
+    /// Bytes of weights on this rank.
+    pub fn weight_bytes(&self) -> u64 {
+        self.backend.weight_bytes()
+    }
+
+    /// Runs a step.
+    ///
+    /// # Errors
+    /// The plan contradicts itself or an op failed.
+    pub fn step(&mut self, plan: &StepPlan, hooks: &mut dyn StepHooks) -> Result<(), ModelError> {
+        plan.batch.validate(&BatchLimits {
+            tokens: self.limits.step_tokens,
+            vocab: self.limits.vocab,
+            slots: self.limits.slots,
+            pages: self.limits.pages,
+        })?;
+        self.backend.clear_slots(&plan.clear_slots)?;
+        for &(from, to) in &plan.copy_slots {
+            self.backend.copy_slot(from, to)?;
+        }
+        for &(from, to) in &plan.copy_pages {
+            self.backend.copy_page(from, to)?;
+        }
+        self.model.step(&mut self.backend, &plan.batch, hooks)
+    }
+
+    /// The first `rows` rows of the last step's logits, [rows, V].
+    ///
+    /// # Errors
+    /// There are fewer rows.
+    pub fn logits(&mut self, rows: usize) -> Result<Vec<f32>, BackendError> {
+        self.backend.read(self.model.logits(), rows)
+    }
+
+    /// Executes any command but `Shutdown`, which needs no work.
+    pub fn execute(&mut self, command: &RankCommand) -> RankReply {
+        let result = match command {
+            RankCommand::Step { plan, forced } => {
+                let mut hooks = ForcedRouting { forced };
+                self.step(plan, &mut hooks).map(|()| RankReply::Done)
+            }
+            RankCommand::Park { key, slot, pages } => self.park(*key, *slot, pages).map(|()| RankReply::Done),
+            RankCommand::Unpark { key, slot, pages } => self.unpark(*key, *slot, pages).map(|()| RankReply::Done),
+            RankCommand::DropParked { key } => {
+                self.parked.remove(key);
+                Ok(RankReply::Done)
+            }
+            RankCommand::ExportState { slot, part } => self.export(*slot, part),
+            RankCommand::WeightBytes => Ok(RankReply::Bytes(self.weight_bytes().to_le_bytes().to_vec())),
+            RankCommand::Shutdown => Ok(RankReply::Done),
+        };
+        result.unwrap_or_else(|error| RankReply::Failed { fatal: is_fatal(&error), message: error.to_string() })
+    }
+
+    /// Executes the leader's commands until it says goodbye or is gone.
+    ///
+    /// # Errors
+    /// The connection or this rank broke; the process should end.
+    pub fn follow(&mut self, link: &mut dyn FollowerLink) -> Result<(), LinkError> {
+        while let Some(command) = link.next()? {
+            let reply = self.execute(&command);
+            link.reply(&reply)?;
+            match reply {
+                RankReply::Failed { fatal: true, message } => return Err(LinkError::Lost(message)),
+                _ if command == RankCommand::Shutdown => break,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn state_parts(&self) -> Vec<StatePart> {
+        let kinds = [StateKind::Recurrent, StateKind::ConvQ, StateKind::ConvK, StateKind::ConvV];
+        let heads = self.cache.kda_heads as u32;
+        (0..self.cache.kda_layers as u32)
+            .flat_map(|layer| kinds.map(|kind| StatePart { layer, kind, first_head: 0, heads }))
+            .collect()
+    }
+
+    fn park(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ModelError> {
+        let mut state = Vec::new();
+        for part in self.state_parts() {
+            state.push((part, self.backend.export_state(slot, &part)?));
+        }
+        let mut parked = Vec::with_capacity(pages.len());
+        for &page in pages {
+            let layers = 0..self.cache.mla_layers as u32;
+            parked.push(layers.map(|layer| self.backend.export_page(page, layer)).collect::<Result<_, _>>()?);
+        }
+        self.parked.insert(key, Parked { state, pages: parked });
+        Ok(())
+    }
+
+    fn unpark(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ModelError> {
+        let Some(parked) = self.parked.get(&key) else {
+            return Err(BackendError::Batch(format!("no parked session {key}")).into());
+        };
+        if parked.pages.len() != pages.len() {
+            return Err(BackendError::shape("pages of a parked session", &[parked.pages.len()], &[pages.len()]).into());
+        }
+        for (part, bytes) in &parked.state {
+            self.backend.import_state(slot, part, bytes)?;
+        }
+        for (&page, layers) in pages.iter().zip(&parked.pages) {
+            for (layer, bytes) in (0..).zip(layers) {
+                self.backend.import_page(page, layer, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of a part if its heads are this rank's, else nothing.
+    fn export(&mut self, slot: u32, part: &StatePart) -> Result<RankReply, ModelError> {
+        let mine = self.cache.kda_heads as u32;
+        let first = self.rank as u32 * mine;
+        if part.first_head < first || part.first_head + part.heads > first + mine {
+            return Ok(RankReply::Done);
+        }
+        let local = StatePart { first_head: part.first_head - first, ..*part };
+        Ok(RankReply::Bytes(self.backend.export_state(slot, &local)?))
+    }
+
+    /// KDA heads on each rank.
+    pub(crate) fn heads_per_rank(&self) -> usize {
+        self.cache.kda_heads
+    }
+
+    /// The model numbers of its KDA layers, in order.
+    pub fn kda_layers(&self) -> Vec<usize> {
+        let layers = self.model.config().layers.iter().enumerate();
+        layers.filter(|(_, layer)| layer.kind == LayerKind::Kda).map(|(number, _)| number).collect()
+    }
+}
+
+/// Whether a rank that reported this error can go on: a broken exchange or device cannot.
+pub(crate) fn is_fatal(error: &ModelError) -> bool {
+    matches!(error, ModelError::Backend(BackendError::Collective(_) | BackendError::Device(_)))
+}
+
+/// Hooks that only force experts.
+struct ForcedRouting<'a> {
+    forced: &'a [(u32, Vec<u32>)],
+}
+
+impl StepHooks for ForcedRouting<'_> {
+    fn routing(&mut self, layer: usize) -> Routing<'_> {
+        match self.forced.iter().find(|(number, _)| *number as usize == layer) {
+            Some((_, experts)) => Routing::Forced(experts),
+            None => Routing::Free,
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! A replica's ranks as the leader drives them: its own, and the others behind links. Every command goes to all before any
+//! answer is awaited, and every rank's answer is part of the result, so that a failed rank can never look healthy.
+
+use std::time::Duration;
+
+use perigee_backend::{Backend, Routing, StateKind, StatePart};
+use perigee_model::ModelError;
+use perigee_model::forward::StepHooks;
+use perigee_sampling::{Draw, Scratch};
+
+use crate::executor::{Executor, ExecutorError, ExecutorLimits, StepOutput, StepPlan};
+use crate::link::{LeaderLink, LinkError};
+use crate::protocol::{ForcedExperts, RankCommand, RankReply};
+use crate::rank::{Rank, is_fatal};
+
+/// What a traced step shows: values that are the same on every rank.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Trace {
+    /// (layer, residual stream [tokens, d] after it).
+    pub hidden: Vec<(usize, Vec<f32>)>,
+    /// (layer, the layer's own selection, `top_k` for each token, ascending).
+    pub experts: Vec<(usize, Vec<u32>)>,
+}
+
+/// All ranks of a replica.
+pub struct Ranks<B: Backend> {
+    own: Rank<B>,
+    /// Ranks 1, 2, ...
+    others: Vec<Box<dyn LeaderLink>>,
+    /// How long a rank may take for one command.
+    timeout: Duration,
+    vocab: usize,
+    weight_bytes: Vec<u64>,
+    scratch: Scratch,
+}
+
+impl<B: Backend> Ranks<B> {
+    /// The leader's rank and links to ranks 1, 2, ... in order. Asks every rank for its weight bytes, which also shows
+    /// that it answers.
+    ///
+    /// # Errors
+    /// A rank does not answer.
+    pub fn new(own: Rank<B>, others: Vec<Box<dyn LeaderLink>>, timeout: Duration) -> Result<Self, ExecutorError> {
+        let vocab = own.limits().vocab;
+        let mut ranks = Self { own, others, timeout, vocab, weight_bytes: Vec::new(), scratch: Scratch::new() };
+        let replies = ranks.tell(&RankCommand::WeightBytes)?;
+        for (rank, reply) in replies.into_iter().enumerate() {
+            match reply {
+                RankReply::Bytes(bytes) if bytes.len() == 8 => {
+                    let mut word = [0u8; 8];
+                    word.copy_from_slice(&bytes);
+                    ranks.weight_bytes.push(u64::from_le_bytes(word));
+                }
+                other => return Err(unexpected(rank, &other)),
+            }
+        }
+        Ok(ranks)
+    }
+
+    /// Number of ranks.
+    pub fn size(&self) -> usize {
+        1 + self.others.len()
+    }
+
+    /// The model numbers of the KDA layers, in order.
+    pub fn kda_layers(&self) -> Vec<usize> {
+        self.own.kda_layers()
+    }
+
+    /// Runs a step on every rank; with a trace, this rank's layers are recorded. Logits come back for
+    /// `plan.batch.logits`.
+    ///
+    /// # Errors
+    /// Any rank failed or was lost.
+    pub fn forward(
+        &mut self,
+        plan: &StepPlan,
+        forced: &ForcedExperts,
+        trace: Option<&mut Trace>,
+    ) -> Result<Vec<f32>, ExecutorError> {
+        self.send(&RankCommand::Step { plan: plan.clone(), forced: forced.clone() })?;
+        let mut hooks = LeaderHooks { forced, trace };
+        let own = self.own.step(plan, &mut hooks);
+        self.settle(own)?;
+        self.own.logits(plan.batch.logits.len()).map_err(|error| local(&error.into()))
+    }
+
+    /// A whole recurrent state of one KDA layer (index among KDA layers), [Hk, D, D] as bytes, gathered from the ranks.
+    ///
+    /// # Errors
+    /// Any rank failed or was lost.
+    pub fn recurrent_state(&mut self, slot: u32, layer: u32) -> Result<Vec<u8>, ExecutorError> {
+        let heads = self.own.heads_per_rank() as u32;
+        let mut bytes = Vec::new();
+        for rank in 0..self.size() as u32 {
+            let part = StatePart { layer, kind: StateKind::Recurrent, first_head: rank * heads, heads };
+            bytes.extend(self.export_state(slot, &part)?);
+        }
+        Ok(bytes)
+    }
+
+    /// Ends the other ranks; their processes exit.
+    pub fn shutdown(&mut self) {
+        for link in &mut self.others {
+            // A rank that is already gone needs no goodbye.
+            let _ = link.send(&RankCommand::Shutdown);
+        }
+    }
+
+    /// Sends a command to the other ranks.
+    fn send(&mut self, command: &RankCommand) -> Result<(), ExecutorError> {
+        for (index, link) in self.others.iter_mut().enumerate() {
+            link.send(command).map_err(|error| lost(index + 1, &error))?;
+        }
+        Ok(())
+    }
+
+    /// Every rank executes a command; answers in rank order.
+    fn tell(&mut self, command: &RankCommand) -> Result<Vec<RankReply>, ExecutorError> {
+        self.send(command)?;
+        let mut replies = vec![self.own.execute(command)];
+        for (index, link) in self.others.iter_mut().enumerate() {
+            replies.push(link.receive(self.timeout).map_err(|error| lost(index + 1, &error))?);
+        }
+        for (rank, reply) in replies.iter().enumerate() {
+            if let RankReply::Failed { message, fatal } = reply {
+                return Err(ExecutorError { rank, message: message.clone(), fatal: *fatal });
+            }
+        }
+        Ok(replies)
+    }
+
+    /// Collects the other ranks' answers to a step after this rank's own result. Where the exchange broke, the rank that
+    /// went missing is named rather than the ones that noticed.
+    fn settle(&mut self, own: Result<(), ModelError>) -> Result<(), ExecutorError> {
+        let patience = if own.as_ref().is_err_and(is_fatal) { Duration::from_millis(200) } else { self.timeout };
+        let mut failures = Vec::new();
+        for (index, link) in self.others.iter_mut().enumerate() {
+            match link.receive(patience) {
+                Ok(RankReply::Done) => {}
+                Ok(RankReply::Failed { message, fatal }) => {
+                    failures.push((false, ExecutorError { rank: index + 1, message, fatal }));
+                }
+                Ok(other) => failures.push((false, unexpected(index + 1, &other))),
+                Err(error) => failures.push((true, lost(index + 1, &error))),
+            }
+        }
+        let first_lost = failures.iter().position(|(is_lost, _)| *is_lost);
+        if let Some(index) = first_lost {
+            return Err(failures.swap_remove(index).1);
+        }
+        own.map_err(|error| local(&error))?;
+        match failures.into_iter().next() {
+            Some((_, error)) => Err(error),
+            None => Ok(()),
+        }
+    }
+}
+
+impl<B: Backend> Executor for Ranks<B> {
+    fn limits(&self) -> ExecutorLimits {
+        self.own.limits()
+    }
+
+    fn step(&mut self, plan: &StepPlan, draws: &[Draw<'_>], want_logits: bool) -> Result<StepOutput, ExecutorError> {
+        let logits = self.forward(plan, &ForcedExperts::new(), None)?;
+        let mut sampled = Vec::with_capacity(draws.len());
+        for (row, draw) in logits.chunks_exact(self.vocab).zip(draws) {
+            let token = perigee_sampling::sample(row, draw, &mut self.scratch);
+            sampled.push(token.map_err(|error| ExecutorError { rank: 0, message: error.to_string(), fatal: false })?);
+        }
+        if sampled.len() != draws.len() {
+            let message = format!("{} draws from {} rows of logits", draws.len(), sampled.len());
+            return Err(ExecutorError { rank: 0, message, fatal: false });
+        }
+        Ok(StepOutput { sampled, logits: want_logits.then_some(logits) })
+    }
+
+    fn park(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ExecutorError> {
+        self.tell(&RankCommand::Park { key, slot, pages: pages.to_vec() }).map(drop)
+    }
+
+    fn unpark(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ExecutorError> {
+        self.tell(&RankCommand::Unpark { key, slot, pages: pages.to_vec() }).map(drop)
+    }
+
+    fn drop_parked(&mut self, key: u64) -> Result<(), ExecutorError> {
+        self.tell(&RankCommand::DropParked { key }).map(drop)
+    }
+
+    fn export_state(&mut self, slot: u32, part: &StatePart) -> Result<Vec<u8>, ExecutorError> {
+        let replies = self.tell(&RankCommand::ExportState { slot, part: *part })?;
+        let held = replies.into_iter().find_map(|reply| match reply {
+            RankReply::Bytes(bytes) => Some(bytes),
+            _ => None,
+        });
+        held.ok_or_else(|| ExecutorError {
+            rank: 0,
+            message: format!("heads {}..{} are on no single rank", part.first_head, part.first_head + part.heads),
+            fatal: false,
+        })
+    }
+
+    fn weight_bytes(&self) -> Vec<u64> {
+        self.weight_bytes.clone()
+    }
+}
+
+/// The leader's hooks of a step: forced experts, and a trace where one is wanted.
+struct LeaderHooks<'a, 'b> {
+    forced: &'a ForcedExperts,
+    trace: Option<&'b mut Trace>,
+}
+
+impl StepHooks for LeaderHooks<'_, '_> {
+    fn routing(&mut self, layer: usize) -> Routing<'_> {
+        match self.forced.iter().find(|(number, _)| *number as usize == layer) {
+            Some((_, experts)) => Routing::Forced(experts),
+            None => Routing::Free,
+        }
+    }
+
+    fn traced(&self) -> bool {
+        self.trace.is_some()
+    }
+
+    fn hidden(&mut self, layer: usize, values: Vec<f32>) {
+        if let Some(trace) = &mut self.trace {
+            trace.hidden.push((layer, values));
+        }
+    }
+
+    fn experts(&mut self, layer: usize, selected: Vec<u32>) {
+        if let Some(trace) = &mut self.trace {
+            trace.experts.push((layer, selected));
+        }
+    }
+}
+
+fn local(error: &ModelError) -> ExecutorError {
+    ExecutorError { rank: 0, message: error.to_string(), fatal: is_fatal(error) }
+}
+
+fn lost(rank: usize, error: &LinkError) -> ExecutorError {
+    ExecutorError { rank, message: error.to_string(), fatal: true }
+}
+
+fn unexpected(rank: usize, reply: &RankReply) -> ExecutorError {
+    ExecutorError { rank, message: format!("an answer that does not fit the command: {reply:?}"), fatal: true }
+}
