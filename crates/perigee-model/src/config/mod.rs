@@ -3,6 +3,8 @@
 
 mod keys;
 mod shapes;
+#[cfg(test)]
+mod tests;
 mod validate;
 
 use std::path::Path;

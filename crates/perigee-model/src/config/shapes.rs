@@ -24,11 +24,7 @@ impl ModelConfig {
             (has(LayerKind::Mla), "MLA heads (num_attention_heads)", self.mla.heads),
             (self.has_dense(), "the dense MLP's width (intermediate_size)", self.intermediate),
             (self.has_experts(), "an expert's width (moe_intermediate_size)", self.moe.intermediate),
-            (
-                self.has_experts(),
-                "the shared experts' width (num_shared_experts * moe_intermediate_size)",
-                self.shared_width(),
-            ),
+            // A divisor of f divides the shared experts' width ns f as well.
         ];
         for (needed, what, count) in counts {
             if needed && count % tp != 0 {
