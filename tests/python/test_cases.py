@@ -1,4 +1,4 @@
-"""The committed golden cases are sound: an independent float64 model passes compare.py on each, no planted mistake does.
+"""The committed golden cases are sound: an independent float64 model passes compare.py on each, a faulty one on none.
 
 This judges the data and the arbiter, not an engine; engines are judged by the Rust tests and tools/golden_matrix.sh.
 """
