@@ -119,7 +119,14 @@ fn a_rank_outside_the_group_is_refused() {
 
 #[test]
 fn a_rank_that_died_while_joining_makes_room_for_its_successor() {
-    with_intruder(|leader| TcpStream::connect(leader).unwrap().write_all(&raw_hello(2)).unwrap());
+    let (listener, leader) = bound();
+    let first = thread::spawn(move || SocketCollective::join_with_listener(config(0, 3, leader), listener));
+    // Rank 2 registers and is gone before rank 1, without which the group cannot form, has come.
+    TcpStream::connect(leader).unwrap().write_all(&raw_hello(2)).unwrap();
+    let second = thread::spawn(move || SocketCollective::join(config(1, 3, leader)));
+    let third = SocketCollective::join(config(2, 3, leader)).unwrap();
+    let group = vec![first.join().unwrap().unwrap(), second.join().unwrap().unwrap(), third];
+    on_threads(group, |mut rank| rank.or(&mut [0]).unwrap());
 }
 
 #[test]
