@@ -1,1 +1,15 @@
-//! One rank as a process; the leader also runs the replica's services.
+//! One rank as a process; the leader also runs the replica's services. From options to a loaded rank is this crate's
+//! business, the step loop is the engine's.
+
+pub mod config;
+pub mod error;
+pub mod events;
+pub mod group;
+pub mod load;
+pub mod run;
+pub mod score;
+
+pub use config::{Device, EngineOptions, WorkerConfig};
+pub use error::WorkerError;
+pub use events::{ReadyEvent, WorkerEvent};
+pub use run::run;

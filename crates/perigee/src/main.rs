@@ -1,2 +1,42 @@
-//! The one binary of Perigee: subcommands, and nothing else.
-fn main() {}
+//! The one binary of Perigee: reads the command line and hands over. Exit codes: 0 done, 1 failed, 2 usage.
+
+mod commands;
+mod launch;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Serves Kimi Linear models on clusters: sessions move, latents stay.
+#[derive(Parser)]
+#[command(name = "perigee", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs one rank of a replica.
+    Worker(Box<perigee_worker::WorkerConfig>),
+    /// Scores token sequences: logits, states and traces of every position.
+    Score(Box<commands::score::ScoreArgs>),
+    /// Writes a random model as a checkpoint directory.
+    InitModel(commands::init_model::InitModelArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Worker(config) => perigee_worker::run(&config).map_err(anyhow::Error::from),
+        Command::Score(args) => commands::score::run(*args),
+        Command::InitModel(args) => commands::init_model::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("perigee: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

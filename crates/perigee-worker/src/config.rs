@@ -1,0 +1,248 @@
+//! Options of one worker process, from the command line. Faults are reported before a port opens; sizes that depend on
+//! the model are checked when it is loaded.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use perigee_backend::DType;
+
+/// A device as the command line names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Device {
+    /// CPUs of this machine.
+    Cpu,
+    /// GPUs; rank r takes entry r modulo the length.
+    Cuda(Vec<u32>),
+}
+
+impl std::str::FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("expected cpu, cuda or cuda:I,J,.. and found {text:?}");
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(vec![0])),
+            Some(("cuda", list)) => {
+                let cards: Result<Vec<u32>, _> = list.split(',').map(str::parse).collect();
+                cards.map(Self::Cuda).map_err(|_| wrong())
+            }
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(cards) => {
+                let cards: Vec<String> = cards.iter().map(u32::to_string).collect();
+                write!(f, "cuda:{}", cards.join(","))
+            }
+        }
+    }
+}
+
+/// Type of activations, caches and products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Precision {
+    /// float32 throughout, weights as stored.
+    Fp32,
+    /// bfloat16 with float32 sums and float32 KDA state.
+    Bf16,
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::Fp32 => Self::Fp32,
+            Precision::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// What a rank runs and how much it keeps: the same for every rank of a replica.
+#[derive(Debug, Clone, clap::Args)]
+pub struct EngineOptions {
+    /// Model: a checkpoint directory, or random:PRESET[@SEED] with preset tiny, wide, 48b or 48b-e16.
+    #[arg(long, default_value = "random:tiny")]
+    pub model: String,
+    /// Device: cpu, cuda or cuda:I,J,..; rank r takes entry r modulo the length.
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
+    /// Type of activations and caches; by default fp32 on cpu and bf16 on cuda.
+    #[arg(long)]
+    pub dtype: Option<Precision>,
+    /// State slots: sessions that are live at once, one each.
+    #[arg(long, default_value_t = 64)]
+    pub state_slots: usize,
+    /// Latent pages of 64 positions; by default enough for every slot at 1,024 positions, at least one longest session.
+    #[arg(long)]
+    pub latent_pages: Option<usize>,
+    /// Longest session, prompt and output together; by default the model's, at most 32,768.
+    #[arg(long)]
+    pub max_model_len: Option<usize>,
+    /// Most sessions in one step.
+    #[arg(long, default_value_t = 64)]
+    pub max_batch: usize,
+    /// Most tokens in one step: decode rows and prefill chunks together.
+    #[arg(long, default_value_t = 512)]
+    pub token_budget: usize,
+    /// Share of a GPU's memory to use, from 0 to 1.
+    #[arg(long, default_value_t = 0.9)]
+    pub memory_fraction: f64,
+    /// Threads of each rank on CPUs; by default the cores divided by the ranks.
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Seconds to wait for all ranks to join.
+    #[arg(long, default_value_t = 60)]
+    pub join_timeout: u64,
+    /// Seconds after which a rank that is alive but silent inside a step fails the replica.
+    #[arg(long, default_value_t = 30)]
+    pub step_timeout: u64,
+}
+
+impl EngineOptions {
+    /// The activation type, by the device where it is not given.
+    pub fn activation(&self) -> DType {
+        match (self.dtype, &self.device) {
+            (Some(precision), _) => precision.into(),
+            (None, Device::Cpu) => DType::Fp32,
+            (None, Device::Cuda(_)) => DType::Bf16,
+        }
+    }
+
+    /// Threads of a rank out of `tp` on this machine.
+    pub fn threads(&self, tp: usize) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        self.threads.unwrap_or(cores / tp.max(1)).max(1)
+    }
+
+    /// The same options as arguments of a worker process.
+    pub fn to_arguments(&self) -> Vec<String> {
+        let mut arguments = vec![
+            format!("--model={}", self.model),
+            format!("--device={}", self.device),
+            format!("--state-slots={}", self.state_slots),
+            format!("--max-batch={}", self.max_batch),
+            format!("--token-budget={}", self.token_budget),
+            format!("--memory-fraction={}", self.memory_fraction),
+            format!("--join-timeout={}", self.join_timeout),
+            format!("--step-timeout={}", self.step_timeout),
+        ];
+        let mut optional = |name: &str, value: Option<String>| {
+            arguments.extend(value.map(|value| format!("--{name}={value}")));
+        };
+        let precision = self.dtype.map(|precision| match precision {
+            Precision::Fp32 => "fp32".to_string(),
+            Precision::Bf16 => "bf16".to_string(),
+        });
+        optional("dtype", precision);
+        optional("latent-pages", self.latent_pages.map(|n| n.to_string()));
+        optional("max-model-len", self.max_model_len.map(|n| n.to_string()));
+        optional("threads", self.threads.map(|n| n.to_string()));
+        arguments
+    }
+
+    /// Faults that do not depend on the model, all of them.
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        for (name, value) in [
+            ("--state-slots", self.state_slots),
+            ("--max-batch", self.max_batch),
+            ("--token-budget", self.token_budget),
+            ("--latent-pages", self.latent_pages.unwrap_or(1)),
+            ("--max-model-len", self.max_model_len.unwrap_or(1)),
+            ("--threads", self.threads.unwrap_or(1)),
+        ] {
+            if value == 0 || value > 1 << 24 {
+                faults.push(format!("{name}: expected 1 to {}, found {value}", 1 << 24));
+            }
+        }
+        if !(self.memory_fraction > 0.0 && self.memory_fraction <= 1.0) {
+            faults.push(format!("--memory-fraction: expected above 0 and up to 1, found {}", self.memory_fraction));
+        }
+        if self.step_timeout == 0 || self.join_timeout == 0 {
+            faults.push("--step-timeout and --join-timeout: expected at least 1 second".into());
+        }
+        faults
+    }
+}
+
+/// Options of `perigee worker`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct WorkerConfig {
+    /// Name of the replica.
+    #[arg(long, default_value = "replica-0")]
+    pub replica: String,
+    /// This rank, from 0; rank 0 leads.
+    #[arg(long, default_value_t = 0)]
+    pub rank: usize,
+    /// Ranks of the replica: the tensor-parallel degree.
+    #[arg(long, default_value_t = 1)]
+    pub tp: usize,
+    /// Where rank 0 meets the others.
+    #[arg(long, default_value_t = loopback())]
+    pub leader: SocketAddr,
+    /// Public address of the leader: health, reflection, model information.
+    #[arg(long, default_value_t = loopback())]
+    pub listen: SocketAddr,
+    /// Internal address of the leader: the Replica service, for routers and replicas only.
+    #[arg(long, default_value_t = loopback())]
+    pub internal: SocketAddr,
+    /// Address for /metrics and /health.
+    #[arg(long, default_value_t = loopback())]
+    pub http: SocketAddr,
+    /// Where to publish this replica: file:PATH, or nothing when a parent process registers it.
+    #[arg(long)]
+    pub registry: Option<String>,
+    /// Serve without TLS on other than loopback addresses.
+    #[arg(long)]
+    pub insecure: bool,
+    /// Report events as JSON lines on standard output and end when standard input closes: for a parent process.
+    #[arg(long, hide = true)]
+    pub supervised: bool,
+    /// A job of `perigee score`, as JSON, to run instead of serving.
+    #[arg(long, hide = true)]
+    pub score_job: Option<String>,
+    /// What to run.
+    #[command(flatten)]
+    pub engine: EngineOptions,
+}
+
+fn loopback() -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0)
+}
+
+impl WorkerConfig {
+    /// All faults that can be seen before anything starts.
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = self.engine.faults();
+        if self.tp == 0 || self.rank >= self.tp {
+            faults.push(format!("--rank: expected below --tp ({}), found {}", self.tp, self.rank));
+        }
+        if self.rank > 0 && self.leader.port() == 0 {
+            faults.push("--leader: a rank other than 0 needs the leader's port".into());
+        }
+        if self.replica.is_empty() || self.replica.len() > 255 {
+            faults.push(format!("--replica: expected 1 to 255 bytes, found {}", self.replica.len()));
+        }
+        for (name, address) in [("--listen", self.listen), ("--internal", self.internal), ("--http", self.http)] {
+            if !self.insecure && !address.ip().is_loopback() {
+                faults.push(format!("{name}: {address} is not a loopback address; without TLS that needs --insecure"));
+            }
+        }
+        faults
+    }
+
+    /// How long to wait for ranks to join.
+    pub fn join_timeout(&self) -> Duration {
+        Duration::from_secs(self.engine.join_timeout)
+    }
+
+    /// How long a rank may be silent inside a step.
+    pub fn step_timeout(&self) -> Duration {
+        Duration::from_secs(self.engine.step_timeout)
+    }
+}

@@ -1,0 +1,55 @@
+//! One worker process from start to end: check the options, open the model, meet the other ranks, load, then lead or follow.
+
+use perigee_backend::Backend;
+use perigee_engine::ranks::Ranks;
+
+use crate::config::{Device, WorkerConfig};
+use crate::error::{Result, WorkerError};
+use crate::events;
+use crate::group::{Control, Group, form};
+use crate::load::{Opened, cpu_backend, open};
+use crate::score;
+
+/// Runs a worker until it is told to end.
+///
+/// # Errors
+/// The options, the model or another rank make it impossible to go on.
+pub fn run(config: &WorkerConfig) -> Result<()> {
+    let faults = config.faults();
+    if !faults.is_empty() {
+        return Err(WorkerError::Options(faults.join("\n")));
+    }
+    if config.supervised {
+        events::end_with_parent();
+    }
+    let opened = open(config)?;
+    let identity = opened.identity(config);
+    match &config.engine.device {
+        Device::Cpu => {
+            let mut group = form(config, &identity)?;
+            let collective = std::mem::replace(&mut group.collective, Box::new(perigee_collectives::Solo));
+            let backend = cpu_backend(config, collective);
+            run_rank(config, opened, backend, group)
+        }
+        Device::Cuda(_) => Err(WorkerError::Options(
+            "--device cuda: this binary was built without CUDA; build with --features cuda".into(),
+        )),
+    }
+}
+
+fn run_rank<B: Backend + 'static>(config: &WorkerConfig, opened: Opened, backend: B, group: Group) -> Result<()> {
+    let mut rank = opened.load(config, backend)?;
+    match group.control {
+        Control::Follower(mut link) => Ok(rank.follow(link.as_mut())?),
+        Control::Leader { links, lost } => {
+            let mut ranks = Ranks::new(rank, links, config.step_timeout())?;
+            if let Some(job) = &config.score_job {
+                let result = score::run(&mut ranks, &opened, job, config.supervised);
+                ranks.shutdown();
+                return result;
+            }
+            drop(lost);
+            Err(WorkerError::Serve("not built".into()))
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Starts the worker processes of one replica as children of this process and listens to what the leader reports. The
+//! children end when this process does, and all end when one fails.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use anyhow::{Context, bail};
+use perigee_worker::EngineOptions;
+use perigee_worker::events::WorkerEvent;
+
+/// A replica to start.
+pub(crate) struct ReplicaLaunch {
+    /// Its name.
+    pub(crate) replica: String,
+    /// Ranks.
+    pub(crate) tp: usize,
+    /// What they run.
+    pub(crate) engine: EngineOptions,
+    /// Further arguments of rank 0.
+    pub(crate) leader_arguments: Vec<String>,
+}
+
+/// What a child did.
+enum Notice {
+    Event(WorkerEvent),
+    /// Standard output ended: the process of this rank is going.
+    Ended(usize),
+}
+
+/// The running processes of a replica.
+pub(crate) struct ReplicaProcesses {
+    replica: String,
+    children: Vec<Child>,
+    notices: Receiver<Notice>,
+}
+
+impl ReplicaProcesses {
+    /// Starts the leader, learns where it listens, then starts the other ranks.
+    pub(crate) fn start(launch: &ReplicaLaunch) -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("finding this program's file")?;
+        let (sender, notices) = channel();
+        let mut processes = Self { replica: launch.replica.clone(), children: Vec::new(), notices };
+        let spawn = |rank: usize, more: &[String]| -> anyhow::Result<Child> {
+            let mut child = Command::new(&program)
+                .arg("worker")
+                .arg("--supervised")
+                .arg(format!("--replica={}", launch.replica))
+                .arg(format!("--rank={rank}"))
+                .arg(format!("--tp={}", launch.tp))
+                .args(launch.engine.to_arguments())
+                .args(more)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .with_context(|| format!("starting rank {rank} of {}", launch.replica))?;
+            if let Some(output) = child.stdout.take() {
+                listen(rank, output, sender.clone())?;
+            }
+            Ok(child)
+        };
+        processes.children.push(spawn(0, &launch.leader_arguments)?);
+        if launch.tp > 1 {
+            let leader = loop {
+                match processes.next_event()? {
+                    WorkerEvent::Rendezvous { leader } => break leader,
+                    other => bail!("{} reported {other:?} before it had ranks", launch.replica),
+                }
+            };
+            for rank in 1..launch.tp {
+                processes.children.push(spawn(rank, &[format!("--leader={leader}")])?);
+            }
+        }
+        Ok(processes)
+    }
+
+    /// The next report of a worker; an error when a worker ends instead.
+    pub(crate) fn next_event(&mut self) -> anyhow::Result<WorkerEvent> {
+        match self.notices.recv() {
+            Ok(Notice::Event(event)) => Ok(event),
+            Ok(Notice::Ended(rank)) => {
+                let status = self.children.get_mut(rank).map(Child::wait).transpose()?;
+                let status = status.map_or_else(|| "never started".to_string(), |status| status.to_string());
+                bail!("rank {rank} of {} ended early ({status}); its own message is above", self.replica)
+            }
+            Err(_) => bail!("{} has no running rank", self.replica),
+        }
+    }
+
+    /// Waits until all ranks have ended well.
+    pub(crate) fn wait(&mut self) -> anyhow::Result<()> {
+        for (rank, child) in self.children.iter_mut().enumerate() {
+            let status = child.wait().with_context(|| format!("waiting for rank {rank} of {}", self.replica))?;
+            if !status.success() {
+                bail!("rank {rank} of {} failed ({status}); its own message is above", self.replica);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ReplicaProcesses {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            // One that has ended already needs neither.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Turns a child's output lines into notices, on a thread that ends with the child.
+fn listen(rank: usize, output: std::process::ChildStdout, sender: Sender<Notice>) -> anyhow::Result<()> {
+    let work = move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            match serde_json::from_str(&line) {
+                Ok(event) => {
+                    if sender.send(Notice::Event(event)).is_err() {
+                        return;
+                    }
+                }
+                // Not ours: pass it on to the person.
+                Err(_) => eprintln!("{line}"),
+            }
+        }
+        // Nobody listens once the parent has what it wanted.
+        let _ = sender.send(Notice::Ended(rank));
+    };
+    std::thread::Builder::new().name(format!("perigee-rank-{rank}")).spawn(work).context("starting a reader")?;
+    Ok(())
+}
