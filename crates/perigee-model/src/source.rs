@@ -26,7 +26,7 @@ pub struct WeightSource {
 /// What stands behind a source.
 #[derive(Debug)]
 pub(crate) enum Origin {
-    Checkpoint(Checkpoint),
+    Checkpoint(Box<Checkpoint>),
     Random { config_text: String, seed: u64 },
 }
 
@@ -45,7 +45,7 @@ impl WeightSource {
     /// The weights of an open checkpoint.
     pub fn checkpoint(checkpoint: Checkpoint) -> Self {
         let config = checkpoint.config().clone();
-        Self { tensors: by_name(&config), config, origin: Origin::Checkpoint(checkpoint) }
+        Self { tensors: by_name(&config), config, origin: Origin::Checkpoint(Box::new(checkpoint)) }
     }
 
     /// Random weights in the shape that the text of a config.json describes.

@@ -135,7 +135,7 @@ fn check_width(keys: &Keys<'_>, key: &str, times: &str, count: usize, each: usiz
 
 /// The mixture of experts. A model may have none (num_experts null or 0), and then needs none of the other keys.
 fn experts(keys: &Keys<'_>) -> Result<MoeConfig> {
-    if keys.present("num_experts").is_none_or(|value| *value == Value::from(0)) {
+    if keys.present("num_experts").is_none_or(|value| value.as_u64() == Some(0)) {
         return Ok(MoeConfig {
             experts: 0,
             top_k: 0,

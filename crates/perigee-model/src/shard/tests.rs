@@ -104,7 +104,7 @@ fn parts_outside_of_a_tensor_are_refused() {
     let shard = Shard::new(&source, 0, 1).unwrap();
     assert_eq!(
         shard.kda(0).unwrap_err().to_string(),
-        "tensor model.layers.0.self_attn.k_proj.weight: expected a tensor of this model, found no such tensor"
+        "tensor model.layers.0.self_attn.q_proj.weight: expected a tensor of this model, found no such tensor"
     );
     assert!(shard.mla(1).is_err() && shard.moe(0).is_err() && shard.mlp(2).is_err() && shard.mixer_norm(4).is_err());
 }
