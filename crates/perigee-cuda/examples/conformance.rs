@@ -1,0 +1,57 @@
+//! The conformance suite on a GPU, as a program that can be carried to a machine that has one: both activation types, or one,
+//! and all cases or those whose name begins with a prefix. Exit status 1 when a case failed.
+//!
+//! usage: conformance [both|fp32|bf16] [PREFIX]
+
+use std::process::ExitCode;
+
+use perigee_backend::conformance::{Factory, OpenSpec, run_matching};
+use perigee_backend::{DType, Result};
+use perigee_collectives::Solo;
+use perigee_cuda::{CudaBackend, Options};
+
+struct Cuda(Options);
+
+impl Factory for Cuda {
+    type B = CudaBackend;
+
+    fn name(&self) -> String {
+        format!("cuda:{}", self.0.device)
+    }
+
+    fn activation(&self) -> DType {
+        self.0.precision
+    }
+
+    fn open(&mut self, _spec: &OpenSpec) -> Result<CudaBackend> {
+        CudaBackend::open(self.0, Box::new(Solo))
+    }
+}
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    let precisions = match arguments.next().as_deref() {
+        None | Some("both") => vec![DType::Fp32, DType::Bf16],
+        Some("fp32") => vec![DType::Fp32],
+        Some("bf16") => vec![DType::Bf16],
+        Some(other) => {
+            eprintln!("conformance: {other:?} is none of both, fp32, bf16");
+            return ExitCode::from(2);
+        }
+    };
+    let prefix = arguments.next().unwrap_or_default();
+    if let Err(error) = perigee_cuda::check(0) {
+        eprintln!("conformance: not run: {error}");
+        return ExitCode::from(2);
+    }
+    let mut passed = true;
+    for precision in precisions {
+        let report = run_matching(&mut Cuda(Options { device: 0, precision }), &prefix);
+        println!("{report}");
+        if let Err(faults) = report.verdict() {
+            eprintln!("{faults}");
+            passed = false;
+        }
+    }
+    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,299 @@
+//! The backend as the model sees it: the trait's ops, each a call into its launcher, and what they share (device, stream,
+//! kernels, products, working memory, caches, the seat in the tensor-parallel group). All work is queued on one stream; only
+//! reads, exports and exchanges with other ranks wait for it. A backend stays on the thread that opened it.
+
+use perigee_backend::batch::StepBatch;
+use perigee_backend::ops::{Backend, Partials, Precision, Routing, StatePart};
+use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
+use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
+use perigee_collectives::Collective;
+
+use crate::blas::Blas;
+use crate::buffer::Buffer;
+use crate::cache::Cache;
+use crate::device::{Device, DeviceInfo};
+use crate::kernels::Kernels;
+use crate::loader::Loader;
+use crate::ops::embed::Embedding;
+use crate::ops::kda::Kda;
+use crate::ops::logits::Head;
+use crate::ops::mla::Mla;
+use crate::ops::mlp::Mlp;
+use crate::ops::moe::{Moe, Selected};
+use crate::ops::norm::Norm;
+use crate::scratch::Scratch;
+use crate::step::{Planning, Step};
+use crate::stream::Stream;
+use crate::tensor::Tensor;
+
+/// How a backend is opened.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Number of the device among those the driver shows.
+    pub device: usize,
+    /// Type of activations, weights in products, latents and tails. With float32 every product is a float32 product, without
+    /// TF32: slow, and exact enough to judge formulas by.
+    pub precision: DType,
+}
+
+/// Kimi Linear's ops on one GPU. Fields are dropped in order: whatever queues work or holds memory goes before the device.
+pub struct CudaBackend {
+    pub(crate) precision: DType,
+    pub(crate) group: Box<dyn Collective>,
+    pub(crate) loader: Loader,
+    pub(crate) scratch: Scratch,
+    pub(crate) step: Step,
+    pub(crate) selected: Option<Selected>,
+    cache: Option<Cache>,
+    /// Query heads of MLA layers, once one is loaded.
+    pub(crate) mla_heads: Option<usize>,
+    latent: usize,
+    /// Rows of the largest tensor: the most tokens of a step.
+    pub(crate) most_rows: usize,
+    pub(crate) blas: Blas,
+    pub(crate) kernels: Kernels,
+    pub(crate) stream: Stream,
+}
+
+impl CudaBackend {
+    /// Opens a device for one rank of a group.
+    ///
+    /// # Errors
+    /// As [`crate::check`], or [`BackendError::Memory`] where the device has no room even for the workspace.
+    pub fn open(options: Options, group: Box<dyn Collective>) -> Result<Self> {
+        let device = Device::open(options.device)?;
+        let stream = Stream::new(&device)?;
+        Ok(Self {
+            precision: options.precision,
+            group,
+            loader: Loader::default(),
+            scratch: Scratch::default(),
+            step: Step::default(),
+            selected: None,
+            cache: None,
+            mla_heads: None,
+            latent: 0,
+            most_rows: 0,
+            blas: Blas::new(&stream)?,
+            kernels: Kernels::load(&device, options.precision)?,
+            stream,
+        })
+    }
+
+    /// The device this backend runs on.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`] where the driver fails.
+    pub fn device(&self) -> Result<DeviceInfo> {
+        self.stream.device().info()
+    }
+
+    /// Free device memory in bytes, for sizing the caches after the weights are loaded.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`] where the driver fails.
+    pub fn free_memory(&self) -> Result<u64> {
+        Ok(self.stream.device().memory()?.0 as u64)
+    }
+
+    /// Waits until all queued work is done.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`] with the first fault of that work.
+    pub fn wait(&self) -> Result<()> {
+        self.stream.wait()
+    }
+
+    /// Tokens of the current step.
+    pub(crate) fn tokens(&self) -> usize {
+        self.step.tokens.count
+    }
+
+    pub(crate) fn cache(&self) -> Result<&Cache> {
+        self.cache.as_ref().ok_or_else(|| BackendError::Device("no cache is reserved".into()))
+    }
+}
+
+impl Backend for CudaBackend {
+    type Tensor = Tensor;
+    type Norm = Norm;
+    type Embedding = Embedding;
+    type Head = Head;
+    type Kda = Kda;
+    type Mla = Mla;
+    type Mlp = Mlp;
+    type Moe = Moe;
+
+    fn load_norm(&mut self, weight: &TensorSlice<'_>, eps: f32) -> Result<Norm> {
+        self.norm_load(weight, eps)
+    }
+
+    fn load_embedding(&mut self, rows: &TensorSlice<'_>, first: usize) -> Result<Embedding> {
+        self.embed_load(rows, first)
+    }
+
+    fn load_head(&mut self, rows: &TensorSlice<'_>, counts: &[usize]) -> Result<Head> {
+        self.head_load(rows, counts)
+    }
+
+    fn load_kda(&mut self, shape: &KdaShape, weights: &KdaWeights<'_>) -> Result<Kda> {
+        self.kda_load(shape, weights)
+    }
+
+    fn load_mla(&mut self, shape: &MlaShape, weights: &MlaWeights<'_>) -> Result<Mla> {
+        self.latent = self.latent.max(shape.latent);
+        self.mla_load(shape, weights)
+    }
+
+    fn load_mlp(&mut self, shape: &MlpShape, weights: &MlpWeights<'_>) -> Result<Mlp> {
+        self.mlp_load(shape, weights)
+    }
+
+    fn load_moe(&mut self, shape: &MoeShape, weights: &MoeWeights<'_>) -> Result<Moe> {
+        self.moe_load(shape, weights)
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        self.loader.bytes()
+    }
+
+    fn reserve_cache(&mut self, shape: &CacheShape) -> Result<()> {
+        self.loader.finish();
+        self.cache = None;
+        self.cache = Some(Cache::new(&self.stream, shape, self.precision)?);
+        Ok(())
+    }
+
+    fn tensor(&mut self, rows: usize, width: usize, precision: Precision) -> Result<Tensor> {
+        let dtype = match precision {
+            Precision::Activation => self.precision,
+            Precision::Full => DType::Fp32,
+        };
+        let bytes = rows * width * dtype.bytes();
+        let buffer = Buffer::new(self.stream.device(), bytes, &format!("activations [{rows}, {width}]"))?;
+        self.stream.fill(&buffer, 0, bytes, 0x7fff)?;
+        self.most_rows = self.most_rows.max(rows);
+        Ok(Tensor { buffer, rows, width, dtype })
+    }
+
+    fn begin_step(&mut self, batch: &StepBatch) -> Result<()> {
+        self.stream.device().bind()?;
+        let planning =
+            Planning { heads: self.mla_heads.unwrap_or(0), items: 2 * self.stream.device().multiprocessors() as usize };
+        self.step.begin(&self.stream, batch, planning)?;
+        let parts = self.mla_part_bytes(self.latent);
+        self.scratch.reserve(self.stream.device(), self.most_rows.max(batch.tokens.len()), parts)
+    }
+
+    fn embed(&mut self, table: &Embedding, out: &mut Tensor) -> Result<()> {
+        self.embed_run(table, out)
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, norm: &Norm, out: &mut Tensor) -> Result<()> {
+        self.norm_run(x, norm, out)
+    }
+
+    fn add_rms_norm(&mut self, residual: &mut Tensor, delta: &Tensor, norm: &Norm, out: &mut Tensor) -> Result<()> {
+        self.norm_add_run(residual, delta, norm, out)
+    }
+
+    fn kda_mixer(&mut self, layer: &Kda, index: usize, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        self.kda_run(layer, index, x, out)
+    }
+
+    fn mla_project(&mut self, layer: &Mla, index: usize, x: &Tensor, queries: &mut Tensor) -> Result<()> {
+        self.mla_project_run(layer, index, x, queries)
+    }
+
+    fn mla_attend(
+        &mut self,
+        layer: &Mla,
+        index: usize,
+        queries: &Tensor,
+        partials: &mut Partials<Tensor>,
+    ) -> Result<()> {
+        self.mla_attend_run(layer, index, queries, partials)
+    }
+
+    fn mla_merge(
+        &mut self,
+        layer: &Mla,
+        partials: &mut Partials<Tensor>,
+        token: usize,
+        output: &[f32],
+        lse: &[f32],
+    ) -> Result<()> {
+        self.mla_merge_run(layer, partials, token, output, lse)
+    }
+
+    fn mla_output(&mut self, layer: &Mla, partials: &Partials<Tensor>, out: &mut Tensor) -> Result<()> {
+        self.mla_output_run(layer, partials, out)
+    }
+
+    fn mlp(&mut self, layer: &Mlp, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        self.mlp_run(layer, x, out)
+    }
+
+    fn moe(&mut self, layer: &Moe, x: &Tensor, routing: Routing<'_>, out: &mut Tensor) -> Result<()> {
+        self.moe_run(layer, x, routing, out)
+    }
+
+    fn selected_experts(&mut self) -> Result<Vec<u32>> {
+        self.moe_read_selected()
+    }
+
+    fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {
+        self.all_reduce_run(x)
+    }
+
+    fn logits(&mut self, head: &Head, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        self.logits_run(head, x, out)
+    }
+
+    fn read(&mut self, tensor: &Tensor, rows: usize) -> Result<Vec<f32>> {
+        if rows > tensor.rows {
+            return Err(BackendError::shape("rows read", &[tensor.rows], &[rows]));
+        }
+        self.read_rows(tensor, rows)
+    }
+
+    fn write(&mut self, tensor: &mut Tensor, values: &[f32]) -> Result<()> {
+        self.write_rows(tensor, values)
+    }
+
+    fn clear_slots(&mut self, slots: &[u32]) -> Result<()> {
+        self.cache()?.clear_slots(&self.stream, slots)
+    }
+
+    fn poison_slots(&mut self, slots: &[u32]) -> Result<()> {
+        self.cache()?.poison_slots(&self.stream, slots)
+    }
+
+    fn copy_slot(&mut self, from: u32, to: u32) -> Result<()> {
+        self.cache()?.copy_slot(&self.stream, from, to)
+    }
+
+    fn export_state(&mut self, slot: u32, part: &StatePart) -> Result<Vec<u8>> {
+        self.cache()?.export_state(&self.stream, slot, part)
+    }
+
+    fn import_state(&mut self, slot: u32, part: &StatePart, bytes: &[u8]) -> Result<()> {
+        self.cache()?.import_state(&self.stream, slot, part, bytes)
+    }
+
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {
+        self.cache()?.copy_page(&self.stream, from, to)
+    }
+
+    fn export_page(&mut self, page: u32, layer: u32) -> Result<Vec<u8>> {
+        self.cache()?.export_page(&self.stream, page, layer)
+    }
+
+    fn import_page(&mut self, page: u32, layer: u32, bytes: &[u8]) -> Result<()> {
+        self.cache()?.import_page(&self.stream, page, layer, bytes)
+    }
+
+    fn poison_pages(&mut self, pages: &[u32]) -> Result<()> {
+        self.cache()?.poison_pages(&self.stream, pages)
+    }
+}

@@ -1,0 +1,257 @@
+//! State slots and latent pages on the device. A slot's recurrent states lie together, [layer][head][key][value] float32, and
+//! so do its convolution tails, [layer][W - 1][3 P]; latents are [layer][page][64][R + r]. Parts leave and enter in the order
+//! that the seam names, which for tails is another one.
+
+use perigee_backend::{BackendError, CacheShape, DType, PAGE_TOKENS, Result, StateKind, StatePart};
+
+use crate::buffer::Buffer;
+use crate::stream::Stream;
+
+/// Two of these bytes are a bfloat16 not-a-number, four a float32 one.
+const POISON: u16 = 0x7fff;
+
+/// All slots and pages.
+#[derive(Debug)]
+pub(crate) struct Cache {
+    shape: CacheShape,
+    dtype: DType,
+    state: Buffer,
+    tails: Buffer,
+    latents: Buffer,
+}
+
+impl Cache {
+    /// Allocates and poisons.
+    pub(crate) fn new(stream: &Stream, shape: &CacheShape, dtype: DType) -> Result<Self> {
+        let mut cache = Self {
+            shape: *shape,
+            dtype,
+            state: Buffer::new(stream.device(), 0, "state slots")?,
+            tails: Buffer::new(stream.device(), 0, "state slots")?,
+            latents: Buffer::new(stream.device(), 0, "latent pages")?,
+        };
+        let state = cache.slot_state_bytes() * shape.slots;
+        let tails = cache.slot_tail_bytes() * shape.slots;
+        let latents = cache.page_bytes() * shape.pages * shape.mla_layers;
+        cache.state = Buffer::new(stream.device(), state, &format!("{} state slots", shape.slots))?;
+        cache.tails = Buffer::new(stream.device(), tails, &format!("tails of {} state slots", shape.slots))?;
+        cache.latents = Buffer::new(stream.device(), latents, &format!("{} latent pages", shape.pages))?;
+        stream.fill(&cache.state, 0, state, POISON)?;
+        stream.fill(&cache.tails, 0, tails, POISON)?;
+        stream.fill(&cache.latents, 0, latents, POISON)?;
+        Ok(cache)
+    }
+
+    pub(crate) fn shape(&self) -> &CacheShape {
+        &self.shape
+    }
+
+    /// Device address of the state slab.
+    pub(crate) fn state(&self) -> u64 {
+        self.state.address()
+    }
+
+    /// Device address of the tails.
+    pub(crate) fn tails(&self) -> u64 {
+        self.tails.address()
+    }
+
+    /// Device address of one MLA layer's pages.
+    pub(crate) fn latents(&self, layer: usize) -> Result<u64> {
+        self.latents.part(layer * self.shape.pages * self.page_bytes(), self.shape.pages * self.page_bytes())
+    }
+
+    fn head_state_bytes(&self) -> usize {
+        self.shape.kda_head_dim * self.shape.kda_head_dim * 4
+    }
+
+    fn slot_state_bytes(&self) -> usize {
+        self.shape.kda_layers * self.shape.kda_heads * self.head_state_bytes()
+    }
+
+    fn layer_tail_bytes(&self) -> usize {
+        self.shape.conv.saturating_sub(1) * 3 * self.shape.kda_heads * self.shape.kda_head_dim * self.dtype.bytes()
+    }
+
+    fn slot_tail_bytes(&self) -> usize {
+        self.shape.kda_layers * self.layer_tail_bytes()
+    }
+
+    fn page_bytes(&self) -> usize {
+        PAGE_TOKENS * self.shape.latent_width * self.dtype.bytes()
+    }
+
+    fn check(what: &'static str, index: u32, limit: usize) -> Result<usize> {
+        if (index as usize) < limit {
+            return Ok(index as usize);
+        }
+        Err(BackendError::Range { what, index: index.into(), limit: limit as u64 })
+    }
+
+    fn slot(&self, slot: u32) -> Result<usize> {
+        Self::check("state slot", slot, self.shape.slots)
+    }
+
+    fn page(&self, page: u32) -> Result<usize> {
+        Self::check("latent page", page, self.shape.pages)
+    }
+
+    fn fill_slots(&self, stream: &Stream, slots: &[u32], pattern: u16) -> Result<()> {
+        for &slot in slots {
+            let slot = self.slot(slot)?;
+            stream.fill(&self.state, slot * self.slot_state_bytes(), self.slot_state_bytes(), pattern)?;
+            stream.fill(&self.tails, slot * self.slot_tail_bytes(), self.slot_tail_bytes(), pattern)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn clear_slots(&self, stream: &Stream, slots: &[u32]) -> Result<()> {
+        self.fill_slots(stream, slots, 0)
+    }
+
+    pub(crate) fn poison_slots(&self, stream: &Stream, slots: &[u32]) -> Result<()> {
+        self.fill_slots(stream, slots, POISON)
+    }
+
+    pub(crate) fn copy_slot(&self, stream: &Stream, from: u32, to: u32) -> Result<()> {
+        let (from, to) = (self.slot(from)?, self.slot(to)?);
+        for (buffer, bytes) in [(&self.state, self.slot_state_bytes()), (&self.tails, self.slot_tail_bytes())] {
+            stream.copy(buffer, from * bytes, buffer, to * bytes, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn check_part(&self, part: &StatePart) -> Result<()> {
+        Self::check("KDA layer", part.layer, self.shape.kda_layers)?;
+        let end = u64::from(part.first_head) + u64::from(part.heads);
+        if end > self.shape.kda_heads as u64 {
+            return Err(BackendError::Range { what: "KDA head", index: end, limit: self.shape.kda_heads as u64 });
+        }
+        Ok(())
+    }
+
+    fn state_range(&self, slot: usize, part: &StatePart) -> (usize, usize) {
+        let layer =
+            slot * self.slot_state_bytes() + part.layer as usize * self.shape.kda_heads * self.head_state_bytes();
+        let offset = layer + part.first_head as usize * self.head_state_bytes();
+        (offset, part.heads as usize * self.head_state_bytes())
+    }
+
+    pub(crate) fn export_state(&self, stream: &Stream, slot: u32, part: &StatePart) -> Result<Vec<u8>> {
+        let slot = self.slot(slot)?;
+        self.check_part(part)?;
+        let Some(which) = convolution(part.kind) else {
+            let (offset, bytes) = self.state_range(slot, part);
+            let mut out = vec![0; bytes];
+            stream.read(&self.state, offset, &mut out)?;
+            return Ok(out);
+        };
+        let mut layer = vec![0; self.layer_tail_bytes()];
+        stream.read(&self.tails, self.tail_offset(slot, part), &mut layer)?;
+        let size = self.dtype.bytes();
+        let mut out = Vec::with_capacity(self.part_channels(part) * (self.shape.conv - 1) * size);
+        for_each_tail(self, part, which, |at| out.extend_from_slice(&layer[at..at + size]));
+        Ok(out)
+    }
+
+    pub(crate) fn import_state(&self, stream: &Stream, slot: u32, part: &StatePart, bytes: &[u8]) -> Result<()> {
+        let slot = self.slot(slot)?;
+        self.check_part(part)?;
+        let Some(which) = convolution(part.kind) else {
+            let (offset, expected) = self.state_range(slot, part);
+            check_length(part, expected, bytes)?;
+            return stream.write(&self.state, offset, bytes);
+        };
+        let size = self.dtype.bytes();
+        check_length(part, self.part_channels(part) * (self.shape.conv - 1) * size, bytes)?;
+        let mut layer = vec![0; self.layer_tail_bytes()];
+        stream.read(&self.tails, self.tail_offset(slot, part), &mut layer)?;
+        let mut values = bytes.chunks_exact(size);
+        for_each_tail(self, part, which, |at| {
+            if let Some(value) = values.next() {
+                layer[at..at + size].copy_from_slice(value);
+            }
+        });
+        stream.write(&self.tails, self.tail_offset(slot, part), &layer)
+    }
+
+    fn part_channels(&self, part: &StatePart) -> usize {
+        part.heads as usize * self.shape.kda_head_dim
+    }
+
+    fn tail_offset(&self, slot: usize, part: &StatePart) -> usize {
+        slot * self.slot_tail_bytes() + part.layer as usize * self.layer_tail_bytes()
+    }
+
+    fn page_offset(&self, page: usize, layer: usize) -> usize {
+        (layer * self.shape.pages + page) * self.page_bytes()
+    }
+
+    pub(crate) fn copy_page(&self, stream: &Stream, from: u32, to: u32) -> Result<()> {
+        let (from, to) = (self.page(from)?, self.page(to)?);
+        (0..self.shape.mla_layers).try_for_each(|layer| {
+            let (source, target) = (self.page_offset(from, layer), self.page_offset(to, layer));
+            stream.copy(&self.latents, source, &self.latents, target, self.page_bytes())
+        })
+    }
+
+    pub(crate) fn export_page(&self, stream: &Stream, page: u32, layer: u32) -> Result<Vec<u8>> {
+        let layer = Self::check("MLA layer", layer, self.shape.mla_layers)?;
+        let mut out = vec![0; self.page_bytes()];
+        stream.read(&self.latents, self.page_offset(self.page(page)?, layer), &mut out)?;
+        Ok(out)
+    }
+
+    pub(crate) fn import_page(&self, stream: &Stream, page: u32, layer: u32, bytes: &[u8]) -> Result<()> {
+        let layer = Self::check("MLA layer", layer, self.shape.mla_layers)?;
+        let page = self.page(page)?;
+        let row = self.shape.latent_width * self.dtype.bytes();
+        if bytes.len() > self.page_bytes() || !bytes.len().is_multiple_of(row.max(1)) {
+            return Err(BackendError::shape(
+                format!("bytes of latent page {page} (whole rows of {row})"),
+                &[self.page_bytes()],
+                &[bytes.len()],
+            ));
+        }
+        stream.write(&self.latents, self.page_offset(page, layer), bytes)
+    }
+
+    pub(crate) fn poison_pages(&self, stream: &Stream, pages: &[u32]) -> Result<()> {
+        for &page in pages {
+            let page = self.page(page)?;
+            for layer in 0..self.shape.mla_layers {
+                stream.fill(&self.latents, self.page_offset(page, layer), self.page_bytes(), POISON)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which of the three convolutions a part belongs to.
+fn convolution(kind: StateKind) -> Option<usize> {
+    match kind {
+        StateKind::Recurrent => None,
+        StateKind::ConvQ => Some(0),
+        StateKind::ConvK => Some(1),
+        StateKind::ConvV => Some(2),
+    }
+}
+
+fn check_length(part: &StatePart, expected: usize, bytes: &[u8]) -> Result<()> {
+    if bytes.len() == expected {
+        return Ok(());
+    }
+    Err(BackendError::shape(format!("bytes of state part {part:?}"), &[expected], &[bytes.len()]))
+}
+
+/// Calls `visit` with the byte offset within a layer's tails of each element of a part, in the order of the seam: channel by
+/// channel, oldest first.
+fn for_each_tail(cache: &Cache, part: &StatePart, which: usize, mut visit: impl FnMut(usize)) {
+    let width = cache.shape.kda_heads * cache.shape.kda_head_dim;
+    let first = which * width + part.first_head as usize * cache.shape.kda_head_dim;
+    for channel in first..first + cache.part_channels(part) {
+        for tail in 0..cache.shape.conv - 1 {
+            visit((tail * 3 * width + channel) * cache.dtype.bytes());
+        }
+    }
+}

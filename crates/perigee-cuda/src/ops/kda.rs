@@ -1,0 +1,200 @@
+//! The KDA mixer: one product for everything that reads the layer's input, one for the two low-rank gates, the recurrence,
+//! and the output projection.
+
+use perigee_backend::weights::KdaWeights;
+use perigee_backend::{BackendError, KdaShape, Result, TensorSlice};
+
+use crate::backend::CudaBackend;
+use crate::blas::{Operands, Product};
+use crate::buffer::Buffer;
+use crate::loader::{Loader, Placement};
+use crate::params::KdaParams;
+use crate::scratch::Need;
+use crate::step::Section;
+use crate::stream::Grid;
+use crate::tensor::{Matrix, Tensor};
+
+/// Most channels of a head, one thread each.
+const MOST_CHANNELS: usize = 1024;
+
+/// A KDA layer's mixer; P = heads * head_dim.
+#[derive(Debug)]
+pub struct Kda {
+    shape: KdaShape,
+    /// [3 P + 2 D + heads, padded to 8; d]: q, k, v, f_a, g_a, b.
+    projection: Matrix,
+    /// [2 P, D]: f_b, g_b.
+    gates: Matrix,
+    /// [taps][3 P]
+    conv: Buffer,
+    dt_bias: Buffer,
+    a_log: Buffer,
+    o_norm: Buffer,
+    /// [d, P]
+    output: Matrix,
+}
+
+impl Kda {
+    fn channels(&self) -> usize {
+        self.shape.heads * self.shape.head_dim
+    }
+}
+
+impl CudaBackend {
+    pub(crate) fn kda_load(&mut self, shape: &KdaShape, weights: &KdaWeights<'_>) -> Result<Kda> {
+        check(shape, weights)?;
+        let (dim, hidden) = (shape.head_dim, shape.hidden);
+        let channels = shape.heads * dim;
+        let width = (3 * channels + 2 * dim + shape.heads).next_multiple_of(8);
+        let name = &weights.f_a_proj.name;
+        let projection = Loader::matrix(&self.stream, width, hidden, self.precision, name)?;
+        let [q, k, v] = &weights.qkv_proj;
+        let mut row = 0;
+        for slice in [q, k, v, &weights.f_a_proj, &weights.g_a_proj, &weights.b_proj] {
+            self.loader.place(&self.stream, &self.kernels, slice, &projection, Placement::at(row))?;
+            row += slice.shape[0];
+        }
+        let gates = Loader::matrix(&self.stream, 2 * channels, dim, self.precision, name)?;
+        self.loader.place(&self.stream, &self.kernels, &weights.f_b_proj, &gates, Placement::at(0))?;
+        self.loader.place(&self.stream, &self.kernels, &weights.g_b_proj, &gates, Placement::at(channels))?;
+        let element = self.precision.bytes();
+        self.scratch.require(Need { per_token: (width + 3 * channels) * element, fixed: 2048 });
+        Ok(Kda {
+            shape: *shape,
+            projection,
+            gates,
+            conv: self.kda_conv(shape, &weights.qkv_conv)?,
+            dt_bias: self.loader.vector(&self.stream, &self.kernels, &weights.dt_bias)?,
+            a_log: self.loader.vector(&self.stream, &self.kernels, &weights.a_log)?,
+            o_norm: self.loader.vector(&self.stream, &self.kernels, &weights.o_norm)?,
+            output: self.load_matrix(&weights.o_proj)?,
+        })
+    }
+
+    /// The three convolutions as [taps][3 P] float32, so that neighbouring threads read neighbouring words.
+    fn kda_conv(&mut self, shape: &KdaShape, slices: &[TensorSlice<'_>; 3]) -> Result<Buffer> {
+        let channels = shape.heads * shape.head_dim;
+        let mut values = vec![0.0; shape.conv * 3 * channels];
+        let mut stored = 0;
+        for (which, slice) in slices.iter().enumerate() {
+            for (at, value) in slice.to_f32()?.into_iter().enumerate() {
+                let (channel, tap) = (at / shape.conv, at % shape.conv);
+                values[tap * 3 * channels + which * channels + channel] = value;
+            }
+            stored += slice.bytes();
+        }
+        self.loader.values(&self.stream, &values, stored, &slices[0].name)
+    }
+
+    pub(crate) fn kda_run(&mut self, layer: &Kda, index: usize, x: &Tensor, out: &Tensor) -> Result<()> {
+        let tokens = self.tokens();
+        let shape = layer.shape;
+        x.expect("kda_mixer input", tokens, shape.hidden, self.precision)?;
+        out.expect("kda_mixer output", tokens, shape.hidden, self.precision)?;
+        let (channels, width, element) = (layer.channels(), layer.projection.rows, self.precision.bytes());
+        self.scratch.reset();
+        let projected = self.scratch.take(tokens * width * element)?;
+        let gates = self.scratch.take(tokens * 2 * channels * element)?;
+        let mixed = self.scratch.take(tokens * channels * element)?;
+
+        let product = Product::dense(tokens, shape.hidden, width, self.precision);
+        let operands = Operands { input: x.address(), weight: layer.projection.address(), out: projected };
+        self.blas.run(&self.stream, &product, operands)?;
+        let product = Product {
+            input_pitch: width,
+            out_pitch: 2 * channels,
+            batch: 2,
+            input_stride: shape.head_dim,
+            weight_stride: channels * shape.head_dim,
+            out_stride: channels,
+            ..Product::dense(tokens, shape.head_dim, channels, self.precision)
+        };
+        let input = projected + (3 * channels * element) as u64;
+        self.blas.run(&self.stream, &product, Operands { input, weight: layer.gates.address(), out: gates })?;
+
+        let params = self.kda_params(layer, index, [projected, gates, mixed])?;
+        self.kda_recurrent(&params, self.step.decode_rows)?;
+        self.kda_recurrent(&params, self.step.prefill_rows)?;
+
+        let product = Product::dense(tokens, channels, shape.hidden, self.precision);
+        let operands = Operands { input: mixed, weight: layer.output.address(), out: out.address() };
+        self.blas.run(&self.stream, &product, operands)
+    }
+
+    fn kda_params(&self, layer: &Kda, index: usize, [projected, gates, mixed]: [u64; 3]) -> Result<KdaParams> {
+        let shape = layer.shape;
+        let cache = self.cache()?;
+        let of_cache = (cache.shape().kda_heads, cache.shape().kda_head_dim, cache.shape().conv);
+        if of_cache != (shape.heads, shape.head_dim, shape.conv) {
+            return Err(BackendError::shape(
+                "state slots (heads, head_dim, conv)",
+                &[shape.heads, shape.head_dim, shape.conv],
+                &[of_cache.0, of_cache.1, of_cache.2],
+            ));
+        }
+        if index >= cache.shape().kda_layers {
+            let limit = cache.shape().kda_layers as u64;
+            return Err(BackendError::Range { what: "KDA layer", index: index as u64, limit });
+        }
+        Ok(KdaParams {
+            projected,
+            gates,
+            conv: layer.conv.address(),
+            dt_bias: layer.dt_bias.address(),
+            a_log: layer.a_log.address(),
+            o_norm: layer.o_norm.address(),
+            state: cache.state(),
+            tails: cache.tails(),
+            mixed,
+            rows: 0,
+            chunks: self.step.chunks.address,
+            convolved: 0,
+            query: 0,
+            key: 0,
+            erase: 0,
+            update: 0,
+            attention: 0,
+            decay: 0,
+            row_chunks: self.step.row_chunks.address,
+            projected_pitch: layer.projection.rows as u32,
+            heads: shape.heads as u32,
+            head_dim: shape.head_dim as u32,
+            taps: shape.conv as u32,
+            layer: index as u32,
+            layers: cache.shape().kda_layers as u32,
+            eps: shape.eps,
+            query_scale: (1.0 / (shape.head_dim as f64).sqrt()) as f32,
+        })
+    }
+
+    /// Token by token, any shape.
+    fn kda_recurrent(&self, params: &KdaParams, rows: Section) -> Result<()> {
+        let params = KdaParams { rows: rows.address, ..*params };
+        let grid = Grid::new(rows.count, params.heads as usize, params.head_dim.next_multiple_of(32));
+        self.stream.launch(&self.kernels.kda_recurrent, grid, &params)
+    }
+}
+
+fn check(shape: &KdaShape, weights: &KdaWeights<'_>) -> Result<()> {
+    let (dim, hidden) = (shape.head_dim, shape.hidden);
+    let channels = shape.heads * dim;
+    if dim == 0 || dim > MOST_CHANNELS || shape.conv == 0 {
+        return Err(BackendError::Unsupported(format!(
+            "a KDA head of {dim} channels with {} taps; up to {MOST_CHANNELS} channels and at least one tap",
+            shape.conv
+        )));
+    }
+    for (projection, conv) in weights.qkv_proj.iter().zip(&weights.qkv_conv) {
+        projection.expect(&[channels, hidden])?;
+        conv.expect(&[channels, shape.conv])?;
+    }
+    weights.f_a_proj.expect(&[dim, hidden])?;
+    weights.f_b_proj.expect(&[channels, dim])?;
+    weights.dt_bias.expect(&[channels])?;
+    weights.a_log.expect(&[shape.heads])?;
+    weights.b_proj.expect(&[shape.heads, hidden])?;
+    weights.g_a_proj.expect(&[dim, hidden])?;
+    weights.g_b_proj.expect(&[channels, dim])?;
+    weights.o_norm.expect(&[dim])?;
+    weights.o_proj.expect(&[hidden, channels])
+}

@@ -1,0 +1,73 @@
+//! The output head: rows whose logits are wanted, their product with this rank's part of the vocabulary, and the gather from
+//! all ranks.
+
+use perigee_backend::{BackendError, DType, Result, TensorSlice};
+
+use crate::backend::CudaBackend;
+use crate::blas::{Operands, Product};
+use crate::params::GatherParams;
+use crate::scratch::Need;
+use crate::stream::Grid;
+use crate::tensor::{Matrix, Tensor};
+
+/// This rank's rows of the output head.
+#[derive(Debug)]
+pub struct Head {
+    weight: Matrix,
+    counts: Vec<usize>,
+}
+
+impl Head {
+    /// Rows of every rank, in rank order.
+    pub(crate) fn counts(&self) -> &[usize] {
+        &self.counts
+    }
+}
+
+impl CudaBackend {
+    pub(crate) fn head_load(&mut self, rows: &TensorSlice<'_>, counts: &[usize]) -> Result<Head> {
+        let weight = self.load_matrix(rows)?;
+        let rank = self.group.rank();
+        if counts.len() != self.group.size() || counts.get(rank) != Some(&weight.rows) {
+            return Err(BackendError::shape(format!("rows of {} by rank", rows.name), counts, &[weight.rows]));
+        }
+        let vocabulary: usize = counts.iter().sum();
+        let mine = if counts.len() > 1 { weight.rows * 4 } else { 0 };
+        self.scratch.require(Need { per_token: weight.pitch * self.precision.bytes() + mine, fixed: 1024 });
+        if vocabulary == 0 {
+            return Err(BackendError::shape(&rows.name, &[1, weight.pitch], &rows.shape));
+        }
+        Ok(Head { weight, counts: counts.to_vec() })
+    }
+
+    pub(crate) fn logits_run(&mut self, head: &Head, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        let wanted = self.step.logits.count;
+        let (width, vocabulary) = (head.weight.pitch, head.counts.iter().sum());
+        x.expect("logits input", self.tokens(), width, self.precision)?;
+        out.expect("logits", wanted, vocabulary, DType::Fp32)?;
+        if wanted == 0 {
+            return Ok(());
+        }
+        self.scratch.reset();
+        let rows = self.scratch.take(wanted * width * self.precision.bytes())?;
+        let params = GatherParams {
+            table: x.address(),
+            indices: self.step.logits.address,
+            out: rows,
+            first: 0,
+            rows: self.tokens() as u32,
+            width: width as u32,
+            reserved: 0,
+        };
+        self.stream.launch(&self.kernels.gather, Grid::new(wanted, 1, 256), &params)?;
+        let product =
+            Product { result: DType::Fp32, ..Product::dense(wanted, width, head.weight.rows, self.precision) };
+        let alone = head.counts.len() == 1;
+        let target = if alone { out.address() } else { self.scratch.take(wanted * head.weight.rows * 4)? };
+        self.blas.run(&self.stream, &product, Operands { input: rows, weight: head.weight.address(), out: target })?;
+        if alone {
+            return Ok(());
+        }
+        self.gather_logits(head, wanted, target, out)
+    }
+}

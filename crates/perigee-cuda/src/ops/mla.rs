@@ -1,0 +1,318 @@
+//! The MLA mixer in its three thirds: projections and the latent store, attention over paged latents, values and the output
+//! projection; and the merge of parts computed elsewhere.
+
+use perigee_backend::weights::{MlaWeights, QueryWeights};
+use perigee_backend::{BackendError, DType, MlaShape, Partials, Result};
+
+use crate::backend::CudaBackend;
+use crate::blas::{Operands, Product};
+use crate::loader::{Loader, Placement};
+use crate::ops::norm::{Norm, NormRows};
+use crate::params::{ElementParams, MlaAttendParams, MlaMergeParams, MlaStoreParams};
+use crate::scratch::Need;
+use crate::step::ITEM_ROWS;
+use crate::stream::Grid;
+use crate::tensor::{Matrix, Tensor};
+
+/// Most numbers of a cached token, R + r.
+const MOST_WIDTH: usize = 768;
+/// Warps of a block of the attention kernel, one query row each.
+const ATTEND_WARPS: usize = 4;
+
+/// The low-rank query's second half.
+#[derive(Debug)]
+struct LowRank {
+    norm: Norm,
+    /// [heads (n + r), rank]
+    up: Matrix,
+}
+
+/// An MLA layer's mixer.
+#[derive(Debug)]
+pub struct Mla {
+    shape: MlaShape,
+    /// Rows, padded to 8: the query (or its low-rank down projection), then the latent R and the shared key r.
+    projection: Matrix,
+    /// First row of the latent in `projection`.
+    kv_offset: usize,
+    low_rank: Option<LowRank>,
+    norm: Norm,
+    /// [heads (n + m), R]: per head n key rows, then m value rows.
+    kv_b: Matrix,
+    /// [d, heads m]
+    output: Matrix,
+}
+
+impl Mla {
+    fn query_width(&self) -> usize {
+        self.shape.heads * (self.shape.nope + self.shape.rope)
+    }
+}
+
+impl CudaBackend {
+    pub(crate) fn mla_load(&mut self, shape: &MlaShape, weights: &MlaWeights<'_>) -> Result<Mla> {
+        check(shape, weights)?;
+        if *self.mla_heads.get_or_insert(shape.heads) != shape.heads {
+            return Err(BackendError::Unsupported(format!("MLA layers with different head counts, {}", shape.heads)));
+        }
+        let query_width = shape.heads * (shape.nope + shape.rope);
+        let (first, kv_offset) = match &weights.query {
+            QueryWeights::Full(weight) => (weight, query_width),
+            QueryWeights::LowRank { down, .. } => (down, down.shape[0]),
+        };
+        let kv_offset_padded = kv_offset.next_multiple_of(8);
+        let width = (kv_offset_padded + shape.cache_width()).next_multiple_of(8);
+        let projection = Loader::matrix(&self.stream, width, shape.hidden, self.precision, &first.name)?;
+        self.loader.place(&self.stream, &self.kernels, first, &projection, Placement::at(0))?;
+        let kv_rows = Placement::at(kv_offset_padded);
+        self.loader.place(&self.stream, &self.kernels, &weights.kv_a_proj, &projection, kv_rows)?;
+        let low_rank = match &weights.query {
+            QueryWeights::Full(_) => None,
+            QueryWeights::LowRank { norm, up, .. } => {
+                Some(LowRank { norm: self.norm_load(norm, shape.eps)?, up: self.load_matrix(up)? })
+            }
+        };
+        let element = self.precision.bytes();
+        let down_width = low_rank.as_ref().map_or(0, |low_rank| low_rank.norm.width.next_multiple_of(8) + query_width);
+        self.scratch.require(Need { per_token: (width + down_width) * element, fixed: 2048 });
+        let values = shape.heads * (shape.latent + shape.value);
+        self.scratch.require(Need { per_token: values * element, fixed: 2048 });
+        self.scratch.require(Need { per_token: 0, fixed: shape.heads * (shape.latent + 1) * 4 + 1024 });
+        Ok(Mla {
+            shape: *shape,
+            projection,
+            kv_offset: kv_offset_padded,
+            low_rank,
+            norm: self.norm_load(&weights.kv_a_norm, shape.eps)?,
+            kv_b: self.load_matrix(&weights.kv_b_proj)?,
+            output: self.load_matrix(&weights.o_proj)?,
+        })
+    }
+
+    pub(crate) fn mla_project_run(&mut self, layer: &Mla, index: usize, x: &Tensor, queries: &Tensor) -> Result<()> {
+        let (tokens, shape, element) = (self.tokens(), layer.shape, self.precision.bytes());
+        x.expect("mla_project input", tokens, shape.hidden, self.precision)?;
+        queries.expect("absorbed queries", tokens, shape.heads * shape.cache_width(), DType::Fp32)?;
+        let width = layer.projection.rows;
+        self.scratch.reset();
+        let projected = self.scratch.take(tokens * width * element)?;
+        let product = Product::dense(tokens, shape.hidden, width, self.precision);
+        let operands = Operands { input: x.address(), weight: layer.projection.address(), out: projected };
+        self.blas.run(&self.stream, &product, operands)?;
+        let (query, query_pitch) = self.mla_queries(layer, projected)?;
+
+        // Keys of a head absorbed into its query: [tokens, n] . [n, R].
+        let kv_rows = shape.nope + shape.value;
+        let product = Product {
+            transposed: false,
+            input_pitch: query_pitch,
+            weight_pitch: shape.latent,
+            out_pitch: shape.heads * shape.cache_width(),
+            batch: shape.heads,
+            input_stride: shape.nope + shape.rope,
+            weight_stride: kv_rows * shape.latent,
+            out_stride: shape.cache_width(),
+            result: DType::Fp32,
+            ..Product::dense(tokens, shape.nope, shape.latent, self.precision)
+        };
+        let operands = Operands { input: query, weight: layer.kv_b.address(), out: queries.address() };
+        self.blas.run(&self.stream, &product, operands)?;
+
+        let params = MlaStoreParams {
+            projected,
+            norm: layer.norm.weight.address(),
+            latents: self.mla_latents(layer, index)?,
+            queries: queries.address(),
+            places: self.step.places.address,
+            pitch: width as u32,
+            kv_offset: layer.kv_offset as u32,
+            heads: shape.heads as u32,
+            nope: shape.nope as u32,
+            rope: shape.rope as u32,
+            latent: shape.latent as u32,
+            eps: layer.norm.eps,
+            query_pitch: query_pitch as u32,
+            query_source: query,
+        };
+        self.stream.launch(&self.kernels.mla_store, Grid::new(tokens, 1, 256), &params)
+    }
+
+    /// Where the queries lie, [tokens, heads (n + r)], and their pitch.
+    fn mla_queries(&mut self, layer: &Mla, projected: u64) -> Result<(u64, usize)> {
+        let (tokens, width) = (self.tokens(), layer.projection.rows);
+        let Some(low_rank) = &layer.low_rank else { return Ok((projected, width)) };
+        let element = self.precision.bytes();
+        let rank = low_rank.norm.width;
+        let pitch = rank.next_multiple_of(8);
+        let normed = self.scratch.take(tokens * pitch * element)?;
+        let queries = self.scratch.take(tokens * layer.query_width() * element)?;
+        let rows = NormRows {
+            rows: tokens,
+            residual: projected,
+            residual_pitch: width,
+            delta: 0,
+            out: normed,
+            out_pitch: pitch,
+        };
+        self.norm_rows(&low_rank.norm, &rows)?;
+        let product =
+            Product { input_pitch: pitch, ..Product::dense(tokens, rank, layer.query_width(), self.precision) };
+        let operands = Operands { input: normed, weight: low_rank.up.address(), out: queries };
+        self.blas.run(&self.stream, &product, operands)?;
+        Ok((queries, layer.query_width()))
+    }
+
+    fn mla_latents(&self, layer: &Mla, index: usize) -> Result<u64> {
+        let cache = self.cache()?;
+        if cache.shape().latent_width != layer.shape.cache_width() {
+            let expected = [layer.shape.cache_width()];
+            return Err(BackendError::shape("latent pages (R + r)", &expected, &[cache.shape().latent_width]));
+        }
+        if index >= cache.shape().mla_layers {
+            let limit = cache.shape().mla_layers as u64;
+            return Err(BackendError::Range { what: "MLA layer", index: index as u64, limit });
+        }
+        cache.latents(index)
+    }
+
+    /// Rows of a partial result of attention.
+    fn mla_part_rows(&self) -> usize {
+        self.mla_heads.unwrap_or(0).max(ITEM_ROWS)
+    }
+
+    /// Bytes of the current step's partial results.
+    pub(crate) fn mla_part_bytes(&self, latent: usize) -> usize {
+        self.step.parts * self.mla_part_rows() * (latent + 1) * 4 + 1024
+    }
+
+    pub(crate) fn mla_attend_run(
+        &mut self,
+        layer: &Mla,
+        index: usize,
+        queries: &Tensor,
+        partials: &Partials<Tensor>,
+    ) -> Result<()> {
+        let (tokens, shape) = (self.tokens(), layer.shape);
+        queries.expect("absorbed queries", tokens, shape.heads * shape.cache_width(), DType::Fp32)?;
+        expect_partials(partials, tokens, &shape)?;
+        let part_rows = self.mla_part_rows();
+        self.scratch.reset();
+        let part_output = self.scratch.take(self.step.parts * part_rows * shape.latent * 4)?;
+        let part_lse = self.scratch.take(self.step.parts * part_rows * 4)?;
+        let params = MlaAttendParams {
+            queries: queries.address(),
+            latents: self.mla_latents(layer, index)?,
+            output: partials.output.address(),
+            lse: partials.lse.address(),
+            part_output,
+            part_lse,
+            items: self.step.items.address,
+            ranges: self.step.ranges.address,
+            pages: self.step.pages.address,
+            merges: self.step.merges.address,
+            heads: shape.heads as u32,
+            latent: shape.latent as u32,
+            rope: shape.rope as u32,
+            part_rows: part_rows as u32,
+            scale: shape.scale(),
+            reserved: 0,
+        };
+        let rows = self.step.item_tokens * shape.heads;
+        let grid = Grid::new(self.step.items.count, rows.div_ceil(ATTEND_WARPS), 32 * ATTEND_WARPS as u32);
+        self.stream.launch(&self.kernels.mla_attend, grid, &params)?;
+        let grid = Grid::new(self.step.merges.count, rows, 128);
+        self.stream.launch(&self.kernels.mla_merge_splits, grid, &params)
+    }
+
+    pub(crate) fn mla_merge_run(
+        &mut self,
+        layer: &Mla,
+        partials: &Partials<Tensor>,
+        token: usize,
+        output: &[f32],
+        lse: &[f32],
+    ) -> Result<()> {
+        let shape = layer.shape;
+        expect_partials(partials, token + 1, &shape)?;
+        if output.len() != shape.heads * shape.latent || lse.len() != shape.heads {
+            let expected = [shape.heads * shape.latent, shape.heads];
+            return Err(BackendError::shape("part to merge", &expected, &[output.len(), lse.len()]));
+        }
+        self.scratch.reset();
+        let values = [output, lse].concat();
+        let other = self.scratch.send(&self.stream, bytemuck::cast_slice(&values))?;
+        let params = MlaMergeParams {
+            output: partials.output.address() + (token * output.len() * 4) as u64,
+            lse: partials.lse.address() + (token * lse.len() * 4) as u64,
+            other_output: other,
+            other_lse: other + size_of_val(output) as u64,
+            latent: shape.latent as u32,
+            reserved: 0,
+        };
+        self.stream.launch(&self.kernels.mla_merge_other, Grid::new(shape.heads, 1, 128), &params)
+    }
+
+    pub(crate) fn mla_output_run(&mut self, layer: &Mla, partials: &Partials<Tensor>, out: &Tensor) -> Result<()> {
+        let (tokens, shape, element) = (self.tokens(), layer.shape, self.precision.bytes());
+        expect_partials(partials, tokens, &shape)?;
+        out.expect("mla_output", tokens, shape.hidden, self.precision)?;
+        self.scratch.reset();
+        let count = tokens * shape.heads * shape.latent;
+        let latent = match self.precision {
+            DType::Fp32 => partials.output.address(),
+            DType::Bf16 => {
+                let narrow = self.scratch.take(count * element)?;
+                let input = partials.output.address();
+                let params = ElementParams { input, out: narrow, count: count as u64, width: 0, reserved: 0 };
+                let grid = Grid::new(count.div_ceil(256).min(1 << 16), 1, 256);
+                self.stream.launch(&self.kernels.convert_bf16, grid, &params)?;
+                narrow
+            }
+        };
+        // Values of a head out of its latent average: [tokens, R] . [m, R] transposed.
+        let width = shape.heads * shape.value;
+        let values = self.scratch.take(tokens * width * element)?;
+        let product = Product {
+            input_pitch: shape.heads * shape.latent,
+            out_pitch: width,
+            batch: shape.heads,
+            input_stride: shape.latent,
+            weight_stride: (shape.nope + shape.value) * shape.latent,
+            out_stride: shape.value,
+            ..Product::dense(tokens, shape.latent, shape.value, self.precision)
+        };
+        let operands = Operands { input: latent, weight: layer.kv_b.row(shape.nope), out: values };
+        self.blas.run(&self.stream, &product, operands)?;
+        let product = Product::dense(tokens, width, shape.hidden, self.precision);
+        let operands = Operands { input: values, weight: layer.output.address(), out: out.address() };
+        self.blas.run(&self.stream, &product, operands)
+    }
+}
+
+fn expect_partials(partials: &Partials<Tensor>, rows: usize, shape: &MlaShape) -> Result<()> {
+    partials.output.expect("partial outputs", rows, shape.heads * shape.latent, DType::Fp32)?;
+    partials.lse.expect("partial log-sum-exps", rows, shape.heads, DType::Fp32)
+}
+
+fn check(shape: &MlaShape, weights: &MlaWeights<'_>) -> Result<()> {
+    if shape.cache_width() > MOST_WIDTH {
+        return Err(BackendError::Unsupported(format!(
+            "an MLA layer that caches {} + {} numbers a token; up to {MOST_WIDTH}",
+            shape.latent, shape.rope
+        )));
+    }
+    let query_width = shape.heads * (shape.nope + shape.rope);
+    match &weights.query {
+        QueryWeights::Full(weight) => weight.expect(&[query_width, shape.hidden])?,
+        QueryWeights::LowRank { down, norm, up } => {
+            let rank = shape.query_rank.unwrap_or(0);
+            down.expect(&[rank, shape.hidden])?;
+            norm.expect(&[rank])?;
+            up.expect(&[query_width, rank])?;
+        }
+    }
+    weights.kv_a_proj.expect(&[shape.cache_width(), shape.hidden])?;
+    weights.kv_a_norm.expect(&[shape.latent])?;
+    weights.kv_b_proj.expect(&[shape.heads * (shape.nope + shape.value), shape.latent])?;
+    weights.o_proj.expect(&[shape.hidden, shape.heads * shape.value])
+}

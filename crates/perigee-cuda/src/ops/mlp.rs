@@ -1,0 +1,65 @@
+//! The gated MLP: one product for gate and up together, the activation, one product down. Also the shared experts.
+
+use perigee_backend::weights::MlpWeights;
+use perigee_backend::{MlpShape, Result};
+
+use crate::backend::CudaBackend;
+use crate::blas::{Operands, Product};
+use crate::loader::{Loader, Placement};
+use crate::params::ElementParams;
+use crate::scratch::Need;
+use crate::stream::Grid;
+use crate::tensor::{Matrix, Tensor};
+
+/// A dense MLP.
+#[derive(Debug)]
+pub struct Mlp {
+    shape: MlpShape,
+    /// [2 width, d]: gate rows, then up rows.
+    gate_up: Matrix,
+    /// [d, width]
+    down: Matrix,
+}
+
+impl CudaBackend {
+    pub(crate) fn mlp_load(&mut self, shape: &MlpShape, weights: &MlpWeights<'_>) -> Result<Mlp> {
+        weights.gate.expect(&[shape.width, shape.hidden])?;
+        weights.up.expect(&[shape.width, shape.hidden])?;
+        weights.down.expect(&[shape.hidden, shape.width])?;
+        let name = &weights.gate.name;
+        let gate_up = Loader::matrix(&self.stream, 2 * shape.width, shape.hidden, self.precision, name)?;
+        self.loader.place(&self.stream, &self.kernels, &weights.gate, &gate_up, Placement::at(0))?;
+        self.loader.place(&self.stream, &self.kernels, &weights.up, &gate_up, Placement::at(shape.width))?;
+        let down = self.load_matrix(&weights.down)?;
+        self.scratch.require(Self::mlp_need(shape, self.precision.bytes()));
+        Ok(Mlp { shape: *shape, gate_up, down })
+    }
+
+    /// Working memory of `mlp_rows`.
+    pub(crate) fn mlp_need(shape: &MlpShape, element: usize) -> Need {
+        Need { per_token: 3 * shape.width * element, fixed: 1024 }
+    }
+
+    pub(crate) fn mlp_run(&mut self, layer: &Mlp, x: &Tensor, out: &Tensor) -> Result<()> {
+        x.expect("mlp input", self.tokens(), layer.shape.hidden, self.precision)?;
+        out.expect("mlp output", self.tokens(), layer.shape.hidden, self.precision)?;
+        self.scratch.reset();
+        self.mlp_rows(layer, x.address(), out.address())
+    }
+
+    /// The MLP of the step's tokens, between two device addresses; takes working memory.
+    pub(crate) fn mlp_rows(&mut self, layer: &Mlp, x: u64, out: u64) -> Result<()> {
+        let (tokens, hidden, width) = (self.tokens(), layer.shape.hidden, layer.shape.width);
+        let element = self.precision.bytes();
+        let both = self.scratch.take(tokens * 2 * width * element)?;
+        let inner = self.scratch.take(tokens * width * element)?;
+        let product = Product::dense(tokens, hidden, 2 * width, self.precision);
+        self.blas.run(&self.stream, &product, Operands { input: x, weight: layer.gate_up.address(), out: both })?;
+        let count = tokens * width;
+        let params = ElementParams { input: both, out: inner, count: count as u64, width: width as u32, reserved: 0 };
+        let grid = Grid::new(count.div_ceil(256).min(1 << 16), 1, 256);
+        self.stream.launch(&self.kernels.silu_mul, grid, &params)?;
+        let product = Product::dense(tokens, width, hidden, self.precision);
+        self.blas.run(&self.stream, &product, Operands { input: inner, weight: layer.down.address(), out })
+    }
+}

@@ -1,0 +1,11 @@
+//! The launchers: one file for each op, with the names of the kernel folders. Each checks shapes, takes working memory and
+//! queues kernels and dense products; what the kernels compute stands beside them.
+
+pub(crate) mod embed;
+pub(crate) mod kda;
+pub(crate) mod logits;
+pub(crate) mod mla;
+pub(crate) mod mlp;
+pub(crate) mod moe;
+pub(crate) mod norm;
+pub(crate) mod reduce;

@@ -1,0 +1,292 @@
+//! The mixture of experts: router and selection, sort of (token, choice) entries by expert, grouped products, and the sum
+//! with the shared experts.
+
+use perigee_backend::weights::MoeWeights;
+use perigee_backend::{BackendError, DType, MlpShape, MoeShape, Result, Routing};
+
+use crate::backend::CudaBackend;
+use crate::buffer::Buffer;
+use crate::loader::{Loader, Placement};
+use crate::ops::mlp::Mlp;
+use crate::params::{MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, MoeTile};
+use crate::scratch::Need;
+use crate::stream::Grid;
+use crate::tensor::{Matrix, Tensor};
+
+/// Rows of a grouped product's tile.
+const TILE_ROWS: usize = 64;
+/// Columns of a grouped product's tile.
+const TILE_COLUMNS: usize = 64;
+/// Tokens that one warp of the router scores.
+const ROUTER_TOKENS: usize = 8;
+/// Gate rows and up rows alternate in blocks of this size.
+const BLOCK: usize = 8;
+/// Dynamic shared memory that any block may use without asking.
+const PLAIN_SHARED: usize = 48 << 10;
+
+/// A mixture of experts.
+#[derive(Debug)]
+pub struct Moe {
+    shape: MoeShape,
+    /// Inner width of an expert, padded to a multiple of [`BLOCK`] with zeros.
+    width: usize,
+    /// [E, d] float32
+    router: Matrix,
+    bias: Buffer,
+    /// [E][2 f][d]: blocks of 8 gate rows, then their 8 up rows.
+    gate_up: Matrix,
+    /// [E][d][f]
+    down: Matrix,
+    shared: Option<Mlp>,
+}
+
+/// Where the last layer's own selection lies.
+#[derive(Debug)]
+pub(crate) struct Selected {
+    own: Buffer,
+    count: usize,
+}
+
+/// Working memory of one run, by address.
+struct Work {
+    scores: u64,
+    chosen: u64,
+    weights: u64,
+    source: u64,
+    position: u64,
+    tiles: u64,
+    tile_count: u64,
+    inner: u64,
+    rows: u64,
+    shared: u64,
+}
+
+impl CudaBackend {
+    pub(crate) fn moe_load(&mut self, shape: &MoeShape, weights: &MoeWeights<'_>) -> Result<Moe> {
+        check(shape, weights)?;
+        let width = shape.width.next_multiple_of(BLOCK);
+        let name = &weights.router.name;
+        let router = Loader::matrix(&self.stream, shape.experts, shape.hidden, DType::Fp32, name)?;
+        self.loader.place(&self.stream, &self.kernels, &weights.router, &router, Placement::at(0))?;
+        let bias = self.loader.vector(&self.stream, &self.kernels, &weights.bias)?;
+        let gate_up_rows = shape.experts * 2 * width;
+        let gate_up = Loader::matrix(&self.stream, gate_up_rows, shape.hidden, self.precision, "expert gate and up")?;
+        let down = Loader::matrix(&self.stream, shape.experts * shape.hidden, width, self.precision, "expert down")?;
+        for (index, expert) in weights.experts.iter().enumerate() {
+            let first = index * 2 * width;
+            let alternate = |offset| Placement { offset, group: BLOCK, group_pitch: 2 * BLOCK };
+            self.loader.place(&self.stream, &self.kernels, &expert.gate, &gate_up, alternate(first))?;
+            self.loader.place(&self.stream, &self.kernels, &expert.up, &gate_up, alternate(first + BLOCK))?;
+            let rows = Placement::at(index * shape.hidden);
+            self.loader.place(&self.stream, &self.kernels, &expert.down, &down, rows)?;
+        }
+        let shared_shape = MlpShape { hidden: shape.hidden, width: shape.shared_width };
+        let shared = match &weights.shared {
+            Some(shared) => Some(self.mlp_load(&shared_shape, shared)?),
+            None => None,
+        };
+        self.scratch.require(need(shape, width, self.precision.bytes()));
+        Ok(Moe { shape: *shape, width, router, bias, gate_up, down, shared })
+    }
+
+    pub(crate) fn moe_run(&mut self, layer: &Moe, x: &Tensor, routing: Routing<'_>, out: &Tensor) -> Result<()> {
+        let (tokens, shape) = (self.tokens(), layer.shape);
+        x.expect("moe input", tokens, shape.hidden, self.precision)?;
+        out.expect("moe output", tokens, shape.hidden, self.precision)?;
+        self.scratch.reset();
+        let forced = self.moe_forced(&shape, routing)?;
+        let work = self.moe_work(layer)?;
+        self.moe_route(layer, x, forced, &work)?;
+        let entries = tokens * shape.top_k;
+        let tiles = entries.div_ceil(TILE_ROWS) + shape.experts.min(entries);
+        let product = MoeProductParams {
+            input: x.address(),
+            weight: layer.gate_up.address(),
+            out: work.inner,
+            source: work.source,
+            tiles: work.tiles,
+            tile_count: work.tile_count,
+            depth: shape.hidden as u32,
+            width: layer.width as u32,
+            top_k: shape.top_k as u32,
+            reserved: 0,
+        };
+        let grid = Grid::new(layer.width.div_ceil(TILE_COLUMNS), tiles, 256);
+        self.stream.launch(&self.kernels.moe_gate_up, grid, &product)?;
+        let product = MoeProductParams {
+            input: work.inner,
+            weight: layer.down.address(),
+            out: work.rows,
+            depth: layer.width as u32,
+            width: shape.hidden as u32,
+            ..product
+        };
+        let grid = Grid::new(shape.hidden.div_ceil(TILE_COLUMNS), tiles, 256);
+        self.stream.launch(&self.kernels.moe_down, grid, &product)?;
+        if let Some(shared) = &layer.shared {
+            self.mlp_rows(shared, x.address(), work.shared)?;
+        }
+        let params = MoeCombineParams {
+            rows: work.rows,
+            shared: if layer.shared.is_some() { work.shared } else { 0 },
+            position: work.position,
+            weights: work.weights,
+            out: out.address(),
+            hidden: shape.hidden as u32,
+            top_k: shape.top_k as u32,
+        };
+        self.stream.launch(&self.kernels.moe_combine, Grid::new(tokens, 1, 256), &params)
+    }
+
+    /// Forced choices on the device, or 0.
+    fn moe_forced(&mut self, shape: &MoeShape, routing: Routing<'_>) -> Result<u64> {
+        let Routing::Forced(experts) = routing else { return Ok(0) };
+        let expected = self.tokens() * shape.top_k;
+        if experts.len() != expected {
+            return Err(BackendError::shape("forced experts", &[expected], &[experts.len()]));
+        }
+        if let Some(&expert) = experts.iter().find(|&&expert| expert as usize >= shape.experts) {
+            return Err(BackendError::Range {
+                what: "forced expert",
+                index: expert.into(),
+                limit: shape.experts as u64,
+            });
+        }
+        self.scratch.send(&self.stream, bytemuck::cast_slice(experts))
+    }
+
+    fn moe_work(&mut self, layer: &Moe) -> Result<Work> {
+        let (tokens, shape, element) = (self.tokens(), layer.shape, self.precision.bytes());
+        let entries = tokens * shape.top_k;
+        let tiles = entries.div_ceil(TILE_ROWS) + shape.experts;
+        let scratch = &mut self.scratch;
+        Ok(Work {
+            scores: scratch.take(tokens * shape.experts * 4)?,
+            chosen: scratch.take(entries * 4)?,
+            weights: scratch.take(entries * 4)?,
+            source: scratch.take(entries * 4)?,
+            position: scratch.take(entries * 4)?,
+            tiles: scratch.take(tiles * size_of::<MoeTile>())?,
+            tile_count: scratch.take(4)?,
+            inner: scratch.take(entries * layer.width * element)?,
+            rows: scratch.take(entries * shape.hidden * element)?,
+            shared: scratch.take(tokens * shape.hidden * element)?,
+        })
+    }
+
+    /// Scores, selection, weights, and the sort by expert.
+    fn moe_route(&mut self, layer: &Moe, x: &Tensor, forced: u64, work: &Work) -> Result<()> {
+        let (tokens, shape) = (self.tokens(), layer.shape);
+        let entries = tokens * shape.top_k;
+        let params = MoeRouterParams {
+            x: x.address(),
+            weight: layer.router.address(),
+            scores: work.scores,
+            tokens: tokens as u32,
+            experts: shape.experts as u32,
+            hidden: shape.hidden as u32,
+            reserved: 0,
+        };
+        let grid = Grid::new(shape.experts.div_ceil(8), tokens.div_ceil(ROUTER_TOKENS), 256);
+        self.stream.launch(&self.kernels.moe_router, grid, &params)?;
+        let params = MoeSelectParams {
+            scores: work.scores,
+            bias: layer.bias.address(),
+            forced,
+            own: self.moe_selected(entries)?,
+            chosen: work.chosen,
+            weights: work.weights,
+            tokens: tokens as u32,
+            experts: shape.experts as u32,
+            top_k: shape.top_k as u32,
+            groups: shape.groups as u32,
+            top_groups: shape.top_groups as u32,
+            renormalize: u32::from(shape.renormalize),
+            scale: shape.scale,
+            reserved: 0,
+        };
+        let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
+        self.stream.launch(&self.kernels.moe_select, grid, &params)?;
+        let params = MoeSortParams {
+            chosen: work.chosen,
+            source: work.source,
+            position: work.position,
+            tiles: work.tiles,
+            tile_count: work.tile_count,
+            entries: entries as u32,
+            experts: shape.experts as u32,
+            tile_rows: TILE_ROWS as u32,
+            reserved: 0,
+        };
+        let grid = Grid::new(1, 1, 1024).shared(shape.experts * 4);
+        self.stream.launch(&self.kernels.moe_sort, grid, &params)
+    }
+
+    /// Room for the layer's own selection; kept until the next layer's. Grows outside of steady state only.
+    fn moe_selected(&mut self, entries: usize) -> Result<u64> {
+        if self.selected.as_ref().is_none_or(|selected| selected.own.bytes() < entries * 4) {
+            let room = entries.max(self.most_rows * entries.div_ceil(self.tokens().max(1))) * 4;
+            let own = Buffer::new(self.stream.device(), room, "selected experts")?;
+            self.selected = Some(Selected { own, count: 0 });
+        }
+        match &mut self.selected {
+            Some(selected) => {
+                selected.count = entries;
+                Ok(selected.own.address())
+            }
+            None => Ok(0),
+        }
+    }
+
+    pub(crate) fn moe_read_selected(&self) -> Result<Vec<u32>> {
+        let Some(selected) = &self.selected else { return Ok(Vec::new()) };
+        let mut bytes = vec![0; selected.count * 4];
+        self.stream.read(&selected.own, 0, &mut bytes)?;
+        Ok(bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect())
+    }
+}
+
+/// Shared memory of one warp of the selection.
+fn select_shared(shape: &MoeShape) -> usize {
+    (2 * shape.experts + shape.groups + shape.top_k) * 4
+}
+
+fn need(shape: &MoeShape, width: usize, element: usize) -> Need {
+    let entry = 5 * 4 + (width + shape.hidden) * element;
+    let shared = CudaBackend::mlp_need(&MlpShape { hidden: shape.hidden, width: shape.shared_width }, element);
+    Need {
+        per_token: shape.top_k * (entry + size_of::<MoeTile>())
+            + shape.experts * 4
+            + shape.hidden * element
+            + shared.per_token,
+        fixed: (shape.experts + 1) * size_of::<MoeTile>() + 16 * 256 + shared.fixed,
+    }
+}
+
+fn check(shape: &MoeShape, weights: &MoeWeights<'_>) -> Result<()> {
+    let groups_fit = shape.groups > 0
+        && shape.experts.is_multiple_of(shape.groups)
+        && (1..=shape.groups).contains(&shape.top_groups)
+        && (shape.groups == 1 || shape.experts / shape.groups >= 2);
+    let kept = shape.experts / shape.groups.max(1) * shape.top_groups;
+    if !groups_fit || shape.top_k == 0 || shape.top_k > kept || 4 * select_shared(shape) > PLAIN_SHARED {
+        return Err(BackendError::Unsupported(format!(
+            "a mixture of {} experts in {} groups with {} groups and {} experts a token",
+            shape.experts, shape.groups, shape.top_groups, shape.top_k
+        )));
+    }
+    weights.router.expect(&[shape.experts, shape.hidden])?;
+    weights.bias.expect(&[shape.experts])?;
+    if weights.experts.len() != shape.experts {
+        return Err(BackendError::shape("experts of a layer", &[shape.experts], &[weights.experts.len()]));
+    }
+    for expert in &weights.experts {
+        expert.gate.expect(&[shape.width, shape.hidden])?;
+        expert.up.expect(&[shape.width, shape.hidden])?;
+        expert.down.expect(&[shape.hidden, shape.width])?;
+    }
+    if weights.shared.is_some() != (shape.shared_width > 0) {
+        return Err(BackendError::shape("shared experts (width)", &[shape.shared_width], &[0]));
+    }
+    Ok(())
+}

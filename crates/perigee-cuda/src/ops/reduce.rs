@@ -1,0 +1,79 @@
+//! Exchange among the ranks of the group through host memory: right for any group, and the only way until ranks share a
+//! device-side communicator. A group of one moves nothing.
+
+use perigee_backend::{BackendError, DType, Result};
+
+use crate::backend::CudaBackend;
+use crate::ops::logits::Head;
+use crate::tensor::Tensor;
+
+fn failed(error: impl std::fmt::Display) -> BackendError {
+    BackendError::Collective(error.to_string())
+}
+
+/// Little-endian float32 numbers.
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
+}
+
+impl CudaBackend {
+    pub(crate) fn all_reduce_run(&mut self, x: &mut Tensor) -> Result<()> {
+        if self.group.size() == 1 {
+            return Ok(());
+        }
+        let rows = self.tokens().min(x.rows);
+        let mut values = self.read_rows(x, rows)?;
+        self.group.all_reduce(&mut values).map_err(failed)?;
+        self.write_rows(x, &values)
+    }
+
+    /// Logits of all ranks, row by row, from this rank's part at `mine` on the device.
+    pub(crate) fn gather_logits(&mut self, head: &Head, rows: usize, mine: u64, out: &mut Tensor) -> Result<()> {
+        let counts = head.counts();
+        let width = counts[self.group.rank()];
+        let part = self.scratch.read(&self.stream, mine, rows * width * 4)?;
+        let part = floats(&part);
+        let shares: Vec<usize> = counts.iter().map(|count| count * rows).collect();
+        let mut gathered = vec![0.0; shares.iter().sum()];
+        self.group.all_gather(&part, &shares, &mut gathered).map_err(failed)?;
+        // Ranks follow each other in the gathered values; a row of logits needs its pieces side by side.
+        let mut values = Vec::with_capacity(gathered.len());
+        for row in 0..rows {
+            let mut before = 0;
+            for (count, share) in counts.iter().zip(&shares) {
+                values.extend_from_slice(&gathered[before + row * count..][..*count]);
+                before += share;
+            }
+        }
+        self.write_rows(out, &values)
+    }
+
+    /// The first rows of a tensor as float32.
+    pub(crate) fn read_rows(&self, tensor: &Tensor, rows: usize) -> Result<Vec<f32>> {
+        let count = rows * tensor.width;
+        let mut bytes = vec![0u8; count * tensor.dtype.bytes()];
+        self.stream.read(&tensor.buffer, 0, &mut bytes)?;
+        Ok(match tensor.dtype {
+            DType::Fp32 => floats(&bytes),
+            DType::Bf16 => {
+                bytes.chunks_exact(2).map(|pair| half::bf16::from_le_bytes([pair[0], pair[1]]).to_f32()).collect()
+            }
+        })
+    }
+
+    /// Overwrites the first rows of a tensor.
+    pub(crate) fn write_rows(&self, tensor: &Tensor, values: &[f32]) -> Result<()> {
+        if tensor.width == 0 || !values.len().is_multiple_of(tensor.width) || values.len() > tensor.rows * tensor.width
+        {
+            return Err(BackendError::shape("values written", &[tensor.rows, tensor.width], &[values.len()]));
+        }
+        match tensor.dtype {
+            DType::Fp32 => self.stream.write(&tensor.buffer, 0, bytemuck::cast_slice(values)),
+            DType::Bf16 => {
+                let narrow: Vec<u8> =
+                    values.iter().flat_map(|&value| half::bf16::from_f32(value).to_le_bytes()).collect();
+                self.stream.write(&tensor.buffer, 0, &narrow)
+            }
+        }
+    }
+}

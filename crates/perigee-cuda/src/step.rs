@@ -1,0 +1,378 @@
+//! What kernels know of the current step: tokens, rows, places of latents and the attention plan, packed into one block and
+//! sent once. Sections have sizes rounded up to powers of two, so that steps of like size find them at the same addresses.
+
+use bytemuck::{NoUninit, cast_slice};
+use perigee_backend::{BackendError, PAGE_TOKENS, Result, Row, StepBatch};
+
+use crate::params::{AttendItem, AttendMerge, AttendRange, KdaChunk, KdaRow};
+use crate::stream::{Stream, Upload};
+
+/// Query rows (tokens times heads) of one attention item.
+pub(crate) const ITEM_ROWS: usize = 64;
+/// Tokens of one chunk of the chunked KDA form.
+pub(crate) const CHUNK_TOKENS: usize = 64;
+/// An item's result that needs no merge.
+const NO_PART: u32 = u32::MAX;
+/// Least keys of a split: below it a split costs more than it gains.
+const LEAST_SPLIT: usize = 256;
+
+/// A section of the block: where it lies on the device and how many elements it has.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Section {
+    pub(crate) address: u64,
+    pub(crate) count: usize,
+}
+
+/// The current step.
+#[derive(Debug, Default)]
+pub(crate) struct Step {
+    upload: Option<Upload>,
+    packed: Vec<u8>,
+    pub(crate) tokens: Section,
+    pub(crate) logits: Section,
+    /// Place of each token's latent: page * 64 + offset.
+    pub(crate) places: Section,
+    /// Rows of one token.
+    pub(crate) decode_rows: Section,
+    /// Rows of several tokens.
+    pub(crate) prefill_rows: Section,
+    /// Chunks of the rows of several tokens, row after row.
+    pub(crate) chunks: Section,
+    /// First chunk of every row of several tokens, and one past the last.
+    pub(crate) row_chunks: Section,
+    pub(crate) pages: Section,
+    pub(crate) ranges: Section,
+    pub(crate) items: Section,
+    pub(crate) merges: Section,
+    /// Partial results of attention.
+    pub(crate) parts: usize,
+    /// Most tokens of an item.
+    pub(crate) item_tokens: usize,
+}
+
+/// What the attention plan depends on besides the batch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Planning {
+    /// Query heads of MLA layers, 0 where there are none.
+    pub(crate) heads: usize,
+    /// Items that fill the device.
+    pub(crate) items: usize,
+}
+
+impl Step {
+    /// Plans a batch and sends the plan.
+    pub(crate) fn begin(&mut self, stream: &Stream, batch: &StepBatch, planning: Planning) -> Result<()> {
+        let rows = Rows::new(batch)?;
+        let attention = Attention::plan(batch, planning);
+        self.packed.clear();
+        self.tokens = self.pack(&batch.tokens);
+        self.logits = self.pack(&batch.logits);
+        self.places = self.pack(&rows.places);
+        self.decode_rows = self.pack(&rows.decode);
+        self.prefill_rows = self.pack(&rows.prefill);
+        self.chunks = self.pack(&rows.chunks);
+        self.row_chunks = self.pack(&rows.row_chunks);
+        self.items = self.pack(&attention.items);
+        self.merges = self.pack(&attention.merges);
+        self.ranges = self.pack(&attention.ranges);
+        self.pages = self.pack(&attention.pages);
+        self.parts = attention.parts as usize;
+        self.item_tokens = attention.item_tokens;
+        self.send(stream)
+    }
+
+    /// Appends a section; its address is an offset until `send`.
+    fn pack<T: NoUninit>(&mut self, values: &[T]) -> Section {
+        let offset = self.packed.len();
+        let bytes: &[u8] = cast_slice(values);
+        self.packed.extend_from_slice(bytes);
+        self.packed.resize(offset + bytes.len().next_power_of_two().max(256), 0);
+        Section { address: offset as u64, count: values.len() }
+    }
+
+    fn send(&mut self, stream: &Stream) -> Result<()> {
+        let bytes = self.packed.len();
+        if self.upload.as_ref().is_none_or(|upload| upload.capacity() < bytes) {
+            // Work already queued may still read the block that goes.
+            stream.wait()?;
+            self.upload = Some(Upload::new(stream.device(), bytes.next_power_of_two().max(1 << 16), "step plan")?);
+        }
+        let Some(upload) = &mut self.upload else { return Ok(()) };
+        upload.send(stream, &self.packed)?;
+        let base = upload.address();
+        for section in [
+            &mut self.tokens,
+            &mut self.logits,
+            &mut self.places,
+            &mut self.decode_rows,
+            &mut self.prefill_rows,
+            &mut self.chunks,
+            &mut self.row_chunks,
+            &mut self.items,
+            &mut self.merges,
+            &mut self.ranges,
+            &mut self.pages,
+        ] {
+            section.address += base;
+        }
+        Ok(())
+    }
+}
+
+/// Rows as KDA and the latent store see them.
+#[derive(Debug, Default)]
+struct Rows {
+    decode: Vec<KdaRow>,
+    prefill: Vec<KdaRow>,
+    chunks: Vec<KdaChunk>,
+    row_chunks: Vec<u32>,
+    places: Vec<u32>,
+}
+
+impl Rows {
+    fn new(batch: &StepBatch) -> Result<Self> {
+        let mut rows = Self { row_chunks: vec![0], ..Self::default() };
+        let mut first_token = 0;
+        for row in &batch.rows {
+            let end = row.position + u64::from(row.tokens);
+            if end > u64::from(u32::MAX) {
+                return Err(BackendError::Range { what: "position", index: end, limit: u64::from(u32::MAX) });
+            }
+            rows.place(row)?;
+            let entry =
+                KdaRow { first_token, tokens: row.tokens, read_slot: row.read_slot, write_slot: row.write_slot };
+            first_token += row.tokens;
+            if row.tokens == 1 {
+                rows.decode.push(entry);
+                continue;
+            }
+            for first in (0..row.tokens).step_by(CHUNK_TOKENS) {
+                let tokens = (row.tokens - first).min(CHUNK_TOKENS as u32);
+                rows.chunks.push(KdaChunk { row: rows.prefill.len() as u32, first, tokens });
+            }
+            rows.prefill.push(entry);
+            rows.row_chunks.push(rows.chunks.len() as u32);
+        }
+        Ok(rows)
+    }
+
+    /// Places of the row's new latents; the segments that hold them were checked to be there.
+    fn place(&mut self, row: &Row) -> Result<()> {
+        let mut segments = row.segments.iter();
+        let mut current = segments.next();
+        for position in row.position..row.position + u64::from(row.tokens) {
+            while current.is_some_and(|segment| segment.end <= position) {
+                current = segments.next();
+            }
+            let Some(segment) = current.filter(|segment| segment.start <= position) else {
+                return Err(BackendError::Batch(format!("no segment has room for the latents of position {position}")));
+            };
+            let (page, offset) = segment.locate(position);
+            self.places.push(page * PAGE_TOKENS as u32 + offset as u32);
+        }
+        Ok(())
+    }
+}
+
+/// Which block computes which queries against which keys.
+#[derive(Debug, Default)]
+struct Attention {
+    items: Vec<AttendItem>,
+    ranges: Vec<AttendRange>,
+    merges: Vec<AttendMerge>,
+    pages: Vec<u32>,
+    parts: u32,
+    item_tokens: usize,
+}
+
+impl Attention {
+    /// Cuts each row into tiles of queries, and each tile's keys into splits as even as pages allow. The split length is such
+    /// that all splits together just fill the device; a tile with one split needs no merge.
+    fn plan(batch: &StepBatch, planning: Planning) -> Self {
+        let mut plan = Self::default();
+        if planning.heads == 0 {
+            return plan;
+        }
+        let tile = (ITEM_ROWS / planning.heads).max(1);
+        let tiles: usize = batch.rows.iter().map(|row| (row.tokens as usize).div_ceil(tile)).sum();
+        let keys: u64 =
+            batch.rows.iter().map(|row| keys_before(row, u64::MAX) * (row.tokens as usize).div_ceil(tile) as u64).sum();
+        let free = planning.items.saturating_sub(tiles).max(1);
+        let even = if tiles >= planning.items { usize::MAX } else { (keys as usize).div_ceil(free) };
+        let split = even.max(LEAST_SPLIT).checked_next_multiple_of(PAGE_TOKENS).unwrap_or(usize::MAX);
+        let mut first_token = 0;
+        for row in &batch.rows {
+            let tables = plan.tables(row);
+            for first in (0..row.tokens).step_by(tile) {
+                let tokens = (row.tokens - first).min(tile as u32);
+                let item = AttendItem {
+                    first_token: first_token + first,
+                    tokens,
+                    first_position: (row.position + u64::from(first)) as u32,
+                    first_range: 0,
+                    ranges: 0,
+                    part: NO_PART,
+                };
+                plan.item_tokens = plan.item_tokens.max(tokens as usize);
+                plan.tile(row, &tables, item, split);
+            }
+            first_token += row.tokens;
+        }
+        plan
+    }
+
+    /// Appends the row's page tables; where each segment's begins.
+    fn tables(&mut self, row: &Row) -> Vec<u32> {
+        row.segments
+            .iter()
+            .map(|segment| {
+                let at = self.pages.len() as u32;
+                self.pages.extend_from_slice(&segment.pages);
+                at
+            })
+            .collect()
+    }
+
+    /// Items of one tile: ranges are gathered until a split is full.
+    fn tile(&mut self, row: &Row, tables: &[u32], template: AttendItem, split: usize) {
+        let end = u64::from(template.first_position) + u64::from(template.tokens);
+        let first_item = self.items.len();
+        let mut item = AttendItem { first_range: self.ranges.len() as u32, ..template };
+        let mut room = split;
+        for (segment, &pages) in row.segments.iter().zip(tables) {
+            let last = segment.end.min(end);
+            let mut start = segment.start;
+            while start < last {
+                // A split ends at a page's end.
+                let reach = start.saturating_add(room as u64) / PAGE_TOKENS as u64 * PAGE_TOKENS as u64;
+                let stop = if reach > start { reach.min(last) } else { last.min(start + PAGE_TOKENS as u64) };
+                let first_page = (segment.start / PAGE_TOKENS as u64) as u32;
+                self.ranges.push(AttendRange { pages, first_page, start: start as u32, end: stop as u32 });
+                item.ranges += 1;
+                room = room.saturating_sub((stop - start) as usize);
+                start = stop;
+                if room < PAGE_TOKENS {
+                    self.items.push(item);
+                    item = AttendItem { first_range: self.ranges.len() as u32, ..template };
+                    room = split;
+                }
+            }
+        }
+        if item.ranges > 0 {
+            self.items.push(item);
+        }
+        let count = (self.items.len() - first_item) as u32;
+        if count == 1 {
+            return;
+        }
+        // No keys at all cannot happen: a row holds at least its own. Several items are merged.
+        for item in &mut self.items[first_item..] {
+            item.part = self.parts;
+            self.parts += 1;
+        }
+        let first_part = self.parts - count;
+        self.merges.push(AttendMerge {
+            first_token: template.first_token,
+            tokens: template.tokens,
+            first_part,
+            parts: count,
+        });
+    }
+}
+
+/// Local keys of a row below a position.
+fn keys_before(row: &Row, end: u64) -> u64 {
+    row.segments.iter().map(|segment| segment.end.min(end).saturating_sub(segment.start)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use perigee_backend::Segment;
+
+    use super::*;
+
+    fn segment(start: u64, end: u64, first: u32) -> Segment {
+        let count = Segment::pages_for(start, end) as u32;
+        Segment { start, end, pages: (first..first + count).collect() }
+    }
+
+    fn batch(rows: Vec<Row>) -> StepBatch {
+        let tokens = rows.iter().map(|row| row.tokens).sum::<u32>();
+        StepBatch { tokens: vec![0; tokens as usize], rows, logits: vec![] }
+    }
+
+    fn row(position: u64, tokens: u32, segments: Vec<Segment>) -> Row {
+        Row { tokens, position, read_slot: 0, write_slot: 0, segments }
+    }
+
+    /// Every token sees every local key at or before it exactly once.
+    fn check_cover(batch: &StepBatch, plan: &Attention) {
+        let mut first_token = 0u32;
+        for row in &batch.rows {
+            for at in 0..row.tokens {
+                let (token, position) = (first_token + at, (row.position + u64::from(at)) as u32);
+                let mut seen = Vec::new();
+                for item in &plan.items {
+                    if !(item.first_token..item.first_token + item.tokens).contains(&token) {
+                        continue;
+                    }
+                    assert_eq!(item.first_position + token - item.first_token, position);
+                    for range in &plan.ranges[item.first_range as usize..(item.first_range + item.ranges) as usize] {
+                        seen.extend(range.start..range.end.min(position + 1));
+                    }
+                }
+                seen.sort_unstable();
+                let expected: Vec<u32> = row
+                    .segments
+                    .iter()
+                    .flat_map(|segment| segment.start as u32..segment.end.min(u64::from(position) + 1) as u32)
+                    .collect();
+                assert_eq!(seen, expected, "token {token}");
+            }
+            first_token += row.tokens;
+        }
+    }
+
+    #[test]
+    fn splits_cover_each_key_once() {
+        let batch = batch(vec![
+            row(5000, 1, vec![segment(0, 777, 0), segment(777, 4001, 40), segment(4500, 5001, 100)]),
+            row(60, 9, vec![segment(0, 69, 200)]),
+            row(0, 1, vec![segment(0, 1, 210)]),
+        ]);
+        for heads in [4, 32, 100] {
+            for items in [1, 8, 264] {
+                let plan = Attention::plan(&batch, Planning { heads, items });
+                check_cover(&batch, &plan);
+                let merged: u32 = plan.merges.iter().map(|merge| merge.parts).sum();
+                assert_eq!(merged, plan.parts);
+            }
+        }
+    }
+
+    #[test]
+    fn a_long_context_fills_the_device_and_a_full_batch_is_not_split() {
+        let long = batch(vec![row(131_071, 1, vec![segment(0, 131_072, 0)])]);
+        let plan = Attention::plan(&long, Planning { heads: 32, items: 264 });
+        assert!((200..=264).contains(&plan.items.len()), "{} items", plan.items.len());
+        assert_eq!(plan.merges.len(), 1);
+        let many = batch((0..300).map(|at| row(999, 1, vec![segment(0, 1000, at * 16)])).collect());
+        let plan = Attention::plan(&many, Planning { heads: 32, items: 264 });
+        assert_eq!((plan.items.len(), plan.parts), (300, 0));
+    }
+
+    #[test]
+    fn rows_of_several_tokens_are_cut_into_chunks() {
+        let batch = batch(vec![
+            row(0, 130, vec![segment(0, 130, 0)]),
+            row(7, 1, vec![segment(0, 8, 9)]),
+            row(0, 64, vec![segment(0, 64, 10)]),
+        ]);
+        let rows = Rows::new(&batch).unwrap();
+        assert_eq!((rows.decode.len(), rows.prefill.len()), (1, 2));
+        assert_eq!(rows.chunks.iter().map(|chunk| chunk.tokens).collect::<Vec<_>>(), [64, 64, 2, 64]);
+        assert_eq!(rows.row_chunks, [0, 3, 4]);
+        assert_eq!(rows.places[129], 2 * 64 + 1);
+        assert_eq!(rows.places[130], 9 * 64 + 7);
+    }
+}

@@ -1,0 +1,279 @@
+//! The compute stream: launches, copies and fills in order, and the wait for them. Every copy checks its ranges. Other
+//! streams (remote attention, copies) will be further values of the same type, ordered by events.
+
+use bytemuck::Pod;
+use cudarc::driver::result::stream::StreamKind;
+use cudarc::driver::{result, sys};
+use perigee_backend::{BackendError, Result};
+
+use crate::buffer::{Buffer, Pinned};
+use crate::device::{Device, fault};
+use crate::module::Kernel;
+
+/// Blocks and threads of a launch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Grid {
+    pub(crate) blocks: (u32, u32, u32),
+    pub(crate) threads: u32,
+    /// Dynamic shared memory of a block in bytes.
+    pub(crate) shared: u32,
+}
+
+impl Grid {
+    /// A grid without dynamic shared memory; sizes beyond 32 bits saturate and fail at the launch.
+    pub(crate) fn new(x: usize, y: usize, threads: u32) -> Self {
+        let narrow = |value| u32::try_from(value).unwrap_or(u32::MAX);
+        Self { blocks: (narrow(x), narrow(y), 1), threads, shared: 0 }
+    }
+
+    /// The same with dynamic shared memory.
+    pub(crate) fn shared(self, bytes: usize) -> Self {
+        Self { shared: u32::try_from(bytes).unwrap_or(u32::MAX), ..self }
+    }
+}
+
+/// An ordered queue of device work.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    raw: sys::CUstream,
+    device: Device,
+}
+
+impl Stream {
+    pub(crate) fn new(device: &Device) -> Result<Self> {
+        device.bind()?;
+        let raw = result::stream::create(StreamKind::NonBlocking).map_err(fault("creating a stream"))?;
+        Ok(Self { raw, device: device.clone() })
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub(crate) fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    /// Queues a kernel. An empty grid is no work.
+    pub(crate) fn launch<P: Pod>(&self, kernel: &Kernel<P>, grid: Grid, argument: &P) -> Result<()> {
+        if grid.blocks.0 == 0 || grid.blocks.1 == 0 || grid.blocks.2 == 0 {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let mut pointers = [std::ptr::from_ref(argument).cast_mut().cast()];
+        // SAFETY: the kernel's module is loaded and its one argument has exactly the size of `P` (checked by
+        // `Modules::kernel`); the driver copies the argument before it returns. Arguments hold addresses of device
+        // allocations only, never of host memory, so a wrong index in a kernel can fault the context or spoil device
+        // results but cannot touch memory that Rust owns.
+        unsafe {
+            result::launch_kernel(
+                kernel.function(),
+                grid.blocks,
+                (grid.threads, 1, 1),
+                grid.shared,
+                self.raw,
+                &mut pointers,
+            )
+        }
+        .map_err(|error| BackendError::Device(format!("launching {} with {grid:?}: {error:?}", kernel.name())))
+    }
+
+    /// Copies host bytes to the device in stream order. The bytes are taken before the call returns.
+    pub(crate) fn write(&self, to: &Buffer, offset: usize, bytes: &[u8]) -> Result<()> {
+        let address = to.part(offset, bytes.len())?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        // SAFETY: the destination range lies inside its allocation; from pageable memory the driver copies into its own
+        // staging before it returns, and the wait below makes that hold for page-locked memory too.
+        unsafe { result::memcpy_htod_async(address, bytes, self.raw) }.map_err(fault("copying to the device"))?;
+        self.wait()
+    }
+
+    /// Queues a copy from page-locked memory. The owner of `from` keeps it unchanged until the copy is done.
+    pub(crate) fn write_pinned(&self, to: &Buffer, from: &Pinned, bytes: usize) -> Result<()> {
+        let address = to.part(0, bytes)?;
+        self.device.bind()?;
+        let source = from.as_slice().get(..bytes).ok_or(BackendError::Range {
+            what: "page-locked byte",
+            index: bytes as u64,
+            limit: from.as_slice().len() as u64,
+        })?;
+        // SAFETY: both ranges were checked; `Upload` owns `from` and waits on an event recorded after this copy before it
+        // refills or drops it.
+        unsafe { result::memcpy_htod_async(address, source, self.raw) }.map_err(fault("copying to the device"))
+    }
+
+    /// Copies to the host and waits for it.
+    pub(crate) fn read(&self, from: &Buffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        let address = from.part(offset, bytes.len())?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        // SAFETY: the source range lies inside its allocation; `bytes` stays borrowed until the wait below returns.
+        unsafe { result::memcpy_dtoh_async(bytes, address, self.raw) }.map_err(fault("copying to the host"))?;
+        self.wait()
+    }
+
+    /// Copies within the device; the ranges are of different buffers or do not overlap.
+    pub(crate) fn copy(
+        &self,
+        from: &Buffer,
+        from_offset: usize,
+        to: &Buffer,
+        to_offset: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        let source = from.part(from_offset, bytes)?;
+        let target = to.part(to_offset, bytes)?;
+        if bytes == 0 || source == target {
+            return Ok(());
+        }
+        self.device.bind()?;
+        // SAFETY: both ranges lie inside live allocations.
+        unsafe { result::memcpy_dtod_async(target, source, bytes, self.raw) }.map_err(fault("copying on the device"))
+    }
+
+    /// Fills a range with a repeated 16-bit pattern; offset and size are even.
+    pub(crate) fn fill(&self, to: &Buffer, offset: usize, bytes: usize, pattern: u16) -> Result<()> {
+        let address = to.part(offset, bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.device.bind()?;
+        // SAFETY: the range lies inside a live allocation, and the context is that of the stream.
+        unsafe { sys::cuMemsetD16Async(address, pattern, bytes / 2, self.raw) }
+            .result()
+            .map_err(fault("filling device memory"))
+    }
+
+    /// Waits until all queued work is done.
+    pub(crate) fn wait(&self) -> Result<()> {
+        self.device.bind()?;
+        // SAFETY: the stream is alive as long as `self`.
+        unsafe { result::stream::synchronize(self.raw) }.map_err(fault("waiting for the device"))
+    }
+}
+
+// SAFETY: a stream belongs to its context, not to a thread; every call binds the context first.
+unsafe impl Send for Stream {}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: the stream was created by `new` and is destroyed once; queued work is finished first.
+            unsafe {
+                let _ = result::stream::synchronize(self.raw);
+                let _ = result::stream::destroy(self.raw);
+            }
+        }
+    }
+}
+
+/// A point in a stream.
+#[derive(Debug)]
+pub(crate) struct Event {
+    raw: sys::CUevent,
+    device: Device,
+}
+
+impl Event {
+    /// An event; `timed` ones can be subtracted.
+    pub(crate) fn new(device: &Device, timed: bool) -> Result<Self> {
+        device.bind()?;
+        let flags =
+            if timed { sys::CUevent_flags::CU_EVENT_DEFAULT } else { sys::CUevent_flags::CU_EVENT_DISABLE_TIMING };
+        let raw = result::event::create(flags).map_err(fault("creating an event"))?;
+        Ok(Self { raw, device: device.clone() })
+    }
+
+    pub(crate) fn record(&self, stream: &Stream) -> Result<()> {
+        // SAFETY: event and stream are alive and of the same context.
+        unsafe { result::event::record(self.raw, stream.raw) }.map_err(fault("recording an event"))
+    }
+
+    /// Waits until the work before the last record is done; at once if there was none.
+    pub(crate) fn wait(&self) -> Result<()> {
+        self.device.bind()?;
+        // SAFETY: the event is alive as long as `self`.
+        unsafe { result::event::synchronize(self.raw) }.map_err(fault("waiting for an event"))
+    }
+
+    /// Milliseconds from `start` to this event; both timed, recorded and done.
+    pub(crate) fn since(&self, start: &Event) -> Result<f32> {
+        // SAFETY: both events are alive.
+        unsafe { result::event::elapsed(start.raw, self.raw) }.map_err(fault("reading a time"))
+    }
+}
+
+// SAFETY: as for `Stream`.
+unsafe impl Send for Event {}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: created by `new`, destroyed once; the driver defers it while a record is pending.
+            let _ = unsafe { result::event::destroy(self.raw) };
+        }
+    }
+}
+
+/// Host data on its way to one device buffer, step after step: two page-locked buffers in turn, so that filling one does not
+/// wait for the copy of the other.
+#[derive(Debug)]
+pub(crate) struct Upload {
+    device: Device,
+    target: Buffer,
+    turns: [(Pinned, Event); 2],
+    turn: usize,
+}
+
+impl Upload {
+    pub(crate) fn new(device: &Device, bytes: usize, what: &str) -> Result<Self> {
+        let side = || Ok::<_, BackendError>((Pinned::new(device, bytes)?, Event::new(device, false)?));
+        Ok(Self {
+            target: Buffer::new(device, bytes, what)?,
+            turns: [side()?, side()?],
+            turn: 0,
+            device: device.clone(),
+        })
+    }
+
+    /// Bytes that fit.
+    pub(crate) fn capacity(&self) -> usize {
+        self.target.bytes()
+    }
+
+    /// Where the data lies on the device.
+    pub(crate) fn address(&self) -> u64 {
+        self.target.address()
+    }
+
+    /// Sends `bytes`, at most `capacity`, in stream order.
+    pub(crate) fn send(&mut self, stream: &Stream, bytes: &[u8]) -> Result<()> {
+        self.turn = 1 - self.turn;
+        let (pinned, sent) = &mut self.turns[self.turn];
+        sent.wait()?;
+        let room = pinned.as_mut_slice().get_mut(..bytes.len()).ok_or(BackendError::Range {
+            what: "upload byte",
+            index: bytes.len() as u64,
+            limit: self.target.bytes() as u64,
+        })?;
+        room.copy_from_slice(bytes);
+        stream.write_pinned(&self.target, pinned, bytes.len())?;
+        sent.record(stream)
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            for (_, sent) in &self.turns {
+                // A failed wait means a broken context, in which no copy runs any more.
+                let _ = sent.wait();
+            }
+        }
+    }
+}

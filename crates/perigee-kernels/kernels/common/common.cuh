@@ -1,0 +1,54 @@
+// What every kernel shares: conversions between storage types and float32, reductions over a warp or a block, and the
+// activations of the model in float32. No op lives here.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <stdint.h>
+
+using bf16 = __nv_bfloat16;
+
+constexpr int kWarp = 32;
+
+// Value of a stored element in float32, and the reverse with one rounding.
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
+template <class T>
+__device__ __forceinline__ T narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }
+
+// x as it would be after a trip through storage type T.
+template <class T>
+__device__ __forceinline__ float rounded(float x) { return widen(narrow<T>(x)); }
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+// ln(1 + e^x); above 20 the reference uses x itself.
+__device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));
+  return x;
+}
+
+// Sum over the block, the same bits in every thread; blockDim.x is a multiple of 32, up to 1024. `scratch` holds 32 floats
+// and may be reused at once: the function ends with a barrier.
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+  const int warps = blockDim.x / kWarp;
+  x = warp_sum(x);
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  float total = threadIdx.x % kWarp < warps ? scratch[threadIdx.x % kWarp] : 0.0f;
+  total = warp_sum(total);
+  __syncthreads();
+  return total;
+}

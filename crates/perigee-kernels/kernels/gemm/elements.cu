@@ -1,0 +1,26 @@
+// Element-wise companions of dense products: float32 partial sums to the type that the next product reads, and the gated
+// activation of an MLP. Bound by bytes.
+#include "common/common.cuh"
+#include "gemm/params.h"
+
+template <class T>
+__device__ __forceinline__ void convert(const ElementParams& p) {
+  const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+  for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
+    static_cast<T*>(p.out)[i] = narrow<T>(static_cast<const float*>(p.in)[i]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void silu_mul(const ElementParams& p) {
+  const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+  for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
+    const uint64_t row = i / p.width;
+    const T* gate = static_cast<const T*>(p.in) + row * 2 * p.width + (i - row * p.width);
+    static_cast<T*>(p.out)[i] = narrow<T>(silu(widen(gate[0])) * widen(gate[p.width]));
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) convert_bf16(const __grid_constant__ ElementParams p) { convert<bf16>(p); }
+extern "C" __global__ void __launch_bounds__(256) silu_mul_fp32(const __grid_constant__ ElementParams p) { silu_mul<float>(p); }
+extern "C" __global__ void __launch_bounds__(256) silu_mul_bf16(const __grid_constant__ ElementParams p) { silu_mul<bf16>(p); }

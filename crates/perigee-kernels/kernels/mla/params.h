@@ -1,0 +1,78 @@
+// Parameters of the MLA kernels. The Rust side mirrors this layout. T is the activation type; R latent, r rope, n nope.
+#pragma once
+#include <stdint.h>
+
+constexpr uint32_t kPageTokens = 64;
+constexpr uint32_t kNoPart = 0xffffffffu;
+
+// Query tokens of one row, against a list of key ranges.
+struct AttendItem {
+  uint32_t first_token;     // index in the step
+  uint32_t tokens;
+  uint32_t first_position;  // absolute position of the first token
+  uint32_t first_range;     // into the ranges
+  uint32_t ranges;
+  uint32_t part;            // slot of the partial result, or kNoPart: straight to the output
+};
+
+// Keys of absolute positions start .. end.
+struct AttendRange {
+  uint32_t pages;      // index into the page table of the page that holds `first_page`
+  uint32_t first_page; // absolute page number, position / 64, of that entry
+  uint32_t start;
+  uint32_t end;
+};
+
+// Parts to be merged for some tokens.
+struct AttendMerge {
+  uint32_t first_token;
+  uint32_t tokens;
+  uint32_t first_part;
+  uint32_t parts;
+};
+
+struct MlaStoreParams {
+  const void* projected;        // [tokens][pitch] T: queries of heads (n + r), then at kv_offset the latent R and the key r
+  const float* norm;            // [R]
+  void* latents;                // [pages][64][R + r] T of this layer
+  float* queries;               // [tokens][heads][R + r]; only the last r of a head are written here
+  const uint32_t* places;       // [tokens]: page * 64 + offset of the token's latent
+  uint32_t pitch;
+  uint32_t kv_offset;
+  uint32_t heads;
+  uint32_t nope;
+  uint32_t rope;
+  uint32_t latent;
+  float eps;
+  uint32_t query_pitch;         // of the queries' source, which may be another matrix
+  const void* query_source;     // [tokens][query_pitch] T
+};
+
+struct MlaAttendParams {
+  const float* queries;         // [tokens][heads][R + r], unscaled
+  const void* latents;          // [pages][64][R + r] T of this layer
+  float* output;                // [tokens][heads][R]
+  float* lse;                   // [tokens][heads]
+  float* part_output;           // [parts][part_rows][R]
+  float* part_lse;              // [parts][part_rows]; row = token within the item * heads + head
+  const AttendItem* items;
+  const AttendRange* ranges;
+  const uint32_t* pages;
+  const AttendMerge* merges;
+  uint32_t heads;
+  uint32_t latent;
+  uint32_t rope;
+  uint32_t part_rows;
+  float scale;
+  uint32_t reserved;
+};
+
+// Another part of the same queries, for one token.
+struct MlaMergeParams {
+  float* output;                // [heads][R], of the token
+  float* lse;                   // [heads]
+  const float* other_output;    // [heads][R]
+  const float* other_lse;       // [heads]
+  uint32_t latent;
+  uint32_t reserved;
+};

@@ -1,0 +1,187 @@
+// The router: scores in float32, grouped top-k on biased scores, weights from unbiased ones, and the sort of (token, choice)
+// entries by expert that the grouped products need. See README.md.
+#include "common/common.cuh"
+#include "moe/params.h"
+
+constexpr int kRouterTokens = 8;  // tokens of a warp: the weight row is read once for all of them
+
+// One warp an expert, for kRouterTokens tokens. Float32 products and sums, in one order whatever the batch.
+template <class T>
+__device__ __forceinline__ void router(const MoeRouterParams& p) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  const uint32_t expert = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  if (expert >= p.experts) return;
+  const uint32_t first = blockIdx.y * kRouterTokens;
+  const uint32_t tokens = min(static_cast<uint32_t>(kRouterTokens), p.tokens - first);
+  const float* weight = p.weight + static_cast<uint64_t>(expert) * p.hidden;
+  const T* x = static_cast<const T*>(p.x) + static_cast<uint64_t>(first) * p.hidden;
+  float sums[kRouterTokens] = {};
+  for (uint32_t i = lane; i < p.hidden; i += kWarp) {
+    const float w = weight[i];
+#pragma unroll
+    for (int t = 0; t < kRouterTokens; t++) {
+      if (t < tokens) sums[t] += w * widen(x[static_cast<uint64_t>(t) * p.hidden + i]);
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kRouterTokens; t++) {
+    const float sum = warp_sum(sums[t]);
+    if (lane == 0 && t < tokens) p.scores[static_cast<uint64_t>(first + t) * p.experts + expert] = sum;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) moe_router_fp32(const __grid_constant__ MoeRouterParams p) { router<float>(p); }
+extern "C" __global__ void __launch_bounds__(256) moe_router_bf16(const __grid_constant__ MoeRouterParams p) { router<bf16>(p); }
+
+// The largest value over a warp and its index; the lowest index wins ties. An index of ~0 means nothing was offered.
+__device__ __forceinline__ void warp_argmax(float& value, uint32_t& index) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const float other = __shfl_xor_sync(~0u, value, distance);
+    const uint32_t other_index = __shfl_xor_sync(~0u, index, distance);
+    const bool take = other_index != ~0u && (index == ~0u || other > value || (other == value && other_index < index));
+    if (take) {
+      value = other;
+      index = other_index;
+    }
+  }
+}
+
+// One warp a token. Shared memory of a warp: scores [E], biased scores [E], group scores [groups], chosen [k].
+extern "C" __global__ void __launch_bounds__(128) moe_select(const __grid_constant__ MoeSelectParams p) {
+  extern __shared__ float shared[];
+  const uint32_t lane = threadIdx.x % kWarp;
+  const uint32_t token = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  if (token >= p.tokens) return;
+  float* scores = shared + static_cast<uint64_t>(threadIdx.x / kWarp) * (2 * p.experts + p.groups + p.top_k);
+  float* biased = scores + p.experts;
+  float* group_scores = biased + p.experts;
+  uint32_t* picked = reinterpret_cast<uint32_t*>(group_scores + p.groups);
+  const float* raw = p.scores + static_cast<uint64_t>(token) * p.experts;
+  for (uint32_t e = lane; e < p.experts; e += kWarp) {
+    scores[e] = sigmoid(raw[e]);
+    biased[e] = scores[e] + p.bias[e];
+  }
+  __syncwarp();
+  if (p.groups > 1) {
+    const uint32_t size = p.experts / p.groups;
+    for (uint32_t g = lane; g < p.groups; g += kWarp) {
+      float best = -INFINITY, second = -INFINITY;
+      for (uint32_t e = g * size; e < (g + 1) * size; e++) {
+        second = fmaxf(second, fminf(best, biased[e]));
+        best = fmaxf(best, biased[e]);
+      }
+      group_scores[g] = best + second;
+    }
+    __syncwarp();
+    // A group is kept if fewer than top_groups groups come before it in the order (score, then lower number).
+    for (uint32_t g = lane; g < p.groups; g += kWarp) {
+      uint32_t before = 0;
+      for (uint32_t other = 0; other < p.groups; other++) {
+        before += group_scores[other] > group_scores[g] || (group_scores[other] == group_scores[g] && other < g);
+      }
+      if (before >= p.top_groups) {
+        for (uint32_t e = g * size; e < (g + 1) * size; e++) biased[e] = -INFINITY;
+      }
+    }
+    __syncwarp();
+  }
+  for (uint32_t choice = 0; choice < p.top_k; choice++) {
+    float value = -INFINITY;
+    uint32_t index = ~0u;
+    for (uint32_t e = lane; e < p.experts; e += kWarp) {
+      if (biased[e] > value) {
+        value = biased[e];
+        index = e;
+      }
+    }
+    warp_argmax(value, index);
+    // Not-a-number scores offer nothing; the choice number keeps indices in range, and the result is not-a-number anyway.
+    if (index == ~0u) index = choice;
+    if (lane == 0) {
+      picked[choice] = index;
+      biased[index] = -INFINITY;
+    }
+    __syncwarp();
+  }
+  const uint64_t to = static_cast<uint64_t>(token) * p.top_k;
+  for (uint32_t choice = lane; choice < p.top_k; choice += kWarp) {
+    uint32_t before = 0;
+    for (uint32_t other = 0; other < p.top_k; other++) {
+      before += picked[other] < picked[choice] || (picked[other] == picked[choice] && other < choice);
+    }
+    p.own[to + before] = picked[choice];
+  }
+  __syncwarp();
+  const uint32_t* chosen = (p.forced ? p.forced : p.own) + to;
+  float sum = 0.0f;
+  for (uint32_t choice = 0; choice < p.top_k; choice++) sum += scores[chosen[choice]];
+  const float factor = (p.renormalize ? 1.0f / (sum + 1e-20f) : 1.0f) * p.scale;
+  for (uint32_t choice = lane; choice < p.top_k; choice += kWarp) {
+    p.chosen[to + choice] = chosen[choice];
+    p.weights[to + choice] = scores[chosen[choice]] * factor;
+  }
+}
+
+// One block. Counts, offsets, tiles and places of all entries. The order within an expert varies from run to run, which no
+// result depends on: rows are computed by themselves and summed by token in the order of choices.
+extern "C" __global__ void __launch_bounds__(1024) moe_sort(const __grid_constant__ MoeSortParams p) {
+  extern __shared__ uint32_t counts[];  // [E] counts, then cursors
+  for (uint32_t e = threadIdx.x; e < p.experts; e += blockDim.x) counts[e] = 0;
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < p.entries; i += blockDim.x) atomicAdd(&counts[p.chosen[i]], 1u);
+  __syncthreads();
+  if (threadIdx.x < kWarp) {
+    uint32_t rows_before = 0, tiles_before = 0;
+    for (uint32_t base = 0; base < p.experts; base += kWarp) {
+      const uint32_t expert = base + threadIdx.x;
+      const uint32_t count = expert < p.experts ? counts[expert] : 0;
+      const uint32_t tiles = (count + p.tile_rows - 1) / p.tile_rows;
+      uint32_t rows_to = count, tiles_to = tiles;
+#pragma unroll
+      for (int distance = 1; distance < kWarp; distance *= 2) {
+        const uint32_t r = __shfl_up_sync(~0u, rows_to, distance);
+        const uint32_t t = __shfl_up_sync(~0u, tiles_to, distance);
+        if (threadIdx.x >= distance) {
+          rows_to += r;
+          tiles_to += t;
+        }
+      }
+      const uint32_t first_row = rows_before + rows_to - count;
+      const uint32_t first_tile = tiles_before + tiles_to - tiles;
+      for (uint32_t t = 0; t < tiles; t++) {
+        p.tiles[first_tile + t] = {expert, first_row + t * p.tile_rows, min(p.tile_rows, count - t * p.tile_rows)};
+      }
+      if (expert < p.experts) counts[expert] = first_row;
+      rows_before += __shfl_sync(~0u, rows_to, kWarp - 1);
+      tiles_before += __shfl_sync(~0u, tiles_to, kWarp - 1);
+    }
+    if (threadIdx.x == 0) *p.tile_count = tiles_before;
+  }
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < p.entries; i += blockDim.x) {
+    const uint32_t row = atomicAdd(&counts[p.chosen[i]], 1u);
+    p.source[row] = i;
+    p.position[i] = row;
+  }
+}
+
+// One block a token: the weighted sum of its experts' rows in the order of choices, on top of the shared experts.
+template <class T>
+__device__ __forceinline__ void combine(const MoeCombineParams& p) {
+  const uint64_t token = blockIdx.x;
+  const T* rows = static_cast<const T*>(p.rows);
+  const T* shared = static_cast<const T*>(p.shared);
+  for (uint32_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
+    float sum = 0.0f;
+    for (uint32_t choice = 0; choice < p.top_k; choice++) {
+      const uint64_t entry = token * p.top_k + choice;
+      sum += p.weights[entry] * widen(rows[static_cast<uint64_t>(p.position[entry]) * p.hidden + i]);
+    }
+    if (shared) sum += widen(shared[token * p.hidden + i]);
+    static_cast<T*>(p.out)[token * p.hidden + i] = narrow<T>(sum);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) moe_combine_fp32(const __grid_constant__ MoeCombineParams p) { combine<float>(p); }
+extern "C" __global__ void __launch_bounds__(256) moe_combine_bf16(const __grid_constant__ MoeCombineParams p) { combine<bf16>(p); }

@@ -1,0 +1,73 @@
+// Parameters of the mixture-of-experts kernels. The Rust side mirrors this layout. T is the activation type, E experts,
+// k experts of a token, f inner width (padded to a multiple of 8), d hidden.
+#pragma once
+#include <stdint.h>
+
+// Rows of one expert that one block column of a grouped product computes.
+struct MoeTile {
+  uint32_t expert;
+  uint32_t first;   // sorted row
+  uint32_t rows;
+};
+
+struct MoeRouterParams {
+  const void* x;            // [tokens][d] T
+  const float* weight;      // [E][d]
+  float* scores;            // [tokens][E]: products before the sigmoid
+  uint32_t tokens;
+  uint32_t experts;
+  uint32_t hidden;
+  uint32_t reserved;
+};
+
+struct MoeSelectParams {
+  const float* scores;      // [tokens][E]
+  const float* bias;        // [E]
+  const uint32_t* forced;   // [tokens][k], or null
+  uint32_t* own;            // [tokens][k], ascending: the layer's own selection
+  uint32_t* chosen;         // [tokens][k]: what is computed
+  float* weights;           // [tokens][k]
+  uint32_t tokens;
+  uint32_t experts;
+  uint32_t top_k;
+  uint32_t groups;
+  uint32_t top_groups;
+  uint32_t renormalize;
+  float scale;
+  uint32_t reserved;
+};
+
+struct MoeSortParams {
+  const uint32_t* chosen;   // [entries]
+  uint32_t* source;         // [entries]: entry (token * k + choice) of every sorted row
+  uint32_t* position;       // [entries]: sorted row of every entry
+  MoeTile* tiles;
+  uint32_t* tile_count;     // [1]
+  uint32_t entries;
+  uint32_t experts;
+  uint32_t tile_rows;
+  uint32_t reserved;
+};
+
+struct MoeProductParams {
+  const void* in;           // gate and up: x [tokens][d] T; down: inner rows [entries][f] T
+  const void* weight;       // gate and up: [E][2 f][d] T, blocks of 8 gate rows then 8 up rows; down: [E][d][f] T
+  void* out;                // gate and up: [entries][f] T, silu(gate) . up; down: [entries][d] T
+  const uint32_t* source;   // gate and up: sorted row to entry
+  const MoeTile* tiles;
+  const uint32_t* tile_count;
+  uint32_t depth;           // summed length: d, or f
+  uint32_t width;           // columns of `out`: f, or d
+  uint32_t top_k;
+  uint32_t reserved;
+};
+
+struct MoeCombineParams {
+  const void* rows;         // [entries][d] T, sorted
+  const void* shared;       // [tokens][d] T, or null
+  const uint32_t* position; // [entries]
+  const float* weights;     // [entries]
+  void* out;                // [tokens][d] T
+  uint32_t hidden;
+  uint32_t top_k;
+};

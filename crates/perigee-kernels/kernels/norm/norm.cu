@@ -1,0 +1,85 @@
+// RMS norm, alone or after adding a delta to the residual stream: one block a row. See README.md.
+#include "common/common.cuh"
+#include "norm/params.h"
+
+// Four elements at once.
+struct Quad {
+  float x[4];
+};
+
+__device__ __forceinline__ Quad read4(const float* p) {
+  const float4 v = *reinterpret_cast<const float4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+__device__ __forceinline__ Quad read4(const bf16* p) {
+  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  const float2 low = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v.x));
+  const float2 high = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v.y));
+  return {{low.x, low.y, high.x, high.y}};
+}
+__device__ __forceinline__ void write4(float* p, const Quad& q) {
+  *reinterpret_cast<float4*>(p) = make_float4(q.x[0], q.x[1], q.x[2], q.x[3]);
+}
+__device__ __forceinline__ void write4(bf16* p, const Quad& q) {
+  uint2 v;
+  *reinterpret_cast<__nv_bfloat162*>(&v.x) = __floats2bfloat162_rn(q.x[0], q.x[1]);
+  *reinterpret_cast<__nv_bfloat162*>(&v.y) = __floats2bfloat162_rn(q.x[2], q.x[3]);
+  *reinterpret_cast<uint2*>(p) = v;
+}
+
+// The normed value is rounded to T before the weight multiplies it, as the reference does.
+template <class T>
+__device__ __forceinline__ float weighted(float x, float scale, float weight) {
+  return rounded<T>(x * scale) * weight;
+}
+
+template <class T>
+__device__ __forceinline__ void rms_norm(const NormParams& p) {
+  __shared__ float scratch[kWarp];
+  T* residual = static_cast<T*>(p.residual) + static_cast<uint64_t>(blockIdx.x) * p.residual_pitch;
+  const T* delta = p.delta ? static_cast<const T*>(p.delta) + static_cast<uint64_t>(blockIdx.x) * p.width : nullptr;
+  T* out = static_cast<T*>(p.out) + static_cast<uint64_t>(blockIdx.x) * p.out_pitch;
+  const bool wide = (p.width | p.residual_pitch | p.out_pitch) % 4 == 0;
+  float squares = 0.0f;
+  if (wide) {
+    for (uint32_t i = threadIdx.x * 4; i < p.width; i += blockDim.x * 4) {
+      Quad x = read4(residual + i);
+      if (delta) {
+        const Quad d = read4(delta + i);
+#pragma unroll
+        for (int e = 0; e < 4; e++) x.x[e] = rounded<T>(x.x[e] + d.x[e]);
+        write4(residual + i, x);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; e++) squares += x.x[e] * x.x[e];
+    }
+  } else {
+    for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) {
+      float x = widen(residual[i]);
+      if (delta) {
+        x = rounded<T>(x + widen(delta[i]));
+        residual[i] = narrow<T>(x);
+      }
+      squares += x * x;
+    }
+  }
+  // Each thread reads back below only what it wrote above.
+  const float mean = block_sum(squares, scratch) / static_cast<float>(p.width);
+  const float scale = 1.0f / sqrtf(mean + p.eps);
+  if (wide) {
+    for (uint32_t i = threadIdx.x * 4; i < p.width; i += blockDim.x * 4) {
+      Quad x = read4(residual + i);
+      const Quad w = read4(p.weight + i);
+#pragma unroll
+      for (int e = 0; e < 4; e++) x.x[e] = weighted<T>(x.x[e], scale, w.x[e]);
+      write4(out + i, x);
+    }
+  } else {
+    for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) {
+      out[i] = narrow<T>(weighted<T>(widen(residual[i]), scale, p.weight[i]));
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(512) rms_norm_fp32(const __grid_constant__ NormParams p) { rms_norm<float>(p); }
+extern "C" __global__ void __launch_bounds__(512) rms_norm_bf16(const __grid_constant__ NormParams p) { rms_norm<bf16>(p); }
