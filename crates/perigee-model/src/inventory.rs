@@ -37,8 +37,8 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
-    /// The shape without axes that are always 1: `[n]` or `[rows, columns]`. A_log [1, 1, Hk, 1] becomes [Hk], a
-    /// convolution [P, 1, W] becomes [P, W].
+    /// The shape without axes that are always 1: `[n]` or `[rows, columns]`. A_log, `[1, 1, Hk, 1]`, becomes
+    /// `[Hk]`; a convolution, `[P, 1, W]`, becomes `[P, W]`.
     pub fn view(&self) -> Vec<usize> {
         match *self.shape.as_slice() {
             [1, 1, heads, 1] => vec![heads],
