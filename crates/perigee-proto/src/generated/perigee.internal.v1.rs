@@ -118,6 +118,9 @@ pub struct Welcome {
     /// cpu or cuda.
     #[prost(string, tag = "8")]
     pub device: ::prost::alloc::string::String,
+    /// Most tokens in one step, decode rows and prefill chunks together.
+    #[prost(uint32, tag = "9")]
+    pub step_tokens: u32,
 }
 /// The model that a replica serves.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -159,6 +162,9 @@ pub struct GenerationDefaults {
     /// Repetition penalty.
     #[prost(float, optional, tag = "4")]
     pub repetition_penalty: ::core::option::Option<f32>,
+    /// Least share of the most likely token's probability.
+    #[prost(float, optional, tag = "5")]
+    pub min_p: ::core::option::Option<f32>,
 }
 /// A validated request.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -18,7 +18,7 @@ pub struct GenerateRequest {
     /// How to sample. Default: the model's generation_config.json.
     #[prost(message, optional, tag = "4")]
     pub sampling: ::core::option::Option<SamplingParams>,
-    /// Strings that end generation and are left out of the text; at most 16 of at most 1024 bytes each, none empty.
+    /// Strings that end generation and are left out of the text; at most 16 of at most 256 bytes each, none empty.
     /// Default: none. INVALID_ARGUMENT otherwise; FAILED_PRECONDITION where the cluster has no tokenizer.
     #[prost(string, repeated, tag = "5")]
     pub stop: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
@@ -299,8 +299,7 @@ pub struct GetModelInfoResponse {
     /// Largest sampling.logprobs and sampling.prompt_logprobs.
     #[prost(uint32, tag = "10")]
     pub max_logprobs: u32,
-    /// Values that absent sampling fields take; only temperature, top_k and top_p are set here, and repetition_penalty
-    /// where the model's generation_config.json has one.
+    /// Values that absent sampling fields take: temperature, top_k, top_p, min_p and repetition_penalty are set here.
     #[prost(message, optional, tag = "11")]
     pub default_sampling: ::core::option::Option<SamplingParams>,
 }
