@@ -147,3 +147,15 @@ pub(crate) fn conform_on_divergence<C: Collective + 'static>(group: Vec<C>) {
     assert!(!named.is_empty(), "{errors:?}");
     assert!(named.iter().all(|text| text.contains("all_reduce (call ") && text.contains("or (call ")), "{named:?}");
 }
+
+/// A rank of three that fails on its own arguments: the others must be told who gave up, not merely lose it.
+pub(crate) fn conform_on_misuse<C: Collective + 'static>(group: Vec<C>) {
+    let errors = on_threads(group, |mut rank| {
+        let root = if rank.rank() == 1 { 7 } else { 1 };
+        rank.broadcast(root, &mut [0; 4]).unwrap_err()
+    });
+    assert!(matches!(errors[1], CollectiveError::RootOutOfRange { root: 7, size: 3 }), "{}", errors[1]);
+    for error in [&errors[0], &errors[2]] {
+        assert!(matches!(error, CollectiveError::GaveUp { reporter: 1, rank: 1 }), "{error}");
+    }
+}

@@ -123,6 +123,12 @@ fn a_rank_that_died_while_joining_makes_room_for_its_successor() {
     let first = thread::spawn(move || SocketCollective::join_with_listener(config(0, 3, leader), listener));
     // Rank 2 registers and is gone before rank 1, without which the group cannot form, has come.
     TcpStream::connect(leader).unwrap().write_all(&raw_hello(2)).unwrap();
+    // With rank 1 the table would be complete, were the dead rank still counted; so nobody is answered.
+    let mut unanswered = TcpStream::connect(leader).unwrap();
+    unanswered.write_all(&raw_hello(1)).unwrap();
+    unanswered.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    assert!(unanswered.read(&mut [0]).is_err());
+    drop(unanswered);
     let second = thread::spawn(move || SocketCollective::join(config(1, 3, leader)));
     let third = SocketCollective::join(config(2, 3, leader)).unwrap();
     let group = vec![first.join().unwrap().unwrap(), second.join().unwrap().unwrap(), third];

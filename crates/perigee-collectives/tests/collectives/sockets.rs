@@ -6,7 +6,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::conformance::{conform, conform_on_divergence, conform_on_loss, on_threads};
+use crate::conformance::{conform, conform_on_divergence, conform_on_loss, conform_on_misuse, on_threads};
 use perigee_collectives::{Collective, CollectiveError, SocketCollective, SocketConfig};
 
 type Joined = Result<SocketCollective, CollectiveError>;
@@ -92,6 +92,11 @@ fn a_lost_rank_is_named_by_all() {
 fn a_rank_that_diverges_is_noticed() {
     conform_on_divergence(group(2));
     conform_on_divergence(group(4));
+}
+
+#[test]
+fn wrong_arguments_on_one_rank_end_the_group_for_all() {
+    conform_on_misuse(group(3));
 }
 
 #[test]
