@@ -1,1 +1,7 @@
-//! Logs, metric names and request ids.
+//! Logs, metric names and request spans: what an operator sees of every process, named once. It measures nothing itself.
+
+pub mod logs;
+pub mod metrics;
+
+pub use logs::{LogFormat, LogOptions, LogsError, request_span};
+pub use metrics::{Metrics, MetricsError};
