@@ -1,0 +1,113 @@
+//! Cases of the gated MLP and of the mixture of experts: outputs, and the router's choice, which must be the reference's
+//! own because no choice here hangs on a near tie.
+
+use crate::error::Result;
+use crate::ops::{Backend, Routing};
+use crate::shapes::{MlpShape, MoeShape};
+
+use super::check::{Checks, Quantity};
+use super::draw::{Draw, Origin};
+use super::harness::{Harness, small_cache};
+use super::reference::experts::{Bias, MlpLayer, MoeLayer};
+use super::{Case, Factory};
+
+const PLAIN: MoeShape = MoeShape {
+    hidden: 64,
+    experts: 8,
+    top_k: 2,
+    groups: 1,
+    top_groups: 1,
+    renormalize: true,
+    scale: 2.446,
+    width: 32,
+    shared_width: 32,
+};
+
+pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
+    let mut cases = Vec::new();
+    for (name, hidden, width, origin) in
+        [("narrow", 64, 32, Origin::Bytes), ("wide", 128, 384, Origin::Bytes), ("random rule", 64, 96, Origin::Rules)]
+    {
+        cases.push(Case::new(format!("mlp/{name}"), move |factory: &mut F, checks| {
+            mlp(factory, checks, MlpShape { hidden, width }, origin)
+        }));
+    }
+    let grouped = MoeShape { experts: 16, top_k: 4, groups: 4, top_groups: 2, ..PLAIN };
+    let variants = [
+        ("one group", PLAIN, Bias::Mixed),
+        ("no renormalisation", MoeShape { renormalize: false, ..PLAIN }, Bias::Mixed),
+        ("no shared experts", MoeShape { shared_width: 0, ..PLAIN }, Bias::Mixed),
+        ("two shared experts", MoeShape { shared_width: 64, ..PLAIN }, Bias::Mixed),
+        ("all experts chosen", MoeShape { experts: 4, top_k: 4, ..PLAIN }, Bias::Mixed),
+        ("one expert chosen", MoeShape { top_k: 1, ..PLAIN }, Bias::Mixed),
+        ("experts without a token", PLAIN, Bias::Lopsided),
+        ("negative bias", PLAIN, Bias::Negative),
+        ("four groups", grouped, Bias::Mixed),
+        ("four groups, negative bias", grouped, Bias::Negative),
+        ("four groups, no renormalisation", MoeShape { renormalize: false, ..grouped }, Bias::Negative),
+        ("many experts", MoeShape { hidden: 128, experts: 64, top_k: 8, width: 64, ..PLAIN }, Bias::Mixed),
+    ];
+    for (name, shape, bias) in variants {
+        cases.push(Case::new(format!("moe/{name}"), move |factory: &mut F, checks| {
+            moe(factory, checks, shape, bias, Origin::Bytes)
+        }));
+    }
+    cases.push(Case::new("moe/random rule".into(), move |factory: &mut F, checks| {
+        moe(factory, checks, PLAIN, Bias::Mixed, Origin::Rules)
+    }));
+    cases
+}
+
+fn mlp<F: Factory>(factory: &mut F, checks: &mut Checks, shape: MlpShape, origin: Origin) -> Result<()> {
+    let model = MlpLayer::draw(shape, 21, origin);
+    let (mut h, layer) =
+        Harness::open(factory, small_cache(), |backend: &mut F::B| backend.load_mlp(&shape, &model.weights()))?;
+    let (mut x, mut out) = (h.activations(shape.hidden)?, h.activations(shape.hidden)?);
+    let mut draw = Draw::new(22);
+    for count in [1, 2, 17, 65, 200] {
+        let values = draw.normals(count * shape.hidden, 1.0, h.activation);
+        h.begin_count(count)?;
+        h.upload(&mut x, &values)?;
+        h.backend.mlp(&layer, &x, &mut out)?;
+        let found = h.backend.read(&out, count)?;
+        let expected: Vec<f64> = values.chunks_exact(shape.hidden).flat_map(|x| model.run(x)).collect();
+        checks.close(&format!("{count} tokens"), Quantity::Product, shape.hidden, &found, &expected);
+    }
+    Ok(())
+}
+
+fn moe<F: Factory>(factory: &mut F, checks: &mut Checks, shape: MoeShape, bias: Bias, origin: Origin) -> Result<()> {
+    let width = shape.hidden;
+    let model = MoeLayer::draw(shape, bias, 23, origin);
+    let (mut h, layer) =
+        Harness::open(factory, small_cache(), |backend: &mut F::B| backend.load_moe(&shape, &model.weights()))?;
+    let (mut x, mut out) = (h.activations(width)?, h.activations(width)?);
+    let mut draw = Draw::new(24);
+    let mut moved = 0;
+    for count in [1, 2, 33, 128] {
+        let values = model.inputs(&mut draw, count, h.activation);
+        let tokens: Vec<&[f64]> = values.chunks_exact(width).collect();
+        let own: Vec<Vec<u32>> = tokens.iter().map(|x| model.choose(x).experts).collect();
+        moved += tokens.iter().zip(&own).filter(|(x, own)| model.choose_unbiased(x).experts != **own).count();
+        // Any experts, in any order within a token.
+        let forced: Vec<Vec<u32>> = tokens
+            .iter()
+            .map(|_| draw.permutation(shape.experts)[..shape.top_k].iter().map(|&e| e as u32).collect())
+            .collect();
+        h.begin_count(count)?;
+        h.upload(&mut x, &values)?;
+        let flat = forced.concat();
+        for (how, routing, chosen) in [("free", Routing::Free, &own), ("forced", Routing::Forced(&flat), &forced)] {
+            h.backend.moe(&layer, &x, routing, &mut out)?;
+            let found = h.backend.read(&out, count)?;
+            let expected: Vec<f64> = tokens.iter().zip(chosen).flat_map(|(x, chosen)| model.run(x, chosen)).collect();
+            checks.close(&format!("{count} tokens, {how}"), Quantity::Experts, width, &found, &expected);
+            let selected = h.backend.selected_experts()?;
+            checks.equal(&format!("own choice of {count} tokens, {how}"), &selected, &own.concat());
+        }
+    }
+    if shape.top_k < shape.experts {
+        checks.holds("the case's own bias", moved > 0, || "changes no choice".into());
+    }
+    Ok(())
+}
