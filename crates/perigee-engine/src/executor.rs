@@ -1,7 +1,7 @@
 //! What the step loop drives: something that runs a planned step on every rank of the replica and reports every rank's
 //! result. The real one is a group of ranks; tests put a modelled one in its place.
 
-use perigee_backend::{StepBatch, StatePart};
+use perigee_backend::{StatePart, StepBatch};
 use perigee_sampling::{Draw, Sampled};
 use serde::{Deserialize, Serialize};
 

@@ -1,0 +1,131 @@
+//! What the scheduler keeps of a task: how far it is, where it stands and what it holds. It does not decide anything.
+
+use std::cmp::Reverse;
+use std::time::Instant;
+
+use super::types::{NewTask, Rank, Status, TaskId};
+use crate::cache::{Latents, SlotPair};
+
+/// Where a task stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In the queue with nothing: new, or to be computed again.
+    Queued,
+    /// Running, with slots for itself and for its followers.
+    Running { slots: SlotPair, reserved: Vec<u32> },
+    /// In the queue, with its state and latents in host memory.
+    Parked { key: u64, bytes: u64 },
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Task {
+    pub(crate) id: TaskId,
+    pub(crate) followers: Vec<TaskId>,
+    pub(crate) priority: i32,
+    pub(crate) arrival: u64,
+    pub(crate) deadline: Option<Instant>,
+    /// Tokens known.
+    pub(crate) length: u64,
+    /// Tokens covered by state and latents.
+    pub(crate) computed: u64,
+    /// Position of the last prompt token where a row must end before it: a fork, or the end of prompt logits.
+    pub(crate) barrier: Option<u64>,
+    /// Whether logits are wanted for positions before the barrier.
+    pub(crate) prompt_logits: bool,
+    /// Positions from the start whose logits were already had: a recomputation does not ask again.
+    pub(crate) scored: u64,
+    /// How many later tasks were admitted before this one since it queued.
+    pub(crate) overtaken: u32,
+    /// The local pages are in the pool's books except while parked.
+    pub(crate) latents: Latents,
+    pub(crate) place: Place,
+}
+
+impl Task {
+    pub(crate) fn new(new: NewTask, arrival: u64) -> Self {
+        let barrier = (new.prompt_logits || !new.followers.is_empty()).then(|| new.length.saturating_sub(1));
+        Self {
+            id: new.id,
+            followers: new.followers,
+            priority: new.priority,
+            arrival,
+            deadline: new.deadline,
+            length: new.length,
+            computed: 0,
+            barrier,
+            prompt_logits: new.prompt_logits,
+            scored: 0,
+            overtaken: 0,
+            latents: Latents::new(),
+            place: Place::Queued,
+        }
+    }
+
+    /// A follower that leaves with what `latents` says; it has the same tokens and its prompt logits are done.
+    pub(crate) fn fork(&self, id: TaskId, computed: u64, latents: Latents, place: Place) -> Self {
+        Self {
+            id,
+            followers: Vec::new(),
+            computed,
+            barrier: None,
+            prompt_logits: false,
+            overtaken: 0,
+            latents,
+            place,
+            ..self.clone()
+        }
+    }
+
+    pub(crate) fn rank(&self) -> Rank {
+        Rank { priority: Reverse(self.priority), arrival: self.arrival, id: self.id }
+    }
+
+    /// Sessions in the task, its own and the followers'.
+    pub(crate) fn sessions(&self) -> u64 {
+        1 + self.followers.len() as u64
+    }
+
+    /// Where rows must end next: the barrier as long as it matters, else the last token known.
+    pub(crate) fn stop(&self) -> u64 {
+        match self.barrier {
+            Some(barrier) if self.computed < barrier && self.needs_barrier(barrier) => barrier,
+            _ => self.length,
+        }
+    }
+
+    fn needs_barrier(&self, barrier: u64) -> bool {
+        !self.followers.is_empty() || (self.prompt_logits && self.scored < barrier)
+    }
+
+    /// Whether the followers leave now.
+    pub(crate) fn forks_now(&self) -> bool {
+        !self.followers.is_empty() && self.barrier == Some(self.computed)
+    }
+
+    /// Whether one more token ends in a draw: a decode row.
+    pub(crate) fn decodes(&self) -> bool {
+        self.computed + 1 == self.length && self.stop() == self.length
+    }
+
+    /// Positions from `computed` on whose logits were already had, before one whose logits are wanted.
+    pub(crate) fn free_of_logits(&self) -> u64 {
+        self.scored.saturating_sub(self.computed)
+    }
+
+    /// Pages that the task needs beyond what it holds, to compute every token it knows, followers included.
+    pub(crate) fn owed_pages(&self) -> u64 {
+        let own = self.latents.missing_for(self.length) as u64;
+        let tokens = perigee_backend::PAGE_TOKENS as u64;
+        let per_follower = self.barrier.map_or(0, |barrier| self.length.div_ceil(tokens) - barrier / tokens);
+        own + self.followers.len() as u64 * per_follower
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        match self.place {
+            Place::Queued => Status::Waiting,
+            Place::Parked { .. } => Status::Parked,
+            Place::Running { .. } if self.decodes() => Status::Decode,
+            Place::Running { .. } => Status::Prefill,
+        }
+    }
+}
