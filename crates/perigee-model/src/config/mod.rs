@@ -98,8 +98,6 @@ pub struct ModelConfig {
     pub intermediate: usize,
     /// The mixture of experts.
     pub moe: MoeConfig,
-    /// How many leading layers are dense whatever the rest is.
-    pub first_k_dense_replace: usize,
     /// Epsilon of the layer norms and of the gated output norm of KDA (rms_norm_eps).
     pub eps: f32,
     /// Token that begins a text, if the model has one.
@@ -133,12 +131,6 @@ impl ModelConfig {
     /// The number of layers with this mixer.
     pub fn count(&self, kind: LayerKind) -> usize {
         self.layers.iter().filter(|layer| layer.kind == kind).count()
-    }
-
-    /// Index of layer `layer` among the layers with the same mixer: the `index` of a backend's mixer ops.
-    pub fn index_among_kind(&self, layer: usize) -> Option<usize> {
-        let kind = self.layers.get(layer)?.kind;
-        Some(self.layers[..layer].iter().filter(|other| other.kind == kind).count())
     }
 
     /// Whether some layer has a dense MLP.

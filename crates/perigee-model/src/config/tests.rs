@@ -51,7 +51,7 @@ fn every_field_is_read() {
     let moe = config.moe;
     assert_eq!((moe.experts, moe.top_k, moe.intermediate, moe.shared), (4, 2, 8, 2));
     assert_eq!((moe.groups, moe.top_groups, moe.renormalize, moe.scale), (2, 1, false, 1.5));
-    assert_eq!((config.eps, config.first_k_dense_replace), (1e-5, 2));
+    assert_eq!(config.eps, 1e-5);
     assert_eq!(
         (config.bos, config.eos.as_slice(), config.pad, config.max_length),
         (Some(1), &[2, 3][..], None, 1 << 20)
@@ -263,8 +263,6 @@ fn shapes_of_a_rank_are_divided_where_they_should_be() {
     let cache = config.cache_shape(2, 3, 5);
     assert_eq!((cache.kda_layers, cache.kda_heads, cache.mla_layers, cache.latent_width), (2, 2, 2, 8));
     assert_eq!((cache.slots, cache.pages, cache.conv, cache.kda_head_dim), (3, 5, 3, 6));
-    let indices: Vec<_> = (0..5).map(|layer| config.index_among_kind(layer)).collect();
-    assert_eq!(indices, [Some(0), Some(0), Some(1), Some(1), None]);
 }
 
 #[test]

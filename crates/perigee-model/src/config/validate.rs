@@ -24,10 +24,10 @@ pub(super) fn parse(text: &str) -> Result<ModelConfig> {
     refuse_other_models(&keys)?;
 
     let mut layers = mixers(&keys)?;
-    let first_k_dense_replace = keys.within("first_k_dense_replace", 0, MAX_LAYERS)?;
+    let first_dense = keys.within("first_k_dense_replace", 0, MAX_LAYERS)?;
     let moe = experts(&keys)?;
     for (number, layer) in layers.iter_mut().enumerate() {
-        layer.dense = moe.experts == 0 || number < first_k_dense_replace;
+        layer.dense = moe.experts == 0 || number < first_dense;
     }
     let config = ModelConfig {
         vocab: keys.size("vocab_size")?,
@@ -36,7 +36,6 @@ pub(super) fn parse(text: &str) -> Result<ModelConfig> {
         mla: mla(&keys)?,
         intermediate: keys.size("intermediate_size")?,
         moe,
-        first_k_dense_replace,
         eps: keys.positive("rms_norm_eps")?,
         bos: keys.token_id("bos_token_id")?,
         eos: keys.token_ids("eos_token_id")?,
