@@ -14,7 +14,7 @@ use crate::error::{Result, WorkerError};
 pub(crate) type Prompt = (usize, Vec<u32>);
 
 /// Everything that a job reads.
-pub(crate) struct Inputs {
+pub struct Inputs {
     pub(crate) prompts: Vec<Prompt>,
     /// Tokens to feed, in the order of the prompts.
     pub(crate) feed: Option<Vec<Vec<u32>>>,
@@ -23,7 +23,11 @@ pub(crate) struct Inputs {
 }
 
 impl Inputs {
-    pub(crate) fn read(job: &ScoreJob) -> Result<Self> {
+    /// Reads the files that a job names.
+    ///
+    /// # Errors
+    /// A file or a tensor is missing or malformed.
+    pub fn read(job: &ScoreJob) -> Result<Self> {
         let prompts = read_prompts(&job.tokens)?;
         let feed = job.feed.as_deref().map(|path| read_feed(path, &prompts)).transpose()?;
         let experts = job.experts.as_deref().map(read_experts).transpose()?;
@@ -98,7 +102,7 @@ fn integers(path: &Path, file: &SafeTensors<'_>, name: &str) -> Result<Vec<u32>>
 
 /// Everything that a job writes.
 #[derive(Default)]
-pub(crate) struct Outputs {
+pub struct Outputs {
     tensors: BTreeMap<String, Output>,
 }
 
@@ -155,6 +159,15 @@ impl Outputs {
     pub(crate) fn put_tokens(&mut self, name: String, tokens: &[u32]) {
         let bytes = tokens.iter().flat_map(|&token| i64::from(token).to_le_bytes()).collect();
         self.tensors.insert(name, Output { dtype: Dtype::I64, shape: vec![tokens.len()], bytes });
+    }
+
+    /// The file's bytes.
+    ///
+    /// # Errors
+    /// None in practice: every tensor has the bytes that its shape says.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let views = self.tensors.iter().map(|(name, output)| (name.as_str(), output));
+        safetensors::serialize(views, None).map_err(|error| WorkerError::Score(error.to_string()))
     }
 
     /// Writes the file: whole, or not at all.

@@ -5,20 +5,21 @@ mod files;
 mod job;
 mod prompt;
 
+pub use files::{Inputs, Outputs};
 pub use job::{ScoreJob, ScoreRequest};
 
 use std::time::Instant;
 
 use perigee_backend::Backend;
+use perigee_engine::executor::Executor;
 use perigee_engine::ranks::Ranks;
 
 use crate::error::{Result, WorkerError};
 use crate::events::{WorkerEvent, emit};
 use crate::load::Opened;
-use files::{Inputs, Outputs};
 use prompt::Scorer;
 
-/// Runs a job and writes its output.
+/// Runs the job that a parent process planned, and writes its output.
 ///
 /// # Errors
 /// A file or tensor is missing or malformed, or a rank failed.
@@ -26,18 +27,30 @@ pub fn run<B: Backend>(ranks: &mut Ranks<B>, opened: &Opened, job: &str, supervi
     let job: ScoreJob = serde_json::from_str(job).map_err(|error| WorkerError::Score(format!("job: {error}")))?;
     let inputs = Inputs::read(&job)?;
     let started = Instant::now();
-    let mut outputs = Outputs::default();
-    let mut scorer = Scorer::new(ranks, opened, &job, &inputs)?;
-    let count = inputs.prompts.len();
-    for first in (0..count).step_by(job.batch) {
-        scorer.score(first..(first + job.batch).min(count), &mut outputs)?;
-        tracing::info!(prompts = (first + job.batch).min(count), of = count, "scored");
-    }
+    let outputs = run_job(ranks, opened, &job, &inputs)?;
     let seconds = started.elapsed().as_secs_f64();
     outputs.write(&job.out)?;
-    emit(
-        supervised,
-        &WorkerEvent::Scored { weight_bytes: perigee_engine::executor::Executor::weight_bytes(ranks), seconds },
-    );
+    emit(supervised, &WorkerEvent::Scored { weight_bytes: ranks.weight_bytes(), seconds });
     Ok(())
+}
+
+/// Runs a job over any ranks and keeps its output in memory.
+///
+/// # Errors
+/// The inputs do not fit the model or the job, or a rank failed.
+pub fn run_job<B: Backend>(
+    ranks: &mut Ranks<B>,
+    opened: &Opened,
+    job: &ScoreJob,
+    inputs: &Inputs,
+) -> Result<Outputs> {
+    let mut outputs = Outputs::default();
+    let mut scorer = Scorer::new(ranks, opened, job, inputs)?;
+    let count = inputs.prompts.len();
+    for first in (0..count).step_by(job.batch) {
+        let end = (first + job.batch).min(count);
+        scorer.score(first..end, &mut outputs)?;
+        tracing::info!(prompts = end, of = count, "scored");
+    }
+    Ok(outputs)
 }
