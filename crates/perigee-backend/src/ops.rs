@@ -144,7 +144,7 @@ pub trait Backend: Send {
         partials: &mut Partials<Self::Tensor>,
     ) -> Result<()>;
     /// Merges another part, computed elsewhere, into `partials` for one token of the step:
-    /// `output` [heads * R], `lse` [heads].
+    /// `output` [heads * R], `lse` `[heads]`.
     fn mla_merge(
         &mut self,
         layer: &Self::Mla,

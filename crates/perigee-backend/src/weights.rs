@@ -113,36 +113,36 @@ impl TensorSlice<'_> {
 /// Tensors of a KDA layer; P = heads of this rank times D.
 #[derive(Debug)]
 pub struct KdaWeights<'a> {
-    /// [P, d] each, q then k then v.
+    /// `[P, d]` each, q then k then v.
     pub qkv_proj: [TensorSlice<'a>; 3],
-    /// [P, W] each, q then k then v; the last tap multiplies the current token.
+    /// `[P, W]` each, q then k then v; the last tap multiplies the current token.
     pub qkv_conv: [TensorSlice<'a>; 3],
-    /// [D, d], replicated.
+    /// `[D, d]`, replicated.
     pub f_a_proj: TensorSlice<'a>,
-    /// [P, D].
+    /// `[P, D]`.
     pub f_b_proj: TensorSlice<'a>,
-    /// [P].
+    /// `[P]`.
     pub dt_bias: TensorSlice<'a>,
-    /// [heads].
+    /// `[heads]`.
     pub a_log: TensorSlice<'a>,
-    /// [heads, d].
+    /// `[heads, d]`.
     pub b_proj: TensorSlice<'a>,
-    /// [D, d], replicated.
+    /// `[D, d]`, replicated.
     pub g_a_proj: TensorSlice<'a>,
-    /// [P, D].
+    /// `[P, D]`.
     pub g_b_proj: TensorSlice<'a>,
-    /// [D], shared by all heads.
+    /// `[D]`, shared by all heads.
     pub o_norm: TensorSlice<'a>,
-    /// [d, P]: the columns of this rank's heads; partial sums follow.
+    /// `[d, P]`: the columns of this rank's heads; partial sums follow.
     pub o_proj: TensorSlice<'a>,
 }
 
 /// The query projection of an MLA layer.
 #[derive(Debug)]
 pub enum QueryWeights<'a> {
-    /// One q_proj, [heads (n + r), d].
+    /// One q_proj, `[heads (n + r), d]`.
     Full(TensorSlice<'a>),
-    /// Low-rank: down [rq, d] (replicated), norm [rq], up [heads (n + r), rq].
+    /// Low-rank: down `[rq, d]` (replicated), norm `[rq]`, up `[heads (n + r), rq]`.
     LowRank {
         /// q_a_proj.
         down: TensorSlice<'a>,
@@ -158,17 +158,17 @@ pub enum QueryWeights<'a> {
 pub struct MlaWeights<'a> {
     /// The query projection.
     pub query: QueryWeights<'a>,
-    /// kv_a_proj_with_mqa, [R + r, d], replicated.
+    /// kv_a_proj_with_mqa, `[R + r, d]`, replicated.
     pub kv_a_proj: TensorSlice<'a>,
-    /// kv_a_layernorm, [R].
+    /// kv_a_layernorm, `[R]`.
     pub kv_a_norm: TensorSlice<'a>,
-    /// kv_b_proj, [heads (n + m), R]: per head n key rows, then m value rows.
+    /// kv_b_proj, `[heads (n + m), R]`: per head n key rows, then m value rows.
     pub kv_b_proj: TensorSlice<'a>,
-    /// [d, heads m]: the columns of this rank's heads; partial sums follow.
+    /// `[d, heads m]`: the columns of this rank's heads; partial sums follow.
     pub o_proj: TensorSlice<'a>,
 }
 
-/// Tensors of a gated MLP: [width, d], [width, d], [d, width].
+/// Tensors of a gated MLP: `[width, d]`, `[width, d]`, `[d, width]`.
 #[derive(Debug)]
 pub struct MlpWeights<'a> {
     /// gate_proj (w1).
@@ -182,9 +182,9 @@ pub struct MlpWeights<'a> {
 /// Tensors of a mixture-of-experts layer.
 #[derive(Debug)]
 pub struct MoeWeights<'a> {
-    /// Router, [E, d], replicated.
+    /// Router, `[E, d]`, replicated.
     pub router: TensorSlice<'a>,
-    /// e_score_correction_bias, [E]; selects only.
+    /// e_score_correction_bias, `[E]`; selects only.
     pub bias: TensorSlice<'a>,
     /// Routed experts in order.
     pub experts: Vec<MlpWeights<'a>>,

@@ -102,7 +102,7 @@ impl LatentSlab {
 pub struct Attention {
     /// [queries, R], normalised; zero where the part is empty.
     pub output: Vec<f32>,
-    /// [queries], natural log of the sum of exponentials; -inf where the part is empty.
+    /// `[queries]`, natural log of the sum of exponentials; -inf where the part is empty.
     pub lse: Vec<f32>,
 }
 
@@ -172,7 +172,7 @@ fn attend_range(
                 row.fill(0.0);
                 continue;
             }
-            let keep = simd::exp(maxima[query] - top);
+            let keep = (maxima[query] - top).exp();
             maxima[query] = top;
             if keep != 1.0 {
                 output[query * latent..(query + 1) * latent].iter_mut().for_each(|value| *value *= keep);

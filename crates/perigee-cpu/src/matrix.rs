@@ -9,8 +9,8 @@ use perigee_backend::{BackendError, DType, Result, TensorSlice};
 use crate::simd::{self, Element};
 use crate::workers::Workers;
 
-/// Up to this many activation rows, a product reads the weight once per row directly.
-const DIRECT_ROWS: usize = 4;
+/// Up to this many activation rows, a product reads the weight directly, once for every group of rows.
+const DIRECT_ROWS: usize = 16;
 /// Weight rows that are widened at a time.
 const BLOCK_ROWS: usize = 128;
 
@@ -134,8 +134,15 @@ fn product_block<E: Element>(w: &[E], columns: usize, x: &[f32], strides: Stride
     let n = strided_rows(x.len(), strides.x);
     let count = w.len() / columns;
     if n <= DIRECT_ROWS {
-        for (x, out) in x.chunks(strides.x).zip(out.chunks_mut(strides.out)) {
-            simd::dot_rows(&x[..columns], w, &mut out[..count]);
+        let rows: Vec<&[f32]> = x.chunks(strides.x).map(|row| &row[..columns]).collect();
+        for (group, out) in rows.chunks(simd::GROUP).zip(out.chunks_mut(simd::GROUP * strides.out)) {
+            match *group {
+                [a, b, c, d] => simd::dot_rows([a, b, c, d], w, out, strides.out),
+                [a, b, c] => simd::dot_rows([a, b, c], w, out, strides.out),
+                [a, b] => simd::dot_rows([a, b], w, out, strides.out),
+                [a] => simd::dot_rows([a], w, out, strides.out),
+                _ => {}
+            }
         }
         return;
     }

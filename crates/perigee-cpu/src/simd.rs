@@ -48,15 +48,7 @@ impl<E: Element> WithSimd for Dot<'_, E> {
         for (x, w) in x_rest.iter().zip(w_rest) {
             sum = x.mul_add(w.widen(), sum);
         }
-        // Pairwise, so that the error grows with the logarithm of the number of lanes.
-        let mut width = LANES / 2;
-        while width > 0 {
-            for lane in 0..width {
-                lanes[lane] += lanes[lane + width];
-            }
-            width /= 2;
-        }
-        sum + lanes[0]
+        sum + pairwise(&mut lanes)
     }
 }
 
@@ -66,27 +58,64 @@ pub(crate) fn dot<E: Element>(x: &[f32], w: &[E]) -> f32 {
     pulp::Arch::new().dispatch(Dot { x, w })
 }
 
-struct DotRows<'a, E> {
-    x: &'a [f32],
+/// Rows of activations that share one pass over a weight.
+pub(crate) const GROUP: usize = 4;
+
+struct DotRows<'a, E, const N: usize> {
+    x: [&'a [f32]; N],
     w: &'a [E],
     out: &'a mut [f32],
+    stride: usize,
 }
 
-impl<E: Element> WithSimd for DotRows<'_, E> {
+impl<E: Element, const N: usize> WithSimd for DotRows<'_, E, N> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let width = self.x.len();
-        for (out, row) in self.out.iter_mut().zip(self.w.chunks_exact(width)) {
-            *out = Dot { x: self.x, w: row }.with_simd(simd);
+    fn with_simd<S: Simd>(self, _: S) {
+        const WIDE: usize = 16;
+        let width = self.x[0].len();
+        let chunks = width / WIDE * WIDE;
+        for (row, w) in self.w.chunks_exact(width).enumerate() {
+            let mut lanes = [[0f32; WIDE]; N];
+            let mut start = 0;
+            while start < chunks {
+                let w = &w[start..start + WIDE];
+                for (x, lanes) in self.x.iter().zip(&mut lanes) {
+                    let x = &x[start..start + WIDE];
+                    for lane in 0..WIDE {
+                        lanes[lane] = x[lane].mul_add(w[lane].widen(), lanes[lane]);
+                    }
+                }
+                start += WIDE;
+            }
+            for (index, (x, lanes)) in self.x.iter().zip(&mut lanes).enumerate() {
+                let mut rest = 0f32;
+                for (x, w) in x[chunks..].iter().zip(&w[chunks..]) {
+                    rest = x.mul_add(w.widen(), rest);
+                }
+                self.out[index * self.stride + row] = rest + pairwise(lanes);
+            }
         }
     }
 }
 
-/// out[r] = x . w[r, :] for the rows of a row-major block.
-pub(crate) fn dot_rows<E: Element>(x: &[f32], w: &[E], out: &mut [f32]) {
-    pulp::Arch::new().dispatch(DotRows { x, w, out });
+/// Adds lanes in pairs, so that the error grows with the logarithm of their number.
+#[inline(always)]
+fn pairwise(lanes: &mut [f32]) -> f32 {
+    let mut width = lanes.len() / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// out[i * stride + r] = x[i] . w[r, :] for the rows of a row-major block; all N rows of x share each pass over w.
+pub(crate) fn dot_rows<E: Element, const N: usize>(x: [&[f32]; N], w: &[E], out: &mut [f32], stride: usize) {
+    pulp::Arch::new().dispatch(DotRows { x, w, out, stride });
 }
 
 struct AddScaledRows<'a, E> {
@@ -173,6 +202,103 @@ impl WithSimd for Exp<'_> {
 /// Exponentials in place. Not-a-number stays not-a-number.
 pub(crate) fn exp_all(values: &mut [f32]) {
     pulp::Arch::new().dispatch(Exp { values });
+}
+
+struct SiluTimes<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl WithSimd for SiluTimes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (gate, up) in self.gate.iter_mut().zip(self.up) {
+            *gate = *gate * logistic(*gate) * up;
+        }
+    }
+}
+
+/// gate = silu(gate) . up, silu(a) = a sigmoid(a).
+pub(crate) fn silu_times(gate: &mut [f32], up: &[f32]) {
+    pulp::Arch::new().dispatch(SiluTimes { gate, up });
+}
+
+struct Silu<'a> {
+    values: &'a mut [f32],
+}
+
+impl WithSimd for Silu<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for value in self.values {
+            *value *= logistic(*value);
+        }
+    }
+}
+
+/// silu in place.
+pub(crate) fn silu_all(values: &mut [f32]) {
+    pulp::Arch::new().dispatch(Silu { values });
+}
+
+struct Sigmoid<'a> {
+    values: &'a mut [f32],
+}
+
+impl WithSimd for Sigmoid<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for value in self.values {
+            *value = logistic(*value);
+        }
+    }
+}
+
+/// The logistic function in place.
+pub(crate) fn sigmoid_all(values: &mut [f32]) {
+    pulp::Arch::new().dispatch(Sigmoid { values });
+}
+
+/// 1 / (1 + e^-x). For large negative x the exponential stops growing at e^88, whose reciprocal is as good as 0.
+#[inline(always)]
+fn logistic(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+struct Convolve<'a> {
+    padded: &'a [f32],
+    taps: &'a [f32],
+    out: &'a mut [f32],
+    width: usize,
+}
+
+impl WithSimd for Convolve<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let width = self.width;
+        for (step, out) in self.out.chunks_exact_mut(width).enumerate() {
+            out.fill(0.0);
+            for (tap, weights) in self.taps.chunks_exact(width).enumerate() {
+                let x = &self.padded[(step + tap) * width..(step + tap + 1) * width];
+                for ((out, weight), x) in out.iter_mut().zip(weights).zip(x) {
+                    *out = weight.mul_add(*x, *out);
+                }
+            }
+        }
+    }
+}
+
+/// Depthwise causal convolution: out[t, c] = sum over i of taps[i, c] padded[t + i, c].
+pub(crate) fn convolve(padded: &[f32], taps: &[f32], width: usize, out: &mut [f32]) {
+    pulp::Arch::new().dispatch(Convolve { padded, taps, out, width });
 }
 
 /// Runs a vectorisable loop under the widest instruction set.

@@ -14,7 +14,7 @@ pub struct RemotePart {
     pub token: usize,
     /// [heads * R], normalised.
     pub output: Vec<f32>,
-    /// [heads], natural log of the sum of exponentials.
+    /// `[heads]`, natural log of the sum of exponentials.
     pub lse: Vec<f32>,
 }
 

@@ -6,9 +6,8 @@ use perigee_backend::{KdaShape, Result};
 
 use crate::matrix::{Matrix, load_vector};
 use crate::ops::kda_chunk::{self, HeadInputs};
-use crate::ops::mlp::{sigmoid, silu};
 use crate::ops::norm::rms_norm_in_place;
-use crate::simd::{self, exp_all};
+use crate::simd::{self, exp_all, sigmoid_all, silu_all};
 use crate::states::LayerState;
 use crate::tensor::round_bf16;
 use crate::workers::Workers;
@@ -22,7 +21,7 @@ const CHUNKED_TOKENS: usize = 8;
 pub struct Kda {
     pub(crate) shape: KdaShape,
     qkv_proj: [Matrix; 3],
-    /// [3, P, W].
+    /// [3][W, P]: tap outermost, so that a tap's channels lie together.
     qkv_conv: [Vec<f32>; 3],
     f_a: Matrix,
     f_b: Matrix,
@@ -47,9 +46,9 @@ impl Kda {
         let KdaShape { hidden, heads, head_dim, conv, .. } = *shape;
         let inner = heads * head_dim;
         let proj = |i: usize| Matrix::load(&weights.qkv_proj[i], inner, hidden);
-        let taps = |i: usize| {
+        let taps = |i: usize| -> Result<Vec<f32>> {
             weights.qkv_conv[i].expect(&[inner, conv])?;
-            weights.qkv_conv[i].to_f32()
+            Ok(transpose(&weights.qkv_conv[i].to_f32()?, conv))
         };
         Ok(Self {
             shape: *shape,
@@ -92,7 +91,7 @@ impl Kda {
         let mut log_decay = low_rank(&self.f_a, &self.f_b);
         self.log_decay(&mut log_decay);
         let mut beta = product(&self.b, x);
-        beta.iter_mut().for_each(|b| *b = sigmoid(*b));
+        sigmoid_all(&mut beta);
         round(&mut beta);
 
         // Convolve row by row, then hand every (row, head) to a task of its own.
@@ -123,6 +122,7 @@ impl Kda {
         });
         let mut gate = low_rank(&self.g_a, &self.g_b);
         round(&mut gate);
+        sigmoid_all(&mut gate);
         let mut mixed = vec![0f32; tokens * inner];
         for (first, head, mut o) in results {
             round(&mut o);
@@ -130,7 +130,7 @@ impl Kda {
                 rms_norm_in_place(o, &self.o_norm, eps);
                 let start = (first + step) * inner + head * head_dim;
                 for ((mixed, o), gate) in mixed[start..].iter_mut().zip(o).zip(&gate[start..start + head_dim]) {
-                    *mixed = *o * sigmoid(*gate);
+                    *mixed = *o * gate;
                 }
             }
         }
@@ -154,22 +154,14 @@ impl Kda {
     /// inputs before them and is left holding the last ones.
     fn convolve(&self, which: usize, tail: &mut [f32], inputs: &mut [f32]) {
         let KdaShape { conv, heads, head_dim, .. } = self.shape;
-        let (inner, kept) = (heads * head_dim, conv - 1);
-        let tokens = inputs.len() / inner;
-        let mut window = vec![0f32; kept + tokens];
-        for channel in 0..inner {
-            let taps = &self.qkv_conv[which][channel * conv..(channel + 1) * conv];
-            let tail = &mut tail[channel * kept..(channel + 1) * kept];
-            window[..kept].copy_from_slice(tail);
-            for (step, slot) in window[kept..].iter_mut().enumerate() {
-                *slot = inputs[step * inner + channel];
-            }
-            for step in 0..tokens {
-                let sum: f32 = taps.iter().zip(&window[step..step + conv]).map(|(tap, x)| tap * x).sum();
-                inputs[step * inner + channel] = silu(sum);
-            }
-            tail.copy_from_slice(&window[tokens..]);
-        }
+        let inner = heads * head_dim;
+        // Tails are kept channel by channel, [P, W - 1]; the convolution wants whole tokens.
+        let mut padded = transpose(tail, conv - 1);
+        padded.extend_from_slice(inputs);
+        simd::convolve(&padded, &self.qkv_conv[which], inner, inputs);
+        silu_all(inputs);
+        let last = &padded[padded.len() - (conv - 1) * inner..];
+        tail.copy_from_slice(&transpose(last, inner));
     }
 
     /// One head's inputs over one row: q and k normalised, q scaled by D^-1/2.
@@ -207,6 +199,12 @@ impl Kda {
             beta: (first..first + tokens).map(|token| beta[token * heads + head]).collect(),
         }
     }
+}
+
+/// [rows, columns] to [columns, rows], row-major.
+fn transpose(values: &[f32], columns: usize) -> Vec<f32> {
+    let rows = values.len() / columns;
+    (0..columns).flat_map(|column| (0..rows).map(move |row| values[row * columns + column])).collect()
 }
 
 struct Step<'a> {

@@ -3,7 +3,7 @@
 //! the last, parts computed elsewhere may be merged in.
 
 use perigee_backend::weights::{MlaWeights, QueryWeights};
-use perigee_backend::{MlaShape, Result, Row};
+use perigee_backend::{BackendError, MlaShape, Result, Row};
 
 use crate::latents::{LatentSlab, Queries, attend_segment, merge};
 use crate::matrix::{Matrix, load_vector};
@@ -35,15 +35,18 @@ pub struct Mla {
 impl Mla {
     pub(crate) fn load(shape: &MlaShape, weights: &MlaWeights<'_>) -> Result<Self> {
         let MlaShape { hidden, heads, nope, rope, value, latent, .. } = *shape;
-        let query = match &weights.query {
-            QueryWeights::Full(proj) => Query::Full(Matrix::load(proj, heads * (nope + rope), hidden)?),
-            QueryWeights::LowRank { down, norm, up } => {
-                let rank = norm.elements();
-                Query::LowRank {
-                    down: Matrix::load(down, rank, hidden)?,
-                    norm: load_vector(norm, rank)?,
-                    up: Matrix::load(up, heads * (nope + rope), rank)?,
-                }
+        let query = match (&weights.query, shape.query_rank) {
+            (QueryWeights::Full(proj), None) => Query::Full(Matrix::load(proj, heads * (nope + rope), hidden)?),
+            (QueryWeights::LowRank { down, norm, up }, Some(rank)) => Query::LowRank {
+                down: Matrix::load(down, rank, hidden)?,
+                norm: load_vector(norm, rank)?,
+                up: Matrix::load(up, heads * (nope + rope), rank)?,
+            },
+            (QueryWeights::Full(proj), Some(rank)) => {
+                return Err(BackendError::shape("query projection", &[rank, hidden], &proj.shape));
+            }
+            (QueryWeights::LowRank { down, .. }, None) => {
+                return Err(BackendError::shape("query projection", &[heads * (nope + rope), hidden], &down.shape));
             }
         };
         Ok(Self {

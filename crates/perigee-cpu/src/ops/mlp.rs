@@ -54,21 +54,8 @@ fn activate(gate: &mut [f32], up: &mut [f32], rounded: bool) {
         round_bf16(gate);
         round_bf16(up);
     }
-    for (gate, up) in gate.iter_mut().zip(up) {
-        *gate = silu(*gate) * *up;
-    }
+    simd::silu_times(gate, up);
     if rounded {
         round_bf16(gate);
     }
-}
-
-/// The logistic function.
-pub(crate) fn sigmoid(x: f32) -> f32 {
-    // For large negative x the exponential overflows to a huge number and the quotient to 0, as it should.
-    1.0 / (1.0 + simd::exp(-x))
-}
-
-/// x sigmoid(x).
-pub(crate) fn silu(x: f32) -> f32 {
-    x * sigmoid(x)
 }

@@ -5,7 +5,8 @@ use perigee_backend::weights::MoeWeights;
 use perigee_backend::{BackendError, MlpShape, MoeShape, Result, Routing};
 
 use crate::matrix::{Matrix, load_vector};
-use crate::ops::mlp::{Mlp, sigmoid};
+use crate::ops::mlp::Mlp;
+use crate::simd::sigmoid_all;
 use crate::tensor::round_bf16;
 use crate::workers::Workers;
 
@@ -49,7 +50,7 @@ impl Moe {
         let tokens = x.len() / self.shape.hidden;
         let mut scores = vec![0f32; tokens * experts];
         self.router.product(workers, x, &mut scores);
-        scores.iter_mut().for_each(|score| *score = sigmoid(*score));
+        sigmoid_all(&mut scores);
 
         let mut own = Vec::with_capacity(tokens * top_k);
         for scores in scores.chunks_exact(experts) {
