@@ -38,12 +38,7 @@ pub fn run<B: Backend>(ranks: &mut Ranks<B>, opened: &Opened, job: &str, supervi
 ///
 /// # Errors
 /// The inputs do not fit the model or the job, or a rank failed.
-pub fn run_job<B: Backend>(
-    ranks: &mut Ranks<B>,
-    opened: &Opened,
-    job: &ScoreJob,
-    inputs: &Inputs,
-) -> Result<Outputs> {
+pub fn run_job<B: Backend>(ranks: &mut Ranks<B>, opened: &Opened, job: &ScoreJob, inputs: &Inputs) -> Result<Outputs> {
     let mut outputs = Outputs::default();
     let mut scorer = Scorer::new(ranks, opened, job, inputs)?;
     let count = inputs.prompts.len();
