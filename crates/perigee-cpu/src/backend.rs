@@ -10,6 +10,7 @@ use perigee_backend::{
 };
 use perigee_collectives::Collective;
 
+use crate::formula::Formula;
 use crate::latents::{LatentSlab, merge};
 use crate::matrix::{Matrix, load_vector};
 use crate::ops::embed::Embedding;
@@ -48,6 +49,7 @@ pub struct Head {
 /// One rank on CPUs.
 pub struct CpuBackend {
     options: CpuOptions,
+    formula: Formula,
     workers: Workers,
     collective: Box<dyn Collective>,
     slots: Option<Slots>,
@@ -62,6 +64,7 @@ impl CpuBackend {
     pub fn new(options: CpuOptions, collective: Box<dyn Collective>) -> Self {
         Self {
             options,
+            formula: Formula::default(),
             workers: Workers::new(options.threads),
             collective,
             slots: None,
@@ -70,6 +73,12 @@ impl CpuBackend {
             selected: Vec::new(),
             weight_bytes: 0,
         }
+    }
+
+    /// Computes with one mistake from now on; layers that are loaded already keep their formulas.
+    #[cfg(feature = "planted-faults")]
+    pub fn plant(&mut self, fault: crate::Fault) {
+        self.formula = Formula::with(fault);
     }
 
     /// The latent pool, shared with whoever answers attention for other replicas.
@@ -137,7 +146,7 @@ impl Backend for CpuBackend {
         let KdaWeights { qkv_proj, qkv_conv, f_a_proj, f_b_proj, dt_bias, a_log, b_proj, .. } = weights;
         self.count(qkv_proj.iter().chain(qkv_conv).chain([f_a_proj, f_b_proj, dt_bias, a_log, b_proj]));
         self.count([&weights.g_a_proj, &weights.g_b_proj, &weights.o_norm, &weights.o_proj]);
-        Kda::load(shape, weights)
+        Kda::load(shape, weights, self.formula)
     }
 
     fn load_mla(&mut self, shape: &MlaShape, weights: &MlaWeights<'_>) -> Result<Mla> {
@@ -146,7 +155,7 @@ impl Backend for CpuBackend {
             perigee_backend::weights::QueryWeights::LowRank { down, norm, up } => self.count([down, norm, up]),
         }
         self.count([&weights.kv_a_proj, &weights.kv_a_norm, &weights.kv_b_proj, &weights.o_proj]);
-        Mla::load(shape, weights)
+        Mla::load(shape, weights, self.formula)
     }
 
     fn load_mlp(&mut self, shape: &MlpShape, weights: &MlpWeights<'_>) -> Result<Mlp> {
@@ -159,7 +168,7 @@ impl Backend for CpuBackend {
         for expert in weights.experts.iter().chain(&weights.shared) {
             self.count([&expert.gate, &expert.up, &expert.down]);
         }
-        Moe::load(shape, weights)
+        Moe::load(shape, weights, self.formula)
     }
 
     fn weight_bytes(&self) -> u64 {
@@ -230,7 +239,9 @@ impl Backend for CpuBackend {
         x.expect_width("mla_project input", layer.shape.hidden)?;
         queries.expect_width("mla queries", layer.shape.heads * width)?;
         let x = x.head(tokens)?;
-        let latents = layer.latents(&self.workers, x, rounded);
+        let mut latents = layer.latents(&self.workers, x, rounded);
+        let rotated = (width, layer.shape.rope);
+        self.formula.rotate(&self.batch.rows, rotated, &mut latents);
         let slab = self.latents()?;
         let mut latents = latents.chunks_exact(width);
         for row in &self.batch.rows {
@@ -242,7 +253,9 @@ impl Backend for CpuBackend {
                 slab.write(index, page, offset, latents)?;
             }
         }
-        layer.queries(&self.workers, x, rounded, queries.head_mut(tokens)?);
+        let absorbed = queries.head_mut(tokens)?;
+        layer.queries(&self.workers, x, rounded, absorbed);
+        self.formula.rotate(&self.batch.rows, rotated, absorbed);
         queries.settle(tokens);
         Ok(())
     }

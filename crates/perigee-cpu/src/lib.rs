@@ -3,6 +3,7 @@
 //! the widest instruction set by `pulp`. It has no `unsafe` and no device.
 
 mod backend;
+mod formula;
 mod latents;
 mod matrix;
 mod ops;
@@ -12,5 +13,6 @@ mod tensor;
 mod workers;
 
 pub use backend::{CpuBackend, CpuOptions};
+pub use formula::Fault;
 pub use latents::{LatentSlab, attend_segment};
 pub use tensor::Tensor;

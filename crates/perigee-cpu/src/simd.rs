@@ -72,29 +72,35 @@ impl<E: Element, const N: usize> WithSimd for DotRows<'_, E, N> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        const WIDE: usize = 16;
+    fn with_simd<S: Simd>(self, simd: S) {
         let width = self.x[0].len();
-        let chunks = width / WIDE * WIDE;
+        let x = self.x.map(|x| S::as_simd_f32s(x));
+        // A row of the weight is widened once and then read N times from the nearest cache.
+        let mut wide = vec![0f32; width];
         for (row, w) in self.w.chunks_exact(width).enumerate() {
-            let mut lanes = [[0f32; WIDE]; N];
-            let mut start = 0;
-            while start < chunks {
-                let w = &w[start..start + WIDE];
-                for (x, lanes) in self.x.iter().zip(&mut lanes) {
-                    let x = &x[start..start + WIDE];
-                    for lane in 0..WIDE {
-                        lanes[lane] = x[lane].mul_add(w[lane].widen(), lanes[lane]);
-                    }
-                }
-                start += WIDE;
+            for (to, from) in wide.iter_mut().zip(w) {
+                *to = from.widen();
             }
-            for (index, (x, lanes)) in self.x.iter().zip(&mut lanes).enumerate() {
-                let mut rest = 0f32;
-                for (x, w) in x[chunks..].iter().zip(&w[chunks..]) {
-                    rest = x.mul_add(w.widen(), rest);
+            let (w, w_rest) = S::as_simd_f32s(&wide);
+            for (index, (x, x_rest)) in x.iter().enumerate() {
+                let mut sums = [simd.splat_f32s(0.0); 4];
+                let (x4, x1) = x.as_chunks::<4>();
+                let (w4, w1) = w.as_chunks::<4>();
+                for (x, w) in x4.iter().zip(w4) {
+                    sums[0] = simd.mul_add_f32s(x[0], w[0], sums[0]);
+                    sums[1] = simd.mul_add_f32s(x[1], w[1], sums[1]);
+                    sums[2] = simd.mul_add_f32s(x[2], w[2], sums[2]);
+                    sums[3] = simd.mul_add_f32s(x[3], w[3], sums[3]);
                 }
-                self.out[index * self.stride + row] = rest + pairwise(lanes);
+                for (&x, &w) in x1.iter().zip(w1) {
+                    sums[0] = simd.mul_add_f32s(x, w, sums[0]);
+                }
+                let pair = [simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3])];
+                let mut sum = simd.reduce_sum_f32s(simd.add_f32s(pair[0], pair[1]));
+                for (x, w) in x_rest.iter().zip(w_rest) {
+                    sum += x * w;
+                }
+                self.out[index * self.stride + row] = sum;
             }
         }
     }

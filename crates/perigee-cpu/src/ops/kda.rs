@@ -4,6 +4,7 @@
 use perigee_backend::weights::KdaWeights;
 use perigee_backend::{KdaShape, Result};
 
+use crate::formula::{Fault, Formula};
 use crate::matrix::{Matrix, load_vector};
 use crate::ops::kda_chunk::{self, HeadInputs};
 use crate::ops::norm::rms_norm_in_place;
@@ -33,6 +34,7 @@ pub struct Kda {
     g_b: Matrix,
     o_norm: Vec<f32>,
     o: Matrix,
+    formula: Formula,
 }
 
 /// A row of the step: how many tokens it has.
@@ -42,16 +44,21 @@ pub(crate) struct KdaRow<'a> {
 }
 
 impl Kda {
-    pub(crate) fn load(shape: &KdaShape, weights: &KdaWeights<'_>) -> Result<Self> {
-        let KdaShape { hidden, heads, head_dim, conv, .. } = *shape;
+    pub(crate) fn load(shape: &KdaShape, weights: &KdaWeights<'_>, formula: Formula) -> Result<Self> {
+        let KdaShape { hidden, heads, head_dim, conv, eps } = *shape;
+        let eps = if formula.has(Fault::OutputNormEpsilon) { 1e-6 } else { eps };
         let inner = heads * head_dim;
         let proj = |i: usize| Matrix::load(&weights.qkv_proj[i], inner, hidden);
         let taps = |i: usize| -> Result<Vec<f32>> {
             weights.qkv_conv[i].expect(&[inner, conv])?;
-            Ok(transpose(&weights.qkv_conv[i].to_f32()?, conv))
+            let mut taps = weights.qkv_conv[i].to_f32()?;
+            if formula.has(Fault::ReversedTaps) {
+                taps.chunks_exact_mut(conv).for_each(<[f32]>::reverse);
+            }
+            Ok(transpose(&taps, conv))
         };
         Ok(Self {
-            shape: *shape,
+            shape: KdaShape { eps, ..*shape },
             qkv_proj: [proj(0)?, proj(1)?, proj(2)?],
             qkv_conv: [taps(0)?, taps(1)?, taps(2)?],
             f_a: Matrix::load(&weights.f_a_proj, head_dim, hidden)?,
@@ -63,6 +70,7 @@ impl Kda {
             g_b: Matrix::load(&weights.g_b_proj, inner, head_dim)?,
             o_norm: load_vector(&weights.o_norm, head_dim)?,
             o: Matrix::load(&weights.o_proj, hidden, inner)?,
+            formula,
         })
     }
 
@@ -113,7 +121,9 @@ impl Kda {
         let results = workers.map(tasks, |(first, tokens, head, state)| {
             let inputs = self.gather(first, tokens, head, [q, k, v, &log_decay], &beta);
             let mut o = vec![0f32; tokens * head_dim];
-            if tokens >= CHUNKED_TOKENS {
+            if let Some(recurrence) = self.formula.recurrence() {
+                recurrence(&inputs, head_dim, state, &mut o);
+            } else if tokens >= CHUNKED_TOKENS {
                 kda_chunk::forward(&inputs, head_dim, state, &mut o);
             } else {
                 recur(&inputs, head_dim, state, &mut o);
@@ -122,7 +132,11 @@ impl Kda {
         });
         let mut gate = low_rank(&self.g_a, &self.g_b);
         round(&mut gate);
-        sigmoid_all(&mut gate);
+        if self.formula.has(Fault::SiluGate) {
+            silu_all(&mut gate)
+        } else {
+            sigmoid_all(&mut gate)
+        }
         let mut mixed = vec![0f32; tokens * inner];
         for (first, head, mut o) in results {
             round(&mut o);
@@ -190,7 +204,7 @@ impl Kda {
             }
             values
         };
-        let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
+        let scale = if self.formula.has(Fault::NoQueryScale) { 1.0 } else { (1.0 / (head_dim as f64).sqrt()) as f32 };
         HeadInputs {
             q: normalise(take(q), scale),
             k: normalise(take(k), 1.0),

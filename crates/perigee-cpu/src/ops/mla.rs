@@ -5,6 +5,7 @@
 use perigee_backend::weights::{MlaWeights, QueryWeights};
 use perigee_backend::{BackendError, MlaShape, Result, Row};
 
+use crate::formula::{Fault, Formula};
 use crate::latents::{LatentSlab, Queries, attend_segment, merge};
 use crate::matrix::{Matrix, load_vector};
 use crate::ops::norm::rms_norm_in_place;
@@ -30,10 +31,11 @@ pub struct Mla {
     /// [heads (n + m), R].
     kv_b: Matrix,
     o: Matrix,
+    formula: Formula,
 }
 
 impl Mla {
-    pub(crate) fn load(shape: &MlaShape, weights: &MlaWeights<'_>) -> Result<Self> {
+    pub(crate) fn load(shape: &MlaShape, weights: &MlaWeights<'_>, formula: Formula) -> Result<Self> {
         let MlaShape { hidden, heads, nope, rope, value, latent, .. } = *shape;
         let query = match (&weights.query, shape.query_rank) {
             (QueryWeights::Full(proj), None) => Query::Full(Matrix::load(proj, heads * (nope + rope), hidden)?),
@@ -56,6 +58,7 @@ impl Mla {
             kv_a_norm: load_vector(&weights.kv_a_norm, latent)?,
             kv_b: Matrix::load(&weights.kv_b_proj, heads * (nope + value), latent)?,
             o: Matrix::load(&weights.o_proj, hidden, heads * value)?,
+            formula,
         })
     }
 
@@ -117,8 +120,10 @@ impl Mla {
         queries: &[f32],
         (output, lse): (&mut [f32], &mut [f32]),
     ) -> Result<()> {
-        let MlaShape { heads, latent, .. } = self.shape;
+        let MlaShape { heads, nope, latent, .. } = self.shape;
         let width = heads * self.shape.cache_width();
+        let scale =
+            if self.formula.has(Fault::ScaleWithoutRope) { 1.0 / (nope as f32).sqrt() } else { self.shape.scale() };
         let mut tasks = Vec::new();
         let mut token = 0;
         for row in rows {
@@ -129,13 +134,8 @@ impl Mla {
             token += count;
         }
         let results = workers.map(tasks, |(row, token, position, count)| {
-            let queries = Queries {
-                values: &queries[token * width..(token + count) * width],
-                heads,
-                position,
-                scale: self.shape.scale(),
-                latent,
-            };
+            let queries =
+                Queries { values: &queries[token * width..(token + count) * width], heads, position, scale, latent };
             let mut output = vec![0f32; count * heads * latent];
             let mut lse = vec![f32::NEG_INFINITY; count * heads];
             for segment in &row.segments {

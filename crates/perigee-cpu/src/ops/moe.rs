@@ -4,6 +4,7 @@
 use perigee_backend::weights::MoeWeights;
 use perigee_backend::{BackendError, MlpShape, MoeShape, Result, Routing};
 
+use crate::formula::{Fault, Formula};
 use crate::matrix::{Matrix, load_vector};
 use crate::ops::mlp::Mlp;
 use crate::simd::sigmoid_all;
@@ -18,6 +19,7 @@ pub struct Moe {
     bias: Vec<f32>,
     experts: Vec<Mlp>,
     shared: Option<Mlp>,
+    formula: Formula,
 }
 
 /// What one layer did with the step's tokens.
@@ -29,18 +31,23 @@ pub(crate) struct Selection {
 }
 
 impl Moe {
-    pub(crate) fn load(shape: &MoeShape, weights: &MoeWeights<'_>) -> Result<Self> {
+    pub(crate) fn load(shape: &MoeShape, weights: &MoeWeights<'_>, formula: Formula) -> Result<Self> {
         if weights.experts.len() != shape.experts {
             return Err(BackendError::shape("routed experts", &[shape.experts], &[weights.experts.len()]));
+        }
+        let mut bias = load_vector(&weights.bias, shape.experts)?;
+        if formula.has(Fault::UnbiasedSelection) {
+            bias.fill(0.0);
         }
         let expert = MlpShape { hidden: shape.hidden, width: shape.width };
         let shared = MlpShape { hidden: shape.hidden, width: shape.shared_width };
         Ok(Self {
             shape: *shape,
             router: Matrix::load(&weights.router, shape.experts, shape.hidden)?,
-            bias: load_vector(&weights.bias, shape.experts)?,
+            bias,
             experts: weights.experts.iter().map(|weights| Mlp::load(&expert, weights)).collect::<Result<_>>()?,
             shared: weights.shared.as_ref().map(|weights| Mlp::load(&shared, weights)).transpose()?,
+            formula,
         })
     }
 
@@ -55,6 +62,11 @@ impl Moe {
         let mut own = Vec::with_capacity(tokens * top_k);
         for scores in scores.chunks_exact(experts) {
             own.extend(select(&self.shape, scores, &self.bias));
+        }
+        if self.formula.has(Fault::BiasedWeights) {
+            for scores in scores.chunks_exact_mut(experts) {
+                scores.iter_mut().zip(&self.bias).for_each(|(score, bias)| *score += bias);
+            }
         }
         let used = match routing {
             Routing::Free => &own[..],
