@@ -2,6 +2,7 @@
 //! It holds no behaviour; services live where their work is done.
 
 pub mod ids;
+pub mod standard;
 pub mod status;
 
 /// What clients and operators speak: `perigee.v1`.

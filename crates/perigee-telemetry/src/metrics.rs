@@ -1,10 +1,8 @@
 //! Every metric's name, help and labels, in one table that dashboards and a test read too; and a registry that only
 //! gives out metrics of that table. Each process registers those that it measures.
 
-use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    TextEncoder,
-};
+use prometheus::{Encoder, HistogramOpts, Opts, TextEncoder};
+pub use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 /// What a metric is.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,8 +65,11 @@ pub const STEP_SECONDS_BY_PHASE: Metric = Metric {
     labels: &[("phase", &["decode", "prefill"])],
 };
 /// Running requests.
-pub const REQUESTS_RUNNING: Metric =
-    plain("perigee_requests_running", MetricKind::Gauge, "Requests on a router, sessions in the batch of a replica.");
+pub const REQUESTS_RUNNING: Metric = plain(
+    "perigee_requests_running",
+    MetricKind::Gauge,
+    "Requests with a first token on a router, sessions in the batch of a replica.",
+);
 /// Waiting requests.
 pub const REQUESTS_WAITING: Metric = plain(
     "perigee_requests_waiting",

@@ -1,0 +1,99 @@
+//! Why a router cannot start or go on, and the errors that its clients see. Each has a kind; the table from kinds to codes
+//! is perigee-proto's.
+
+use std::time::Duration;
+
+use perigee_proto::standard::ReflectionError;
+use perigee_proto::status::{ErrorKind, WireError};
+use perigee_telemetry::MetricsError;
+use perigee_text::TextError;
+
+/// A router that cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    /// Bad settings, one a line.
+    #[error("{0}")]
+    Config(String),
+    /// A listener failed.
+    #[error("{what}: {reason}")]
+    Listener {
+        /// Which.
+        what: &'static str,
+        /// What the system said.
+        reason: String,
+    },
+    /// Metrics cannot be registered.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// The descriptors for reflection do not load.
+    #[error(transparent)]
+    Reflection(#[from] ReflectionError),
+    /// The system gives no random numbers.
+    #[error("random numbers: {0}")]
+    Random(String),
+}
+
+/// No replica can take requests.
+pub(crate) fn no_replica() -> WireError {
+    WireError::unavailable("NO_REPLICA", "no replica is ready: wait until one is, or see `perigee replicas`")
+}
+
+/// A replica's stream broke, or it was silent for its lease.
+pub(crate) fn replica_lost(replica: &str, why: &str) -> WireError {
+    WireError::unavailable("REPLICA_LOST", format!("replica {replica} was lost ({why}): repeat the request"))
+        .with_fact("replica", replica)
+}
+
+/// The engine of a replica failed under a session.
+pub(crate) fn engine_failed(replica: &str, message: &str) -> WireError {
+    WireError::unavailable("ENGINE_FAILED", format!("replica {replica} failed ({message}): repeat the request"))
+        .with_fact("replica", replica)
+}
+
+/// A replica broke the rule that indices follow each other.
+pub(crate) fn event_gap(replica: &str, expected: u64, found: u64) -> WireError {
+    let message = format!("replica {replica} sent index {found} where {expected} was due: repeat the request");
+    WireError::unavailable("EVENT_GAP", message).with_fact("replica", replica)
+}
+
+/// The client's deadline passed.
+pub(crate) fn deadline_exceeded() -> WireError {
+    WireError::new(ErrorKind::DeadlineExceeded, "the deadline passed; the request was aborted")
+}
+
+/// A reader that is slower than the model for too long.
+pub(crate) fn slow_reader(limit_bytes: usize) -> WireError {
+    let message = format!("more than {limit_bytes} bytes of tokens wait to be read; the request was aborted");
+    WireError { reason: Some("SLOW_READER"), ..WireError::new(ErrorKind::ResourceExhausted, message) }
+}
+
+/// Too many requests on this router.
+pub(crate) fn router_full(limit: usize) -> WireError {
+    WireError::exhausted(format!("{limit} requests run on this router already"), Duration::from_secs(1))
+}
+
+/// Text was given or asked for without a tokenizer.
+pub(crate) fn no_tokenizer(field: &str) -> WireError {
+    let message = format!("{field} needs a tokenizer, and there is none: send token_ids, or add tokenizer.json");
+    WireError { reason: Some("NO_TOKENIZER"), ..WireError::new(ErrorKind::FailedPrecondition, message) }
+}
+
+/// A tokenizer refused what a client sent in `field`.
+pub(crate) fn text_refused(field: &str, error: &TextError) -> WireError {
+    match error {
+        TextError::NoTokenizer { .. } => no_tokenizer(field),
+        TextError::Encode { .. } | TextError::Decode { .. } | TextError::SpecialInText { .. } => {
+            WireError::invalid(field, error.to_string())
+        }
+        TextError::Read { .. }
+        | TextError::Malformed { .. }
+        | TextError::StateMismatch
+        | TextError::VocabularyTooSmall { .. }
+        | TextError::SpecialIdOutOfRange { .. } => WireError::new(ErrorKind::Internal, error.to_string()),
+    }
+}
+
+/// A call that this version does not offer.
+pub(crate) fn unimplemented(what: &str) -> WireError {
+    WireError::new(ErrorKind::Unimplemented, format!("{what} is not offered by this version"))
+}

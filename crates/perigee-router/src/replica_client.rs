@@ -1,0 +1,224 @@
+//! The stream to one replica's leader: connects, says who attaches, takes in what the leader sends, keeps the lease, and
+//! notices silence. It comes back with growing pauses; what the messages mean for requests is the relay's business.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use perigee_proto::PROTOCOL_VERSION;
+use perigee_proto::ids::RouterId;
+use perigee_proto::internal::{
+    Hello, Renew, ReplicaMessage, RouterMessage, Welcome, replica_client::ReplicaClient as Client, replica_message,
+    router_message,
+};
+use perigee_registry::{BoxFuture, ReplicaRecord};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::Streaming;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::attachment::{Attachment, Identity};
+use crate::relay::Relay;
+use crate::replicas::Replicas;
+
+/// Largest message from a leader: log-probabilities of the longest prompt.
+const MAX_MESSAGE_BYTES: usize = 64 << 20;
+/// Pauses between attempts to connect.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// How to reach an address: TCP in production, something else under a simulated network.
+pub trait Connect: Send + Sync {
+    /// Opens a connection to host:port, or says why that failed.
+    fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, Result<Channel, String>>;
+}
+
+/// Connects over TCP.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TcpConnector;
+
+impl Connect for TcpConnector {
+    fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, Result<Channel, String>> {
+        Box::pin(async move {
+            let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| error.to_string())?;
+            let endpoint = endpoint.tcp_nodelay(true).initial_stream_window_size(1 << 20);
+            endpoint.connect().await.map_err(|error| format!("{address}: {error}"))
+        })
+    }
+}
+
+/// What all clients of a router share.
+pub(crate) struct ClientContext {
+    pub(crate) connector: Arc<dyn Connect>,
+    pub(crate) replicas: Arc<Replicas>,
+    pub(crate) relay: Arc<Relay>,
+    pub(crate) router: RouterId,
+    pub(crate) lease: Duration,
+    pub(crate) next_attachment: AtomicU64,
+}
+
+/// Keeps a stream to a replica until `leaving` says that the registry lost it and the stream has ended.
+pub(crate) async fn keep_attached(context: Arc<ClientContext>, record: ReplicaRecord, leaving: watch::Receiver<bool>) {
+    let mut pause = FIRST_PAUSE;
+    let mut told = false;
+    while !*leaving.borrow() {
+        match attach(&context, &record).await {
+            Ok(stream) => {
+                pause = FIRST_PAUSE;
+                told = false;
+                tracing::info!(replica = record.replica, "replica attached");
+                let why = stream.run(&context).await;
+                tracing::warn!(replica = record.replica, why, "replica lost");
+            }
+            // The first failure says it all; the next ones are the same.
+            Err(why) if !told => {
+                told = true;
+                tracing::warn!(replica = record.replica, why, "replica not reached, trying on");
+            }
+            Err(why) => tracing::debug!(replica = record.replica, why, "replica not reached"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// A stream whose leader said welcome. Dropping it, for whatever reason, ends what runs there.
+struct LiveStream {
+    attachment: Arc<Attachment>,
+    messages: Streaming<ReplicaMessage>,
+    guard: LossGuard,
+}
+
+struct LossGuard {
+    attachment: Arc<Attachment>,
+    replicas: Arc<Replicas>,
+    relay: Arc<Relay>,
+    why: &'static str,
+}
+
+impl Drop for LossGuard {
+    fn drop(&mut self) {
+        // Closed first: no request may join a stream whose requests are being ended.
+        self.attachment.close();
+        self.replicas.detach(&self.attachment.identity.replica, self.attachment.id);
+        self.relay.lost(&self.attachment, self.why);
+    }
+}
+
+/// Connects and exchanges hello and welcome, all within the lease.
+async fn attach(context: &ClientContext, record: &ReplicaRecord) -> Result<LiveStream, String> {
+    let (outbox, inbox) = mpsc::unbounded_channel();
+    let exchange = async {
+        let channel = context.connector.connect(&record.internal).await?;
+        let mut client = Client::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let lease_ms = u32::try_from(context.lease.as_millis()).unwrap_or(u32::MAX);
+        let hello = Hello { protocol_version: PROTOCOL_VERSION, router_id: context.router.0, lease_ms };
+        let hello = RouterMessage { body: Some(router_message::Body::Hello(hello)) };
+        outbox.send(hello).map_err(|_| "the stream closed".to_owned())?;
+        let response = client.attach(UnboundedReceiverStream::new(inbox)).await;
+        let mut messages = response.map_err(|status| status.message().to_owned())?.into_inner();
+        let first = messages.message().await.map_err(|status| status.message().to_owned())?;
+        match first.and_then(|message| message.body) {
+            Some(replica_message::Body::Welcome(welcome)) => Ok((messages, welcome)),
+            _ => Err("its first message is not a welcome".to_owned()),
+        }
+    };
+    let silent = |_| format!("no welcome within {:?}", context.lease);
+    let (messages, welcome) = tokio::time::timeout(context.lease, exchange).await.map_err(silent)??;
+    let identity = identify(welcome, record)?;
+    let id = context.next_attachment.fetch_add(1, Ordering::Relaxed);
+    let attachment = Arc::new(Attachment::new(id, identity, outbox));
+    let guard = LossGuard {
+        attachment: attachment.clone(),
+        replicas: context.replicas.clone(),
+        relay: context.relay.clone(),
+        why: "its stream broke",
+    };
+    Ok(LiveStream { attachment, messages, guard })
+}
+
+/// Who answered, if it is who was asked for.
+fn identify(welcome: Welcome, record: &ReplicaRecord) -> Result<Identity, String> {
+    if welcome.protocol_version != PROTOCOL_VERSION {
+        let theirs = welcome.protocol_version;
+        return Err(format!("it speaks version {theirs} of the protocol, this router {PROTOCOL_VERSION}"));
+    }
+    let other_incarnation = !record.incarnation.is_empty() && welcome.incarnation != record.incarnation;
+    if welcome.replica != record.replica || other_incarnation {
+        let (name, incarnation) = (&welcome.replica, &welcome.incarnation);
+        return Err(format!("{} answers as replica {name} of incarnation {incarnation}", record.internal));
+    }
+    let model = welcome.model.ok_or("its welcome names no model")?;
+    if !record.digest.is_empty() && model.digest != record.digest {
+        return Err(format!("it serves model {}, its record says {}", model.digest, record.digest));
+    }
+    Ok(Identity {
+        replica: welcome.replica.into(),
+        incarnation: welcome.incarnation,
+        model: Arc::new(model.into()),
+        tp: welcome.tp,
+        device: welcome.device,
+        pids: welcome.pids,
+        weight_bytes: welcome.weight_bytes,
+        step_tokens: welcome.step_tokens,
+    })
+}
+
+impl LiveStream {
+    /// Reads until the stream breaks or is silent for the lease, and says which. The replica counts as attached from its
+    /// first load on: before that, nobody knows whether it has room.
+    async fn run(mut self, context: &ClientContext) -> &'static str {
+        let mut renew = tokio::time::interval(context.lease / 4);
+        renew.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut heard = Instant::now();
+        let mut known = false;
+        let why = loop {
+            tokio::select! {
+                // After a stall of this process, what has arrived counts before the clock.
+                biased;
+                message = self.messages.message() => match message {
+                    Ok(Some(message)) => {
+                        heard = Instant::now();
+                        let is_batch = self.take(context, message, heard);
+                        if is_batch && !known {
+                            known = true;
+                            context.replicas.attach(&self.attachment.identity.replica, self.attachment.clone());
+                        }
+                    }
+                    Ok(None) | Err(_) => break "its stream broke",
+                },
+                _ = renew.tick() => {
+                    if self.attachment.send(router_message::Body::Renew(Renew {})).is_err() {
+                        break "its stream broke";
+                    }
+                }
+                () = tokio::time::sleep_until(heard + context.lease) => break "it was silent for its lease",
+            }
+        };
+        self.guard.why = why;
+        why
+    }
+
+    /// Takes in a message; true where it was a batch.
+    fn take(&self, context: &ClientContext, message: ReplicaMessage, now: Instant) -> bool {
+        use replica_message::Body;
+        match message.body {
+            Some(Body::Batch(batch)) => {
+                let load = batch.load;
+                context.relay.deliver(batch, now);
+                if let Some(load) = load {
+                    self.attachment.set_load(load);
+                }
+                return load.is_some();
+            }
+            Some(Body::Refused(refused)) => context.relay.refused(&self.attachment, refused),
+            Some(Body::Sessions(sessions)) => self.attachment.answer_sessions(sessions.call, sessions.sessions),
+            Some(Body::Flushed(flushed)) => self.attachment.answer_flush(flushed.call),
+            Some(Body::MoveReport(_) | Body::Welcome(_)) | None => {
+                tracing::debug!(replica = &*self.attachment.identity.replica, "message that nothing waits for");
+            }
+        }
+        false
+    }
+}

@@ -1,0 +1,328 @@
+//! The set of replicas that this router knows: what the registry says of each, and its live stream if there is one. It
+//! decides which model is served and which replica a request goes to, and keeps nothing about requests.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use perigee_proto::v1;
+use perigee_registry::{ReplicaRecord, ReplicaStatus};
+use tokio::sync::watch;
+
+use crate::attachment::Attachment;
+use crate::model::Model;
+use crate::route::{self, Demand, Report};
+
+/// All known replicas.
+#[derive(Debug)]
+pub(crate) struct Replicas {
+    inner: Mutex<Inner>,
+    serving: watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    known: BTreeMap<String, Known>,
+    /// The only digest to route to, where the configuration names one.
+    pinned: Option<String>,
+    model: Option<Arc<Model>>,
+}
+
+#[derive(Debug)]
+struct Known {
+    record: ReplicaRecord,
+    attachment: Option<Arc<Attachment>>,
+}
+
+/// A replica for a request.
+#[derive(Debug, Clone)]
+pub(crate) struct Placement {
+    pub(crate) attachment: Arc<Attachment>,
+    pub(crate) report: Report,
+    /// Milliseconds until the first token.
+    pub(crate) expected_ms: f64,
+}
+
+impl Replicas {
+    pub(crate) fn new(pinned: Option<String>) -> Self {
+        let inner = Inner { known: BTreeMap::new(), pinned, model: None };
+        Self { inner: Mutex::new(inner), serving: watch::Sender::new(false) }
+    }
+
+    /// Whether a replica of the served model takes requests.
+    pub(crate) fn serving(&self) -> watch::Receiver<bool> {
+        self.serving.subscribe()
+    }
+
+    /// The served model, once a replica was attached.
+    pub(crate) fn model(&self) -> Option<Arc<Model>> {
+        self.inner.lock().model.clone()
+    }
+
+    /// The registry knows a replica, or knows it better.
+    pub(crate) fn insert(&self, record: ReplicaRecord) {
+        let mut inner = self.inner.lock();
+        match inner.known.get_mut(&record.replica) {
+            Some(known) => known.record = record,
+            None => {
+                inner.known.insert(record.replica.clone(), Known { record, attachment: None });
+            }
+        }
+        self.settle(inner);
+    }
+
+    /// The registry lost a replica. While its stream lives it stays, for the sessions that run there.
+    pub(crate) fn leave(&self, replica: &str) {
+        let mut inner = self.inner.lock();
+        match inner.known.get_mut(replica) {
+            Some(known) if known.attachment.is_some() => known.record.status = ReplicaStatus::Gone,
+            _ => drop(inner.known.remove(replica)),
+        }
+        self.settle(inner);
+    }
+
+    /// A stream to a replica is live.
+    pub(crate) fn attach(&self, replica: &str, attachment: Arc<Attachment>) {
+        let mut inner = self.inner.lock();
+        if let Some(known) = inner.known.get_mut(replica) {
+            known.attachment = Some(attachment);
+        }
+        self.settle(inner);
+    }
+
+    /// A stream to a replica is lost.
+    pub(crate) fn detach(&self, replica: &str, id: u64) {
+        let mut inner = self.inner.lock();
+        if let Some(known) = inner.known.get_mut(replica)
+            && known.attachment.as_ref().is_some_and(|attachment| attachment.id == id)
+        {
+            known.attachment = None;
+            if known.record.status == ReplicaStatus::Gone {
+                inner.known.remove(replica);
+            }
+        }
+        self.settle(inner);
+    }
+
+    /// Chooses the model and tells whether there is something to serve. The model changes only when no replica of the old
+    /// one is attached any more: requests in flight were checked against it.
+    fn settle(&self, mut inner: parking_lot::MutexGuard<'_, Inner>) {
+        let attached = |model: &Arc<Model>| {
+            inner
+                .known
+                .values()
+                .filter_map(|known| known.attachment.as_ref())
+                .any(|a| a.identity.model.digest == model.digest)
+        };
+        if !inner.model.as_ref().is_some_and(attached) {
+            let pinned = inner.pinned.as_ref();
+            let models = inner.known.values().filter_map(|known| known.attachment.as_ref()).map(|a| &a.identity.model);
+            let next = models.into_iter().find(|model| pinned.is_none_or(|digest| *digest == model.digest)).cloned();
+            // Without any, the last model still answers questions about itself.
+            inner.model = next.or(inner.model.take());
+        }
+        let serving = inner.candidates(&[]).next().is_some();
+        self.serving.send_if_modified(|current| std::mem::replace(current, serving) != serving);
+    }
+
+    /// The replica where a request would have its first token soonest, none of `tried`.
+    pub(crate) fn place(&self, demand: Demand, tried: &[u64]) -> Option<Placement> {
+        let inner = self.inner.lock();
+        let candidates: Vec<(&Arc<Attachment>, Report)> = inner.candidates(tried).collect();
+        let reports: Vec<Report> = candidates.iter().map(|(_, report)| *report).collect();
+        let (attachment, report) = candidates[route::choose(&reports, demand)?];
+        Some(Placement { attachment: attachment.clone(), report, expected_ms: route::expected_ms(&report, demand) })
+    }
+
+    /// All live streams, or that of one replica. `None` where no replica of that name is known.
+    pub(crate) fn attachments(&self, replica: &str) -> Option<Vec<Arc<Attachment>>> {
+        let inner = self.inner.lock();
+        if !replica.is_empty() && !inner.known.contains_key(replica) {
+            return None;
+        }
+        let wanted = inner.known.iter().filter(|(name, _)| replica.is_empty() || *name == replica);
+        Some(wanted.filter_map(|(_, known)| known.attachment.clone()).collect())
+    }
+
+    /// All replicas as operators see them.
+    pub(crate) fn describe(&self) -> Vec<v1::ReplicaInfo> {
+        let inner = self.inner.lock();
+        inner.known.values().map(|known| known.describe(&inner)).collect()
+    }
+}
+
+impl Inner {
+    fn serves(&self, model: &Model) -> bool {
+        self.pinned.as_ref().is_none_or(|digest| *digest == model.digest)
+            && self.model.as_ref().is_none_or(|served| served.digest == model.digest)
+    }
+
+    fn candidates<'a>(&'a self, tried: &'a [u64]) -> impl Iterator<Item = (&'a Arc<Attachment>, Report)> {
+        self.known
+            .values()
+            .filter(|known| known.record.status == ReplicaStatus::Ready)
+            .filter_map(|known| known.attachment.as_ref())
+            .filter(|attachment| self.serves(&attachment.identity.model) && !tried.contains(&attachment.id))
+            .filter_map(|attachment| attachment.report().map(|report| (attachment, report)))
+    }
+}
+
+impl Known {
+    fn describe(&self, inner: &Inner) -> v1::ReplicaInfo {
+        let record = &self.record;
+        let identity = self.attachment.as_ref().map(|attachment| &attachment.identity);
+        let load = self.attachment.as_ref().map(|attachment| attachment.load()).unwrap_or_default();
+        let status = match identity {
+            Some(identity) if !inner.serves(&identity.model) => "refused",
+            Some(_) if record.status == ReplicaStatus::Ready && load.draining => "draining",
+            None if record.status == ReplicaStatus::Ready => "unreachable",
+            _ => record.status.as_str(),
+        };
+        let from_leader = |text: &str, own: fn(&crate::attachment::Identity) -> &str| {
+            if text.is_empty() { identity.map(own).unwrap_or_default().to_owned() } else { text.to_owned() }
+        };
+        v1::ReplicaInfo {
+            replica: record.replica.clone(),
+            incarnation: from_leader(&record.incarnation, |identity| &identity.incarnation),
+            endpoint: record.endpoint.clone(),
+            tp: if record.tp > 0 { record.tp } else { identity.map_or(0, |identity| identity.tp) },
+            device: from_leader(&record.device, |identity| &identity.device),
+            status: status.to_owned(),
+            weight_bytes: identity
+                .map_or_else(|| record.weight_bytes.clone(), |identity| identity.weight_bytes.clone()),
+            slots_free: load.slots_free,
+            slots_total: load.slots_total,
+            pages_free: load.pages_free,
+            pages_total: load.pages_total,
+            running: load.running,
+            waiting: load.waiting,
+            homes: load.homes,
+            step_ms: f64::from(load.step_ms),
+            pids: identity.map_or_else(|| record.pids.clone(), |identity| identity.pids.clone()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use perigee_proto::internal::{Load, RouterMessage};
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::attachment::Identity;
+    use crate::model::Defaults;
+
+    const DEMAND: Demand = Demand { prompt_tokens: 10, sessions: 1 };
+
+    fn attachment(id: u64, replica: &str, digest: &str) -> (Arc<Attachment>, mpsc::UnboundedReceiver<RouterMessage>) {
+        let model = Model {
+            name: digest.to_owned(),
+            digest: digest.to_owned(),
+            vocab: 10,
+            max_len: 100,
+            eos: vec![],
+            has_tokenizer: false,
+            defaults: Defaults::NEUTRAL,
+        };
+        let identity = Identity {
+            replica: Arc::from(replica),
+            incarnation: "1".to_owned(),
+            model: Arc::new(model),
+            tp: 2,
+            device: "cpu".to_owned(),
+            pids: vec![5, 6],
+            weight_bytes: vec![1, 2],
+            step_tokens: 512,
+        };
+        let (outbox, inbox) = mpsc::unbounded_channel();
+        let attachment = Attachment::new(id, identity, outbox);
+        attachment.set_load(Load { slots_free: 4, pages_free: 100, step_ms: 1.0, ..Load::default() });
+        (Arc::new(attachment), inbox)
+    }
+
+    fn placed(replicas: &Replicas, tried: &[u64]) -> Option<u64> {
+        replicas.place(DEMAND, tried).map(|placement| placement.attachment.id)
+    }
+
+    fn status_of(replicas: &Replicas, name: &str) -> String {
+        replicas.describe().into_iter().find(|info| info.replica == name).map(|info| info.status).unwrap_or_default()
+    }
+
+    #[test]
+    fn only_ready_attached_replicas_of_the_served_model_are_placed_on() {
+        let replicas = Replicas::new(None);
+        for name in ["a", "b", "c"] {
+            replicas.insert(ReplicaRecord::new(name, "h:1"));
+        }
+        assert_eq!((placed(&replicas, &[]), *replicas.serving().borrow()), (None, false));
+        let (a, _inbox_a) = attachment(1, "a", "one");
+        let (b, _inbox_b) = attachment(2, "b", "two");
+        let (c, _inbox_c) = attachment(3, "c", "one");
+        replicas.attach("a", a.clone());
+        replicas.attach("b", b);
+        replicas.attach("c", c);
+        assert!(*replicas.serving().borrow());
+        assert_eq!(placed(&replicas, &[]), Some(1));
+        assert_eq!(placed(&replicas, &[1]), Some(3), "b serves another model");
+        assert_eq!(placed(&replicas, &[1, 3]), None);
+        assert_eq!(status_of(&replicas, "b"), "refused");
+
+        let draining = ReplicaRecord { status: ReplicaStatus::Draining, ..ReplicaRecord::new("a", "h:1") };
+        replicas.insert(draining);
+        assert_eq!(placed(&replicas, &[]), Some(3));
+        assert_eq!(status_of(&replicas, "a"), "draining");
+
+        replicas.detach("c", 99);
+        assert_eq!(placed(&replicas, &[]), Some(3), "another attachment was lost");
+        replicas.detach("c", 3);
+        assert_eq!(placed(&replicas, &[]), None);
+        assert_eq!(status_of(&replicas, "c"), "unreachable");
+        assert!(!*replicas.serving().borrow());
+
+        replicas.leave("a");
+        assert_eq!((status_of(&replicas, "a").as_str(), placed(&replicas, &[])), ("gone", None));
+        replicas.detach("a", 1);
+        assert_eq!(status_of(&replicas, "a"), "");
+        assert_eq!(placed(&replicas, &[]), Some(2), "the old model is gone, the other one takes over");
+        assert_eq!(replicas.model().map(|model| model.digest.clone()), Some("two".to_owned()));
+    }
+
+    #[test]
+    fn a_pinned_model_is_the_only_one() {
+        let replicas = Replicas::new(Some("two".to_owned()));
+        for name in ["a", "b"] {
+            replicas.insert(ReplicaRecord::new(name, "h:1"));
+        }
+        let (a, _inbox_a) = attachment(1, "a", "one");
+        replicas.attach("a", a);
+        assert_eq!((placed(&replicas, &[]), replicas.model()), (None, None));
+        let (b, _inbox_b) = attachment(2, "b", "two");
+        replicas.attach("b", b);
+        assert_eq!(placed(&replicas, &[]), Some(2));
+    }
+
+    #[test]
+    fn requests_sent_since_the_last_report_count() {
+        let replicas = Replicas::new(None);
+        for name in ["a", "b"] {
+            replicas.insert(ReplicaRecord::new(name, "h:1"));
+        }
+        let (a, _inbox_a) = attachment(1, "a", "one");
+        let (b, _inbox_b) = attachment(2, "b", "one");
+        replicas.attach("a", a.clone());
+        replicas.attach("b", b);
+        let submit = perigee_proto::internal::Submit {
+            sessions: vec!["s".to_owned()],
+            prompt: vec![1; 1000],
+            ..Default::default()
+        };
+        a.submit(submit).expect("live");
+        assert_eq!(placed(&replicas, &[]), Some(2));
+        a.set_load(a.load());
+        assert_eq!(placed(&replicas, &[]), Some(1), "the report has it now");
+        a.close();
+        assert_eq!(placed(&replicas, &[]), Some(2));
+        let info = &replicas.describe()[1];
+        assert_eq!((info.tp, info.device.as_str(), info.pids.as_slice()), (2, "cpu", [5, 6].as_slice()));
+    }
+}

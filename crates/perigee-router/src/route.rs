@@ -1,0 +1,130 @@
+//! Placement: where a request would have its first token soonest, by what the replicas last reported. Pure functions over
+//! reports; who is attached and who is asked next is decided elsewhere.
+
+/// Positions of a latent page.
+const PAGE_TOKENS: u64 = 64;
+/// How many steps a running session is taken to have left: only used to guess when a slot or page comes free.
+const STEPS_LEFT: f64 = 128.0;
+/// Time of a step before a replica has done one.
+const FIRST_STEP_MS: f64 = 1.0;
+
+/// What a replica last reported, and what it was sent since.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Report {
+    /// Smoothed time of a step; 0 before the first one.
+    pub(crate) step_ms: f64,
+    /// Most tokens in one step; 0 where not known.
+    pub(crate) step_tokens: u64,
+    /// Prompt tokens not yet prefilled, with those of requests sent since.
+    pub(crate) queued_tokens: u64,
+    /// Sessions in the batch.
+    pub(crate) running: u64,
+    /// Sessions that wait, with those sent since.
+    pub(crate) waiting: u64,
+    /// Free state slots.
+    pub(crate) slots_free: u64,
+    /// Free latent pages.
+    pub(crate) pages_free: u64,
+}
+
+/// What a request needs before its first token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Demand {
+    /// Tokens of its prompt.
+    pub(crate) prompt_tokens: u64,
+    /// Its choices.
+    pub(crate) sessions: u64,
+}
+
+/// Milliseconds until the first token: steps until there is room, then steps until the prompts queued before and this
+/// one are done, each as long as steps are now.
+pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
+    let step_ms = if report.step_ms > 0.0 { report.step_ms } else { FIRST_STEP_MS };
+    let tokens = (report.queued_tokens + demand.prompt_tokens) as f64;
+    let prefill_steps = (tokens / report.step_tokens.max(1) as f64).max(1.0);
+
+    // Slots come free at the rate at which running sessions end.
+    let slots_short = (report.waiting + demand.sessions).saturating_sub(report.slots_free) as f64;
+    let slot_steps = slots_short * STEPS_LEFT / report.running.max(1) as f64;
+    // Pages come free with them; a session has as many as its share of what the batch holds, which is not reported, so
+    // a session's worth of pages is taken to be this request's.
+    let pages = demand.prompt_tokens.div_ceil(PAGE_TOKENS) + demand.sessions;
+    let waiting_pages = report.queued_tokens.div_ceil(PAGE_TOKENS);
+    let pages_short = (waiting_pages + pages).saturating_sub(report.pages_free) as f64;
+    let page_steps = pages_short / pages.max(1) as f64 * STEPS_LEFT / report.running.max(1) as f64;
+
+    step_ms * (prefill_steps + slot_steps.max(page_steps))
+}
+
+/// Index of the report with the least expected time; between equals the one with fewer sessions, then the first.
+pub(crate) fn choose(reports: &[Report], demand: Demand) -> Option<usize> {
+    let cost = |report: &Report| (expected_ms(report, demand), report.running + report.waiting);
+    (0..reports.len()).min_by(|&a, &b| {
+        let ((time_a, sessions_a), (time_b, sessions_b)) = (cost(&reports[a]), cost(&reports[b]));
+        time_a.total_cmp(&time_b).then(sessions_a.cmp(&sessions_b))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const IDLE: Report = Report {
+        step_ms: 10.0,
+        step_tokens: 512,
+        queued_tokens: 0,
+        running: 0,
+        waiting: 0,
+        slots_free: 64,
+        pages_free: 1024,
+    };
+    const SMALL: Demand = Demand { prompt_tokens: 100, sessions: 1 };
+
+    #[test]
+    fn an_idle_replica_needs_as_many_steps_as_the_prompt_has_chunks() {
+        assert_eq!(expected_ms(&IDLE, SMALL), 10.0);
+        assert_eq!(expected_ms(&IDLE, Demand { prompt_tokens: 5120, ..SMALL }), 100.0);
+        assert_eq!(expected_ms(&Report { queued_tokens: 5020, ..IDLE }, SMALL), 100.0);
+    }
+
+    #[test]
+    fn each_burden_alone_sends_the_request_elsewhere() {
+        let burdened = [
+            ("slower steps", Report { step_ms: 20.0, ..IDLE }),
+            ("queued prompts", Report { queued_tokens: 4096, ..IDLE }),
+            ("no free slot", Report { running: 64, slots_free: 0, ..IDLE }),
+            ("no free page", Report { running: 64, pages_free: 0, ..IDLE }),
+            ("waiting sessions", Report { running: 64, waiting: 10, slots_free: 5, ..IDLE }),
+            ("more sessions at equal time", Report { running: 8, ..IDLE }),
+        ];
+        for (what, report) in burdened {
+            assert_eq!(choose(&[report, IDLE], SMALL), Some(1), "{what}");
+            assert_eq!(choose(&[IDLE, report], SMALL), Some(0), "{what}");
+        }
+    }
+
+    #[test]
+    fn a_short_queue_on_a_slow_replica_beats_a_long_one_on_a_fast_replica() {
+        let fast_but_full = Report { step_ms: 5.0, queued_tokens: 100_000, ..IDLE };
+        let slow = Report { step_ms: 50.0, ..IDLE };
+        assert_eq!(choose(&[fast_but_full, slow], SMALL), Some(1));
+        assert_eq!(choose(&[fast_but_full, slow], Demand { prompt_tokens: 1_000_000, sessions: 1 }), Some(0));
+    }
+
+    #[test]
+    fn more_running_sessions_free_a_slot_sooner() {
+        let few = Report { running: 2, slots_free: 0, ..IDLE };
+        let many = Report { running: 64, slots_free: 0, ..IDLE };
+        assert_eq!(choose(&[few, many], SMALL), Some(1));
+    }
+
+    #[test]
+    fn nothing_is_chosen_from_nothing_and_unknowns_do_not_divide_by_zero() {
+        assert_eq!(choose(&[], SMALL), None);
+        let unknown = Report { step_ms: 0.0, step_tokens: 0, ..IDLE };
+        assert!(expected_ms(&unknown, Demand { prompt_tokens: 0, sessions: 0 }).is_finite());
+        assert!(
+            expected_ms(&Report { pages_free: 0, ..unknown }, Demand { prompt_tokens: 0, sessions: 1 }).is_finite()
+        );
+    }
+}

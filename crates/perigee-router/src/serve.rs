@@ -1,0 +1,186 @@
+//! A router from its parts to its end: builds every part in order, opens the services on the listeners it was given, and
+//! drains when told to stop. Whoever starts it chooses registry, listeners, connector and random source.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use perigee_proto::ids::RouterId;
+use perigee_proto::standard;
+use perigee_proto::v1::cluster_server::ClusterServer;
+use perigee_proto::v1::inference_server::InferenceServer;
+use perigee_registry::Registry;
+use perigee_telemetry::{Metrics, probes};
+use perigee_text::Tokenizer;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tonic::service::RoutesBuilder;
+use tonic::transport::Server;
+use tonic::transport::server::{Router as GrpcRouter, TcpIncoming};
+
+use crate::admission::Admission;
+use crate::cluster_service::ClusterService;
+use crate::config::RouterConfig;
+use crate::error::RouterError;
+use crate::membership;
+use crate::metrics::RouterMetrics;
+use crate::random::Random;
+use crate::relay::Relay;
+use crate::replica_client::{ClientContext, Connect, TcpConnector};
+use crate::replicas::Replicas;
+use crate::service::InferenceService;
+use crate::text::Text;
+
+/// Names under which health is reported, beside the empty one for the whole.
+const SERVICES: [&str; 2] = ["perigee.v1.Inference", "perigee.v1.Cluster"];
+
+/// What a router works with and does not make itself.
+pub struct RouterParts {
+    /// Who is in the cluster.
+    pub registry: Arc<dyn Registry>,
+    /// Encodes prompts; without one, clients send token ids.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Reaches replicas.
+    pub connector: Arc<dyn Connect>,
+    /// Names sessions and draws seeds.
+    pub random: Random,
+}
+
+impl RouterParts {
+    /// Parts for production: TCP, and the system's random numbers.
+    ///
+    /// # Errors
+    /// [`RouterError::Random`].
+    pub fn new(registry: Arc<dyn Registry>, tokenizer: Option<Arc<Tokenizer>>) -> Result<Self, RouterError> {
+        Ok(Self { registry, tokenizer, connector: Arc::new(TcpConnector), random: Random::system()? })
+    }
+}
+
+/// The two ports of a router, bound by whoever starts it.
+#[derive(Debug)]
+pub struct RouterListeners {
+    /// For gRPC.
+    pub grpc: TcpListener,
+    /// For /health and /metrics.
+    pub http: TcpListener,
+}
+
+/// A router whose parts are built and whose streams to replicas are being opened. It answers once its services are served.
+pub(crate) struct Router {
+    config: RouterConfig,
+    pub(crate) inference: InferenceService,
+    cluster: ClusterService,
+    metrics: Metrics,
+    serving: watch::Receiver<bool>,
+    pub(crate) tasks: JoinSet<()>,
+}
+
+impl Router {
+    /// Builds the parts and begins to follow the registry.
+    pub(crate) fn start(config: RouterConfig, parts: RouterParts) -> Result<Self, RouterError> {
+        let faults = config.faults();
+        if !faults.is_empty() {
+            return Err(RouterError::Config(faults.join("\n")));
+        }
+        let metrics = Metrics::default();
+        let router_metrics = RouterMetrics::register(&metrics)?;
+        let replicas = Arc::new(Replicas::new(config.model_digest.clone()));
+        let relay = Arc::new(Relay::new(replicas.clone(), router_metrics.clone(), config.limits.buffered_bytes));
+        let router = parts.random.next().map_err(|error| RouterError::Random(error.message))?;
+        let context = ClientContext {
+            connector: parts.connector,
+            replicas: replicas.clone(),
+            relay: relay.clone(),
+            router: RouterId(router),
+            lease: config.lease,
+            next_attachment: AtomicU64::new(0),
+        };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(membership::follow(parts.registry.watch(), Arc::new(context)));
+        let inference = InferenceService {
+            relay,
+            replicas: replicas.clone(),
+            admission: Admission::new(config.limits.requests),
+            text: Text::new(parts.tokenizer),
+            limits: Arc::new(config.limits.clone()),
+            metrics: router_metrics,
+            random: parts.random,
+        };
+        let serving = replicas.serving();
+        let cluster = ClusterService { replicas, patience: config.lease };
+        Ok(Self { config, inference, cluster, metrics, serving, tasks })
+    }
+
+    /// Its gRPC services, with health and reflection and the limits of connections.
+    pub(crate) fn grpc(&mut self) -> Result<GrpcRouter, RouterError> {
+        let limits = &self.config.limits;
+        let mut routes = RoutesBuilder::default();
+        let reporter = standard::add_services(&mut routes)?;
+        self.tasks.spawn(standard::report_health(reporter, &SERVICES, self.serving.clone()));
+        let inference = InferenceServer::new(self.inference.clone()).max_decoding_message_size(limits.message_bytes);
+        // Operators' messages are small.
+        let cluster = ClusterServer::new(self.cluster.clone()).max_decoding_message_size(64 << 10);
+        routes.add_service(inference).add_service(cluster);
+        Ok(Server::builder()
+            .max_concurrent_streams(limits.streams_per_connection)
+            .http2_max_header_list_size(limits.header_bytes)
+            .http2_max_pending_accept_reset_streams(Some(limits.pending_resets))
+            // A client whose machine vanished is noticed within these two.
+            .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+            .add_routes(routes.routes()))
+    }
+}
+
+/// Serves until `shutdown` completes; then takes no more calls and gives running ones the grace time.
+///
+/// # Errors
+/// [`RouterError`] for bad settings, before anything is served, and for listeners that fail.
+pub async fn serve(
+    config: RouterConfig,
+    parts: RouterParts,
+    listeners: RouterListeners,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), RouterError> {
+    let grace = config.grace;
+    let mut router = Router::start(config, parts)?;
+    let (stop, stopped) = watch::channel(false);
+    router.tasks.spawn(async move {
+        shutdown.await;
+        tracing::info!(?grace, "shutting down, running requests may end");
+        stop.send_replace(true);
+        // Kept open: those who wait see the value, not the end of the channel.
+        std::future::pending::<()>().await;
+    });
+    let until_stopped = || {
+        let mut stopped = stopped.clone();
+        async move {
+            // An error would mean that the task above is gone, and with it this router.
+            let _ = stopped.wait_for(|stop| *stop).await;
+        }
+    };
+
+    let http = axum::serve(listeners.http, probes::routes(router.metrics.clone(), router.serving.clone()));
+    let http = http.with_graceful_shutdown(until_stopped());
+    let incoming = TcpIncoming::from(listeners.grpc).with_nodelay(Some(true));
+    let grpc = router.grpc()?.serve_with_incoming_shutdown(incoming, until_stopped());
+    let failed = |what, reason: String| RouterError::Listener { what, reason };
+    let both = async {
+        tokio::try_join!(async { grpc.await.map_err(|error| failed("gRPC", error.to_string())) }, async {
+            http.await.map_err(|error| failed("HTTP", error.to_string()))
+        },)
+    };
+    let overdue = async {
+        until_stopped().await;
+        tokio::time::sleep(grace).await;
+    };
+    tokio::select! {
+        result = both => result.map(|_| ()),
+        () = overdue => {
+            tracing::warn!(?grace, "requests still run after the grace time, ending them");
+            Ok(())
+        }
+    }
+}
