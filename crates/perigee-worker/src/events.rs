@@ -41,7 +41,7 @@ pub struct ReadyEvent {
     /// Its name.
     pub replica: String,
     /// This start of it.
-    pub incarnation: u64,
+    pub incarnation: String,
     /// Public address.
     pub listen: SocketAddr,
     /// Internal address.

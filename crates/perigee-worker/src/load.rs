@@ -1,13 +1,17 @@
 //! From options to a rank that can run: opens the model, settles the sizes, meets the other ranks, loads this rank's share.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use perigee_backend::{Backend, PAGE_TOKENS};
 use perigee_collectives::Collective;
 use perigee_engine::executor::ExecutorLimits;
 use perigee_engine::rank::{Rank, RankShape};
-use perigee_model::{Model, ModelSpec, StepLimits, WeightSource, model_digest};
+use perigee_model::{Model, ModelConfig, ModelSpec, StepLimits, WeightSource, model_digest};
+use perigee_text::{GenerationConfig, SpecialIds, TextError, Tokenizer, byte_level_tokenizer};
 
 use crate::config::WorkerConfig;
-use crate::error::Result;
+use crate::error::{Result, WorkerError};
 use crate::events::{WorkerEvent, emit};
 
 /// Longest session where neither the options nor the model say less.
@@ -85,4 +89,31 @@ pub fn cpu_backend(config: &WorkerConfig, collective: Box<dyn Collective>) -> pe
     let options =
         perigee_cpu::CpuOptions { activation: config.engine.activation(), threads: config.engine.threads(config.tp) };
     perigee_cpu::CpuBackend::new(options, collective)
+}
+
+/// The tokenizer of a model: the directory's, none where it has none, and a byte-level one for a random model whose
+/// vocabulary has room for all bytes.
+///
+/// # Errors
+/// A tokenizer.json or generation_config.json that cannot be read.
+pub fn tokenizer(spec: &ModelSpec) -> Result<Option<Arc<Tokenizer>>> {
+    let failed = |error: TextError| WorkerError::Options(format!("tokenizer: {error}"));
+    match spec {
+        ModelSpec::Directory(path) => match Tokenizer::load(path) {
+            Ok(tokenizer) => Ok(Some(Arc::new(tokenizer))),
+            Err(TextError::NoTokenizer { .. }) => Ok(None),
+            Err(error) => Err(failed(error)),
+        },
+        ModelSpec::Random { preset, .. } => {
+            let config = ModelConfig::parse(&preset.config_json()?)?;
+            let special = SpecialIds { bos: config.bos, eos: config.eos.first().copied(), pad: config.pad };
+            let json = match byte_level_tokenizer(config.vocab as u32, special) {
+                Err(TextError::VocabularyTooSmall { .. }) => return Ok(None),
+                other => other.map_err(failed)?,
+            };
+            let generation = GenerationConfig { eos_token_ids: config.eos.clone(), ..GenerationConfig::default() };
+            let path = PathBuf::from(spec.to_string());
+            Ok(Some(Arc::new(Tokenizer::from_json(json.to_string().as_bytes(), path, generation).map_err(failed)?)))
+        }
+    }
 }

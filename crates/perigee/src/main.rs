@@ -1,11 +1,17 @@
 //! The one binary of Perigee: reads the command line and hands over. Exit codes: 0 done, 1 failed, 2 usage.
 
+mod answer;
 mod commands;
 mod launch;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+/// Port of the router's gRPC service where `up` is not told another, and where client commands look for it.
+const DEFAULT_PORT: u16 = 7411;
+/// Port of the router's HTTP service where `up` is not told another.
+const DEFAULT_HTTP_PORT: u16 = 7412;
 
 /// Serves Kimi Linear models on clusters: sessions move, latents stay.
 #[derive(Parser)]
@@ -17,6 +23,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Starts a router and replicas on this machine.
+    Up(Box<commands::up::UpArgs>),
     /// Runs one rank of a replica.
     Worker(Box<perigee_worker::WorkerConfig>),
     /// Scores token sequences: logits, states and traces of every position.
@@ -28,6 +36,7 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
+        Command::Up(args) => commands::up::run(*args),
         Command::Worker(config) => perigee_worker::run(&config).map_err(anyhow::Error::from),
         Command::Score(args) => commands::score::run(*args),
         Command::InitModel(args) => commands::init_model::run(&args),

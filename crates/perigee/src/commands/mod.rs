@@ -2,3 +2,4 @@
 
 pub(crate) mod init_model;
 pub(crate) mod score;
+pub(crate) mod up;
