@@ -23,7 +23,7 @@ use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
 use crate::scratch::Scratch;
 use crate::step::{Planning, Step};
-use crate::stream::Stream;
+use crate::stream::{Event, Stream};
 use crate::tensor::Tensor;
 
 /// How a backend is opened.
@@ -102,6 +102,19 @@ impl CudaBackend {
     /// [`BackendError::Device`] with the first fault of that work.
     pub fn wait(&self) -> Result<()> {
         self.stream.wait()
+    }
+
+    /// Milliseconds that the device spends on `work`, for measurements.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`BackendError::Device`] with a fault of the device in it.
+    pub fn timed(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<f32> {
+        let (start, end) = (Event::new(self.stream.device(), true)?, Event::new(self.stream.device(), true)?);
+        start.record(&self.stream)?;
+        work(self)?;
+        end.record(&self.stream)?;
+        end.wait()?;
+        end.since(&start)
     }
 
     /// Tokens of the current step.

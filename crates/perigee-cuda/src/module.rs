@@ -92,7 +92,7 @@ unsafe impl<P> Send for Kernel<P> {}
 
 impl<P: Pod> Kernel<P> {
     /// Lets blocks use up to `bytes` of dynamic shared memory.
-    pub(crate) fn allow_shared(&self, bytes: u32) -> Result<()> {
+    pub(crate) fn allow_shared(&self, bytes: usize) -> Result<()> {
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let value = i32::try_from(bytes).unwrap_or(i32::MAX);
         // SAFETY: the function belongs to a loaded module.

@@ -112,6 +112,8 @@ pub(crate) struct KdaParams {
     pub(crate) layers: u32,
     pub(crate) eps: f32,
     pub(crate) query_scale: f32,
+    pub(crate) first_row: u32,
+    pub(crate) first_chunk: u32,
 }
 
 /// `mla/params.h`: query tokens against key ranges.

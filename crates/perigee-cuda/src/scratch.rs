@@ -24,6 +24,7 @@ pub(crate) struct Scratch {
     buffer: Option<Buffer>,
     needs: Vec<Need>,
     taken: usize,
+    tokens: usize,
 }
 
 impl Scratch {
@@ -35,11 +36,17 @@ impl Scratch {
     /// Makes room for a step of `tokens` tokens that needs at least `besides` bytes in some op.
     pub(crate) fn reserve(&mut self, device: &Device, tokens: usize, besides: usize) -> Result<()> {
         let bytes = self.needs.iter().map(|need| need.per_token * tokens + need.fixed).max().unwrap_or(0).max(besides);
+        self.tokens = self.tokens.max(tokens);
         if self.buffer.as_ref().is_none_or(|buffer| buffer.bytes() < bytes) {
             self.buffer = None;
             self.buffer = Some(Buffer::new(device, bytes, &format!("working memory of a step of {tokens} tokens"))?);
         }
         Ok(())
+    }
+
+    /// Tokens that it has room for.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
     }
 
     /// Takes room for host bytes and copies them there.

@@ -44,6 +44,8 @@ pub(crate) struct Step {
     pub(crate) ranges: Section,
     pub(crate) items: Section,
     pub(crate) merges: Section,
+    /// The numbers in `row_chunks`, for launches by groups of rows.
+    pub(crate) chunk_bounds: Vec<u32>,
     /// Partial results of attention.
     pub(crate) parts: usize,
     /// Most tokens of an item.
@@ -76,6 +78,7 @@ impl Step {
         self.merges = self.pack(&attention.merges);
         self.ranges = self.pack(&attention.ranges);
         self.pages = self.pack(&attention.pages);
+        self.chunk_bounds = rows.row_chunks;
         self.parts = attention.parts as usize;
         self.item_tokens = attention.item_tokens;
         self.send(stream)

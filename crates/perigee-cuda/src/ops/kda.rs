@@ -10,12 +10,17 @@ use crate::buffer::Buffer;
 use crate::loader::{Loader, Placement};
 use crate::params::KdaParams;
 use crate::scratch::Need;
-use crate::step::Section;
+use crate::step::{CHUNK_TOKENS, Section};
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
 
 /// Most channels of a head, one thread each.
 const MOST_CHANNELS: usize = 1024;
+
+/// Value channels of one block of the scan.
+const SCAN_COLUMNS: usize = 32;
+/// Chunks that the working memory holds beyond those of the longest row.
+const MORE_CHUNKS: usize = 32;
 
 /// A KDA layer's mixer; P = heads * head_dim.
 #[derive(Debug)]
@@ -58,7 +63,11 @@ impl CudaBackend {
         self.loader.place(&self.stream, &self.kernels, &weights.f_b_proj, &gates, Placement::at(0))?;
         self.loader.place(&self.stream, &self.kernels, &weights.g_b_proj, &gates, Placement::at(channels))?;
         let element = self.precision.bytes();
-        self.scratch.require(Need { per_token: (width + 3 * channels) * element, fixed: 2048 });
+        let chunk = self.kda_fast(dim).map_or(0, |_| chunk_bytes(shape, element));
+        self.scratch.require(Need {
+            per_token: (width + 6 * channels) * element + chunk.div_ceil(CHUNK_TOKENS),
+            fixed: (MORE_CHUNKS + 1) * chunk + 16 * 256,
+        });
         Ok(Kda {
             shape: *shape,
             projection,
@@ -113,8 +122,16 @@ impl CudaBackend {
         self.blas.run(&self.stream, &product, Operands { input, weight: layer.gates.address(), out: gates })?;
 
         let params = self.kda_params(layer, index, [projected, gates, mixed])?;
-        self.kda_recurrent(&params, self.step.decode_rows)?;
-        self.kda_recurrent(&params, self.step.prefill_rows)?;
+        match self.kda_fast(shape.head_dim) {
+            Some(fast) => {
+                self.kda_decode(fast, &params)?;
+                self.kda_prefill(fast, &params)?;
+            }
+            None => {
+                self.kda_recurrent(&params, self.step.decode_rows)?;
+                self.kda_recurrent(&params, self.step.prefill_rows)?;
+            }
+        }
 
         let product = Product::dense(tokens, channels, shape.hidden, self.precision);
         let operands = Operands { input: mixed, weight: layer.output.address(), out: out.address() };
@@ -164,7 +181,60 @@ impl CudaBackend {
             layers: cache.shape().kda_layers as u32,
             eps: shape.eps,
             query_scale: (1.0 / (shape.head_dim as f64).sqrt()) as f32,
+            first_row: 0,
+            first_chunk: 0,
         })
+    }
+
+    /// Position among the kernels of the head sizes that have them.
+    fn kda_fast(&self, head_dim: usize) -> Option<usize> {
+        self.kernels.kda_fast.iter().position(|fast| fast.head_dim == head_dim)
+    }
+
+    /// Rows of one token in one fused kernel.
+    fn kda_decode(&self, fast: usize, params: &KdaParams) -> Result<()> {
+        let rows = self.step.decode_rows;
+        let params = KdaParams { rows: rows.address, ..*params };
+        let grid = Grid::new(rows.count, params.heads as usize, 256);
+        self.stream.launch(&self.kernels.kda_fast[fast].decode, grid, &params)
+    }
+
+    /// Rows of several tokens by chunks: convolution, then groups of rows whose chunks fit the working memory, then the
+    /// gated norm.
+    fn kda_prefill(&mut self, fast: usize, params: &KdaParams) -> Result<()> {
+        let (rows, chunks) = (self.step.prefill_rows, self.step.chunks);
+        if rows.count == 0 {
+            return Ok(());
+        }
+        let (heads, dim) = (params.heads as usize, params.head_dim as usize);
+        let (channels, element) = (heads * dim, self.precision.bytes());
+        let most = self.scratch.tokens() / CHUNK_TOKENS + MORE_CHUNKS;
+        let most_heads = most.min(chunks.count) * heads;
+        let mut params = *params;
+        params.rows = rows.address;
+        params.convolved = self.scratch.take(self.tokens() * 3 * channels * element)?;
+        params.query = self.scratch.take(most_heads * CHUNK_TOKENS * dim * element)?;
+        params.key = self.scratch.take(most_heads * CHUNK_TOKENS * dim * element)?;
+        params.erase = self.scratch.take(most_heads * CHUNK_TOKENS * dim * element)?;
+        params.update = self.scratch.take(most_heads * CHUNK_TOKENS * dim * 4)?;
+        params.attention = self.scratch.take(most_heads * CHUNK_TOKENS * CHUNK_TOKENS * element)?;
+        params.decay = self.scratch.take(most_heads * dim * 4)?;
+
+        let blocks = (3 * channels).div_ceil(256);
+        self.stream.launch(&self.kernels.kda_conv, Grid::new(chunks.count, blocks, 256), &params)?;
+        self.stream.launch(&self.kernels.kda_tails, Grid::new(rows.count, blocks, 256), &params)?;
+        let fast = &self.kernels.kda_fast[fast];
+        for group in groups(&self.step.chunk_bounds, most) {
+            params.first_row = group.first_row as u32;
+            params.first_chunk = group.first_chunk as u32;
+            let grid = Grid::new(group.chunks, heads, 256).shared(fast.chunk_shared);
+            self.stream.launch(&fast.chunk, grid, &params)?;
+            let mut grid = Grid::new(group.rows, heads, 128).shared(fast.scan_shared);
+            grid.blocks.2 = (dim / SCAN_COLUMNS) as u32;
+            self.stream.launch(&fast.scan, grid, &params)?;
+        }
+        let warps = (CHUNK_TOKENS * heads).div_ceil(8);
+        self.stream.launch(&self.kernels.kda_gate, Grid::new(chunks.count, warps.min(32), 256), &params)
     }
 
     /// Token by token, any shape.
@@ -173,6 +243,37 @@ impl CudaBackend {
         let grid = Grid::new(rows.count, params.heads as usize, params.head_dim.next_multiple_of(32));
         self.stream.launch(&self.kernels.kda_recurrent, grid, &params)
     }
+}
+
+/// Consecutive rows whose chunks are worked on together.
+#[derive(Debug, PartialEq, Eq)]
+struct Group {
+    first_row: usize,
+    rows: usize,
+    first_chunk: usize,
+    chunks: usize,
+}
+
+/// Cuts rows, given by the bounds of their chunks, into groups of at most `most` chunks; a row stays whole.
+fn groups(bounds: &[u32], most: usize) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    for (row, pair) in bounds.windows(2).enumerate() {
+        let (first, chunks) = (pair[0] as usize, (pair[1] - pair[0]) as usize);
+        match groups.last_mut() {
+            Some(group) if group.chunks + chunks <= most => {
+                group.rows += 1;
+                group.chunks += chunks;
+            }
+            _ => groups.push(Group { first_row: row, rows: 1, first_chunk: first, chunks }),
+        }
+    }
+    groups
+}
+
+/// Working memory of one chunk, all heads.
+fn chunk_bytes(shape: &KdaShape, element: usize) -> usize {
+    let rows = CHUNK_TOKENS * (3 * shape.head_dim * element + shape.head_dim * 4 + CHUNK_TOKENS * element);
+    shape.heads * (rows + shape.head_dim * 4)
 }
 
 fn check(shape: &KdaShape, weights: &KdaWeights<'_>) -> Result<()> {
@@ -197,4 +298,16 @@ fn check(shape: &KdaShape, weights: &KdaWeights<'_>) -> Result<()> {
     weights.g_b_proj.expect(&[channels, dim])?;
     weights.o_norm.expect(&[dim])?;
     weights.o_proj.expect(&[hidden, channels])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_keep_rows_whole_and_within_the_limit() {
+        let group = |first_row, rows, first_chunk, chunks| Group { first_row, rows, first_chunk, chunks };
+        assert_eq!(groups(&[0, 3, 4, 9], 5), [group(0, 2, 0, 4), group(2, 1, 4, 5)]);
+        assert_eq!(groups(&[0], 5), []);
+    }
 }

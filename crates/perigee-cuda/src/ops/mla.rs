@@ -302,6 +302,13 @@ fn check(shape: &MlaShape, weights: &MlaWeights<'_>) -> Result<()> {
         )));
     }
     let query_width = shape.heads * (shape.nope + shape.rope);
+    if shape.query_rank.is_some() != matches!(weights.query, QueryWeights::LowRank { .. }) {
+        return Err(BackendError::Shape {
+            what: "query projection of an MLA layer".into(),
+            expected: format!("rank {:?}", shape.query_rank),
+            found: "the other form".into(),
+        });
+    }
     match &weights.query {
         QueryWeights::Full(weight) => weight.expect(&[query_width, shape.hidden])?,
         QueryWeights::LowRank { down, norm, up } => {

@@ -29,14 +29,14 @@ struct KdaParams {
   void* mixed;            // [tokens][P] T: out
   const KdaRow* rows;
   const KdaChunk* chunks;
-  // Workspace of the chunked form; one entry for each (chunk, head), padded to 64 tokens.
+  // Workspace of the chunked form: C = 64 rows for each (chunk, head), rows beyond the chunk's tokens are zero.
   void* convolved;        // [tokens][3 P] T
-  float* query;           // [chunks][heads][64][head_dim]  Q . e^G
-  float* key;             // [chunks][heads][64][head_dim]  K . e^{G_C - G}
-  float* erase;           // [chunks][heads][64][head_dim]  Wd = T (beta . K . e^G)
-  float* update;          // [chunks][heads][64][head_dim]  U = T (beta . V)
-  float* attention;       // [chunks][heads][64][64]        Pqk
-  float* decay;           // [chunks][heads][head_dim]      e^{G_C}
+  void* query;            // [chunks][heads][C][head_dim] T      Q . e^G
+  void* key;              // [chunks][heads][C][head_dim] T      K . e^{G_C - G}
+  void* erase;            // [chunks][heads][C][head_dim] T      Wd = (I + Lkk)^-1 (beta . K . e^G)
+  float* update;          // [chunks][heads][C][head_dim]        U = (I + Lkk)^-1 (beta . V)
+  void* attention;        // [chunks][heads][C][C] T             Pqk
+  float* decay;           // [chunks][heads][head_dim]           e^{G_C}
   const uint32_t* row_chunks;  // [rows + 1]: chunks of row i are row_chunks[i] .. row_chunks[i + 1]
   uint32_t projected_pitch;
   uint32_t heads;
@@ -46,4 +46,6 @@ struct KdaParams {
   uint32_t layers;
   float eps;
   float query_scale;      // head_dim^-1/2
+  uint32_t first_row;     // the chunked kernels take rows and chunks in groups that fit the workspace
+  uint32_t first_chunk;
 };

@@ -1,0 +1,283 @@
+// Everything of a chunk that does not need the state: Lkk and Pqk, the solved U and Wd, and the decayed queries and keys. One
+// block of 256 threads a (chunk, head), all chunks at once. See README.md for the maths and for why the diagonal 16 x 16
+// blocks are formed pair by pair.
+#include "common/mma.cuh"
+#include "kda/inputs.cuh"
+
+constexpr int kChunk = 64;
+constexpr int kBlock = 16;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr float kLog2e = 1.4426950408889634f;
+
+template <class T, int kDim>
+struct Shared {
+  static constexpr int kPitch = kDim + 16 / sizeof(T);
+  static constexpr int kDecayPitch = kDim + 4;
+  T query[kChunk][kPitch];                // after convolution and silu, not normed
+  T key[kChunk][kPitch];
+  float decay[kChunk][kDecayPitch];       // G / ln 2, inclusive
+  alignas(16) float lower[kChunk][kChunk];  // Lkk, strictly below the diagonal
+  float query_factor[kChunk];             // 1 / |q| and the query scale
+  float key_factor[kChunk];               // 1 / |k|
+  float strength[kChunk];                 // beta
+  float block_end[kChunk / kBlock][kDim]; // sum of g over each block of 16
+};
+
+// One halving of `scatter_sum`: lanes with this bit keep the upper half of the values, the others the lower one.
+template <int kHalf>
+__device__ __forceinline__ void scatter_step(float (&x)[kWarp], uint32_t lane) {
+  const bool upper = lane & kHalf;
+#pragma unroll
+  for (int i = 0; i < kHalf; i++) {
+    // Copies: a choice between array elements themselves would be made by address, in local memory.
+    const float low = x[i], high = x[i + kHalf];
+    x[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, kHalf);
+  }
+}
+
+// Sums 32 values over the warp; lane i gets the sum of value i. 31 shuffles in all.
+__device__ __forceinline__ float scatter_sum(float (&x)[kWarp], uint32_t lane) {
+  scatter_step<16>(x, lane);
+  scatter_step<8>(x, lane);
+  scatter_step<4>(x, lane);
+  scatter_step<2>(x, lane);
+  scatter_step<1>(x, lane);
+  return x[0];
+}
+
+// Rows, norms, write strengths and the running decay into shared memory. Rows beyond the chunk are zero: no decay, no write.
+template <class T, int kDim>
+__device__ __forceinline__ void load_chunk(const KdaParams& p, Shared<T, kDim>& s, uint32_t first, uint32_t tokens, uint32_t head) {
+  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint32_t width = p.heads * kDim;
+  for (uint32_t i = warp; i < kChunk; i += kWarps) {
+    const T* row = static_cast<const T*>(p.convolved) + static_cast<uint64_t>(first + i) * 3 * width + head * kDim;
+    float q_squares = 0.0f, k_squares = 0.0f;
+#pragma unroll
+    for (int e = 0; e < kDim / kWarp; e++) {
+      const uint32_t c = e * kWarp + lane;
+      const T q = i < tokens ? row[c] : narrow<T>(0.0f);
+      const T k = i < tokens ? row[width + c] : narrow<T>(0.0f);
+      s.query[i][c] = q;
+      s.key[i][c] = k;
+      q_squares += widen(q) * widen(q);
+      k_squares += widen(k) * widen(k);
+    }
+    q_squares = warp_sum(q_squares);
+    k_squares = warp_sum(k_squares);
+    if (lane == 0) {
+      s.query_factor[i] = p.query_scale / sqrtf(q_squares + 1e-6f);
+      s.key_factor[i] = 1.0f / sqrtf(k_squares + 1e-6f);
+      s.strength[i] = i < tokens ? write_strength<T>(p, first + i, head) : 0.0f;
+    }
+  }
+  // The sum restarts in every block of 16, so four run at once; the ends of the blocks before are added afterwards.
+  for (uint32_t task = threadIdx.x; task < kDim * (kChunk / kBlock); task += kThreads) {
+    const uint32_t c = task % kDim, block = task / kDim;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < kBlock; i++) {
+      const uint32_t at = block * kBlock + i;
+      if (at < tokens) sum += log_decay<T>(p, first + at, head * kDim + c) * kLog2e;
+      s.decay[at][c] = sum;
+    }
+    s.block_end[block][c] = sum;
+  }
+  __syncthreads();
+  for (uint32_t task = threadIdx.x; task < kDim * (kChunk / kBlock - 1); task += kThreads) {
+    const uint32_t c = task % kDim, block = task / kDim + 1;
+    float before = 0.0f;
+    for (uint32_t b = 0; b < block; b++) before += s.block_end[b][c];
+#pragma unroll
+    for (int i = 0; i < kBlock; i++) s.decay[block * kBlock + i][c] += before;
+  }
+  __syncthreads();
+}
+
+// One row against the 16 columns of one block, pair by pair: e^{G_i - G_j} is formed directly and never above 1. Lane j gets
+// the sum for q, lane 16 + j the one for k.
+template <class T, int kDim>
+__device__ __forceinline__ float pairwise_row(const Shared<T, kDim>& s, int i, int block, uint32_t lane) {
+  constexpr int kSpan = kDim / kWarp;
+  float q[kSpan], k[kSpan], g[kSpan];
+#pragma unroll
+  for (int e = 0; e < kSpan; e++) {
+    const int c = e * kWarp + lane;
+    q[e] = widen(s.query[i][c]);
+    k[e] = widen(s.key[i][c]);
+    g[e] = s.decay[i][c];
+  }
+  float sums[kWarp];
+#pragma unroll
+  for (int j = 0; j < kBlock; j++) {
+    float q_sum = 0.0f, k_sum = 0.0f;
+    const int row = block * kBlock + j;
+    if (row <= i) {
+#pragma unroll
+      for (int e = 0; e < kSpan; e++) {
+        const int c = e * kWarp + lane;
+        const float factor = widen(s.key[row][c]) * exp2f(g[e] - s.decay[row][c]);
+        q_sum += q[e] * factor;
+        k_sum += k[e] * factor;
+      }
+    }
+    sums[j] = q_sum;
+    sums[kBlock + j] = k_sum;
+  }
+  return scatter_sum(sums, lane);
+}
+
+// Stores one element of Lkk or Pqk from its raw sum.
+template <class T, int kDim>
+__device__ __forceinline__ void store_pair(Shared<T, kDim>& s, T* attention, int i, int j, bool of_query, float sum) {
+  if (of_query) {
+    attention[i * kChunk + j] = narrow<T>(j <= i ? sum * s.query_factor[i] * s.key_factor[j] : 0.0f);
+  } else {
+    s.lower[i][j] = j < i ? sum * s.strength[i] * s.key_factor[i] * s.key_factor[j] : 0.0f;
+  }
+}
+
+// Block (I, J) below the diagonal: both sides are factored about the first row of I, so that both exponents are at most 0, and
+// multiplied on tensor cores. One warp a block.
+template <int kDim>
+__device__ __forceinline__ void factored_block(Shared<bf16, kDim>& s, bf16* attention, int row_block, int column_block, uint32_t lane) {
+  const int g = lane / 4, t = lane % 4;
+  Accumulator q_sum[2] = {}, k_sum[2] = {};
+  const float* reference = s.decay[row_block * kBlock];
+#pragma unroll 1
+  for (int base = 0; base < kDim; base += 16) {
+    FragmentA q, k;
+    FragmentB b[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int c = base + half * 8 + t * 2;
+      const float2 r = *reinterpret_cast<const float2*>(reference + c);
+#pragma unroll
+      for (int lower = 0; lower < 2; lower++) {
+        const int i = row_block * kBlock + g + lower * 8;
+        const float2 d = *reinterpret_cast<const float2*>(&s.decay[i][c]);
+        const float2 factor = {exp2f(d.x - r.x), exp2f(d.y - r.y)};
+        const float2 qi = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&s.query[i][c]));
+        const float2 ki = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&s.key[i][c]));
+        q.x[half * 2 + lower] = pack(qi.x * factor.x, qi.y * factor.y);
+        k.x[half * 2 + lower] = pack(ki.x * factor.x, ki.y * factor.y);
+        // Column n = g of fragment `lower`, rows k = c, c + 1.
+        const int j = column_block * kBlock + g + lower * 8;
+        const float2 dj = *reinterpret_cast<const float2*>(&s.decay[j][c]);
+        const float2 kj = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&s.key[j][c]));
+        b[lower].x[half] = pack(kj.x * exp2f(r.x - dj.x), kj.y * exp2f(r.y - dj.y));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      mma(q_sum[n], q, b[n]);
+      mma(k_sum[n], k, b[n]);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int i = row_block * kBlock + g + e / 2 * 8;
+      const int j = column_block * kBlock + n * 8 + t * 2 + e % 2;
+      store_pair(s, attention, i, j, true, q_sum[n].x[e]);
+      store_pair(s, attention, i, j, false, k_sum[n].x[e]);
+    }
+  }
+}
+
+// Forward substitution of one column of (I + Lkk) X = B, in float32, all 64 rows in registers.
+template <int kDim, class S, class Right, class Store>
+__device__ __forceinline__ void solve_column(const S& s, Right right, Store store) {
+  float x[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; i++) {
+    float sum = right(i);
+    float even = 0.0f;
+#pragma unroll
+    for (int j = 0; j < i; j += 4) {
+      const float4 l = *reinterpret_cast<const float4*>(&s.lower[i][j]);
+      sum -= l.x * x[j];
+      if (j + 1 < i) even -= l.y * x[j + 1];
+      if (j + 2 < i) sum -= l.z * x[j + 2];
+      if (j + 3 < i) even -= l.w * x[j + 3];
+    }
+    x[i] = sum + even;
+    store(i, x[i]);
+  }
+}
+
+template <class T, int kDim>
+__device__ __forceinline__ void prepare(const KdaParams& p) {
+  extern __shared__ uint4 dynamic[];
+  Shared<T, kDim>& s = *reinterpret_cast<Shared<T, kDim>*>(dynamic);
+  const KdaChunk chunk = p.chunks[p.first_chunk + blockIdx.x];
+  const uint32_t head = blockIdx.y;
+  const uint32_t first = p.rows[chunk.row].first_token + chunk.first;
+  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint64_t entry = static_cast<uint64_t>(blockIdx.x) * p.heads + head;
+  T* attention = static_cast<T*>(p.attention) + entry * kChunk * kChunk;
+  load_chunk<T, kDim>(p, s, first, chunk.tokens, head);
+
+  constexpr bool kTensorCores = sizeof(T) == 2;
+#pragma unroll 1
+  for (int i = warp; i < kChunk; i += kWarps) {
+    const int diagonal = i / kBlock;
+#pragma unroll 1
+    for (int block = kTensorCores ? diagonal : 0; block <= diagonal; block++) {
+      const float sum = pairwise_row<T, kDim>(s, i, block, lane);
+      store_pair(s, attention, i, block * kBlock + lane % kBlock, lane < kBlock, sum);
+    }
+    for (int j = (diagonal + 1) * kBlock + lane; j < kChunk; j += kWarp) attention[i * kChunk + j] = narrow<T>(0.0f);
+  }
+  if constexpr (kTensorCores) {
+    // Blocks (1,0) (2,0) (2,1) (3,0) (3,1) (3,2), one a warp.
+    if (warp < 6) {
+      const int row_block = warp == 0 ? 1 : warp < 3 ? 2 : 3;
+      factored_block<kDim>(s, attention, row_block, warp - row_block * (row_block - 1) / 2, lane);
+    }
+  }
+  __syncthreads();
+
+  const uint64_t rows = entry * kChunk * kDim;
+  const uint32_t width = p.heads * kDim;
+  if (threadIdx.x < kDim) {
+    const uint32_t c = threadIdx.x;
+    const T* values = static_cast<const T*>(p.convolved) + static_cast<uint64_t>(first) * 3 * width + 2 * width + head * kDim + c;
+    float* update = p.update + rows + c;
+    solve_column<kDim>(
+        s, [&](int i) { return i < chunk.tokens ? s.strength[i] * widen(values[static_cast<uint64_t>(i) * 3 * width]) : 0.0f; },
+        [&](int i, float x) { update[i * kDim] = x; });
+  } else if (threadIdx.x < 2 * kDim) {
+    const uint32_t c = threadIdx.x - kDim;
+    T* erase = static_cast<T*>(p.erase) + rows + c;
+    solve_column<kDim>(
+        s, [&](int i) { return s.strength[i] * s.key_factor[i] * widen(s.key[i][c]) * exp2f(s.decay[i][c]); },
+        [&](int i, float x) { erase[i * kDim] = narrow<T>(x); });
+  }
+  T* query = static_cast<T*>(p.query) + rows;
+  T* key = static_cast<T*>(p.key) + rows;
+  for (uint32_t at = threadIdx.x; at < kChunk * kDim; at += kThreads) {
+    const uint32_t i = at / kDim, c = at % kDim;
+    const float g = s.decay[i][c], end = s.decay[kChunk - 1][c];
+    query[at] = narrow<T>(widen(s.query[i][c]) * s.query_factor[i] * exp2f(g));
+    key[at] = narrow<T>(widen(s.key[i][c]) * s.key_factor[i] * exp2f(end - g));
+    if (i == 0) p.decay[entry * kDim + c] = exp2f(end);
+  }
+}
+
+#define KDA_CHUNK(type, suffix, dim)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1) kda_chunk_##suffix##_##dim(const __grid_constant__ KdaParams p) { \
+    prepare<type, dim>(p);                                                                                               \
+  }
+KDA_CHUNK(float, fp32, 32)
+KDA_CHUNK(float, fp32, 64)
+KDA_CHUNK(float, fp32, 128)
+KDA_CHUNK(bf16, bf16, 32)
+KDA_CHUNK(bf16, bf16, 64)
+KDA_CHUNK(bf16, bf16, 128)
+
+// Sizes of the dynamic shared memory, as the launcher computes them.
+static_assert(sizeof(Shared<bf16, 128>) == 2 * 64 * 136 * 2 + 64 * 132 * 4 + 64 * 64 * 4 + 3 * 64 * 4 + 4 * 128 * 4, "launcher's size");
+static_assert(sizeof(Shared<float, 32>) == 2 * 64 * 36 * 4 + 64 * 36 * 4 + 64 * 64 * 4 + 3 * 64 * 4 + 4 * 32 * 4, "launcher's size");
