@@ -1,5 +1,5 @@
 //! What the leader tells the other ranks of its replica and what they answer. Every command goes to every rank, every rank
-//! answers every command, and a rank that cannot answer is a failed rank. The frames that carry these are `link`'s.
+//! answers every command but the goodbye, and one that cannot is a failed rank. The frames that carry these are `link`'s.
 
 use perigee_backend::StatePart;
 use serde::{Deserialize, Serialize};
@@ -54,7 +54,7 @@ pub enum RankCommand {
     },
     /// Answer with the bytes of weights that this rank holds, as a little-endian u64.
     WeightBytes,
-    /// End cleanly.
+    /// End cleanly, without an answer: the leader does not wait for one.
     Shutdown,
 }
 

@@ -116,12 +116,14 @@ impl<B: Backend> Rank<B> {
     /// The connection or this rank broke; the process should end.
     pub fn follow(&mut self, link: &mut dyn FollowerLink) -> Result<(), LinkError> {
         while let Some(command) = link.next()? {
+            if command == RankCommand::Shutdown {
+                // The one command without an answer: the leader may be gone by now.
+                break;
+            }
             let reply = self.execute(&command);
             link.reply(&reply)?;
-            match reply {
-                RankReply::Failed { fatal: true, message } => return Err(LinkError::Lost(message)),
-                _ if command == RankCommand::Shutdown => break,
-                _ => {}
+            if let RankReply::Failed { fatal: true, message } = reply {
+                return Err(LinkError::Lost(message));
             }
         }
         Ok(())
