@@ -30,7 +30,7 @@ pub use config::{Limits, RouterConfig};
 pub use error::RouterError;
 pub use random::Random;
 pub use replica_client::{Connect, TcpConnector};
-pub use serve::{RouterListeners, RouterParts, serve};
+pub use serve::{Router, RouterListeners, RouterParts, serve};
 
 #[cfg(test)]
 mod tests;

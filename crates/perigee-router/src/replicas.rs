@@ -18,6 +18,7 @@ use crate::route::{self, Demand, Report};
 pub(crate) struct Replicas {
     inner: Mutex<Inner>,
     serving: watch::Sender<bool>,
+    ready: watch::Sender<usize>,
 }
 
 #[derive(Debug)]
@@ -46,12 +47,17 @@ pub(crate) struct Placement {
 impl Replicas {
     pub(crate) fn new(pinned: Option<String>) -> Self {
         let inner = Inner { known: BTreeMap::new(), pinned, model: None };
-        Self { inner: Mutex::new(inner), serving: watch::Sender::new(false) }
+        Self { inner: Mutex::new(inner), serving: watch::Sender::new(false), ready: watch::Sender::new(0) }
     }
 
     /// Whether a replica of the served model takes requests.
     pub(crate) fn serving(&self) -> watch::Receiver<bool> {
         self.serving.subscribe()
+    }
+
+    /// How many replicas take requests.
+    pub(crate) fn ready(&self) -> watch::Receiver<usize> {
+        self.ready.subscribe()
     }
 
     /// The served model, once a replica was attached.
@@ -121,7 +127,9 @@ impl Replicas {
             // Without any, the last model still answers questions about itself.
             inner.model = next.or(inner.model.take());
         }
-        let serving = inner.candidates(&[]).next().is_some();
+        let ready = inner.candidates(&[]).count();
+        self.ready.send_if_modified(|current| std::mem::replace(current, ready) != ready);
+        let serving = ready > 0;
         self.serving.send_if_modified(|current| std::mem::replace(current, serving) != serving);
     }
 
@@ -261,7 +269,7 @@ mod tests {
         replicas.attach("a", a.clone());
         replicas.attach("b", b);
         replicas.attach("c", c);
-        assert!(*replicas.serving().borrow());
+        assert_eq!((*replicas.serving().borrow(), *replicas.ready().borrow()), (true, 2));
         assert_eq!(placed(&replicas, &[]), Some(1));
         assert_eq!(placed(&replicas, &[1]), Some(3), "b serves another model");
         assert_eq!(placed(&replicas, &[1, 3]), None);

@@ -67,8 +67,9 @@ pub struct RouterListeners {
     pub http: TcpListener,
 }
 
-/// A router whose parts are built and whose streams to replicas are being opened. It answers once its services are served.
-pub(crate) struct Router {
+/// A router whose parts are built and whose streams to replicas are being opened. Clients are answered while
+/// [`Router::serve`] runs; dropping it ends all streams.
+pub struct Router {
     config: RouterConfig,
     pub(crate) inference: InferenceService,
     cluster: ClusterService,
@@ -79,7 +80,10 @@ pub(crate) struct Router {
 
 impl Router {
     /// Builds the parts and begins to follow the registry.
-    pub(crate) fn start(config: RouterConfig, parts: RouterParts) -> Result<Self, RouterError> {
+    ///
+    /// # Errors
+    /// [`RouterError`] for bad settings, all of them.
+    pub fn start(config: RouterConfig, parts: RouterParts) -> Result<Self, RouterError> {
         let faults = config.faults();
         if !faults.is_empty() {
             return Err(RouterError::Config(faults.join("\n")));
@@ -113,6 +117,11 @@ impl Router {
         Ok(Self { config, inference, cluster, metrics, serving, tasks })
     }
 
+    /// How many replicas take requests, now and whenever that changes.
+    pub fn ready_replicas(&self) -> watch::Receiver<usize> {
+        self.inference.replicas.ready()
+    }
+
     /// Its gRPC services, with health and reflection and the limits of connections.
     pub(crate) fn grpc(&mut self) -> Result<GrpcRouter, RouterError> {
         let limits = &self.config.limits;
@@ -132,9 +141,59 @@ impl Router {
             .http2_keepalive_timeout(Some(Duration::from_secs(5)))
             .add_routes(routes.routes()))
     }
+
+    /// Serves until `shutdown` completes; then takes no more calls and gives running ones the grace time.
+    ///
+    /// # Errors
+    /// [`RouterError`] for listeners that fail.
+    pub async fn serve(
+        mut self,
+        listeners: RouterListeners,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<(), RouterError> {
+        let grace = self.config.grace;
+        let (stop, stopped) = watch::channel(false);
+        self.tasks.spawn(async move {
+            shutdown.await;
+            tracing::info!(?grace, "shutting down, running requests may end");
+            stop.send_replace(true);
+            // Kept open: those who wait see the value, not the end of the channel.
+            std::future::pending::<()>().await;
+        });
+        let until_stopped = || {
+            let mut stopped = stopped.clone();
+            async move {
+                // An error would mean that the task above is gone, and with it this router.
+                let _ = stopped.wait_for(|stop| *stop).await;
+            }
+        };
+
+        let http =
+            axum::serve(listeners.http, probes::routes(self.metrics.clone(), self.serving.clone(), Arc::new(|| {})));
+        let http = http.with_graceful_shutdown(until_stopped());
+        let incoming = TcpIncoming::from(listeners.grpc).with_nodelay(Some(true));
+        let grpc = self.grpc()?.serve_with_incoming_shutdown(incoming, until_stopped());
+        let failed = |what, reason: String| RouterError::Listener { what, reason };
+        let both = async {
+            tokio::try_join!(async { grpc.await.map_err(|error| failed("gRPC", error.to_string())) }, async {
+                http.await.map_err(|error| failed("HTTP", error.to_string()))
+            },)
+        };
+        let overdue = async {
+            until_stopped().await;
+            tokio::time::sleep(grace).await;
+        };
+        tokio::select! {
+            result = both => result.map(|_| ()),
+            () = overdue => {
+                tracing::warn!(?grace, "requests still run after the grace time, ending them");
+                Ok(())
+            }
+        }
+    }
 }
 
-/// Serves until `shutdown` completes; then takes no more calls and gives running ones the grace time.
+/// Starts a router and serves until `shutdown` completes.
 ///
 /// # Errors
 /// [`RouterError`] for bad settings, before anything is served, and for listeners that fail.
@@ -144,43 +203,5 @@ pub async fn serve(
     listeners: RouterListeners,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), RouterError> {
-    let grace = config.grace;
-    let mut router = Router::start(config, parts)?;
-    let (stop, stopped) = watch::channel(false);
-    router.tasks.spawn(async move {
-        shutdown.await;
-        tracing::info!(?grace, "shutting down, running requests may end");
-        stop.send_replace(true);
-        // Kept open: those who wait see the value, not the end of the channel.
-        std::future::pending::<()>().await;
-    });
-    let until_stopped = || {
-        let mut stopped = stopped.clone();
-        async move {
-            // An error would mean that the task above is gone, and with it this router.
-            let _ = stopped.wait_for(|stop| *stop).await;
-        }
-    };
-
-    let http = axum::serve(listeners.http, probes::routes(router.metrics.clone(), router.serving.clone()));
-    let http = http.with_graceful_shutdown(until_stopped());
-    let incoming = TcpIncoming::from(listeners.grpc).with_nodelay(Some(true));
-    let grpc = router.grpc()?.serve_with_incoming_shutdown(incoming, until_stopped());
-    let failed = |what, reason: String| RouterError::Listener { what, reason };
-    let both = async {
-        tokio::try_join!(async { grpc.await.map_err(|error| failed("gRPC", error.to_string())) }, async {
-            http.await.map_err(|error| failed("HTTP", error.to_string()))
-        },)
-    };
-    let overdue = async {
-        until_stopped().await;
-        tokio::time::sleep(grace).await;
-    };
-    tokio::select! {
-        result = both => result.map(|_| ()),
-        () = overdue => {
-            tracing::warn!(?grace, "requests still run after the grace time, ending them");
-            Ok(())
-        }
-    }
+    Router::start(config, parts)?.serve(listeners, shutdown).await
 }

@@ -60,9 +60,9 @@ pub const QUEUE_SECONDS: Metric = plain(
 /// Time of a step.
 pub const STEP_SECONDS_BY_PHASE: Metric = Metric {
     name: "perigee_step_seconds",
-    help: "Time of a step, in seconds, by what it held: decode rows only, or prefill chunks too.",
+    help: "Time of a step, in seconds, by what it held: decode rows, prefill chunks, or both.",
     kind: MetricKind::Histogram(STEP_SECONDS),
-    labels: &[("phase", &["decode", "prefill"])],
+    labels: &[("phase", &["decode", "prefill", "mixed"])],
 };
 /// Running requests.
 pub const REQUESTS_RUNNING: Metric = plain(

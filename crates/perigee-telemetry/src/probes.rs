@@ -1,5 +1,7 @@
 //! The HTTP port of every process: /health for probes and /metrics for Prometheus. Clients' calls do not come here.
 
+use std::sync::Arc;
+
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -8,15 +10,20 @@ use tokio::sync::watch;
 
 use crate::Metrics;
 
+/// Brings gauges up to date before they are read.
+pub type Refresh = Arc<dyn Fn() + Send + Sync>;
+
 #[derive(Clone)]
 struct Probes {
     metrics: Metrics,
     serving: watch::Receiver<bool>,
+    refresh: Refresh,
 }
 
-/// The routes of the HTTP port. /health is 200 while `serving` is true, else 503.
-pub fn routes(metrics: Metrics, serving: watch::Receiver<bool>) -> axum::Router {
-    let probes = Probes { metrics, serving };
+/// The routes of the HTTP port. /health is 200 while `serving` is true, else 503; `refresh` runs before /metrics is
+/// written.
+pub fn routes(metrics: Metrics, serving: watch::Receiver<bool>, refresh: Refresh) -> axum::Router {
+    let probes = Probes { metrics, serving, refresh };
     axum::Router::new().route("/health", get(health)).route("/metrics", get(metrics_text)).with_state(probes)
 }
 
@@ -28,6 +35,7 @@ async fn health(State(probes): State<Probes>) -> Response {
 }
 
 async fn metrics_text(State(probes): State<Probes>) -> Response {
+    (probes.refresh)();
     match probes.metrics.text() {
         Ok(text) => ([(header::CONTENT_TYPE, Metrics::content_type())], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
@@ -42,9 +50,9 @@ mod tests {
     #[tokio::test]
     async fn health_follows_the_signal_and_metrics_are_text() {
         let metrics = Metrics::default();
-        metrics.counter(&PREEMPTIONS_TOTAL).expect("registered").inc();
+        let counter = metrics.counter(&PREEMPTIONS_TOTAL).expect("registered");
         let (serving, watched) = watch::channel(false);
-        let probes = Probes { metrics, serving: watched };
+        let probes = Probes { metrics, serving: watched, refresh: Arc::new(move || counter.inc()) };
         assert_eq!(health(State(probes.clone())).await.status(), StatusCode::SERVICE_UNAVAILABLE);
         serving.send_replace(true);
         assert_eq!(health(State(probes.clone())).await.status(), StatusCode::OK);

@@ -217,6 +217,9 @@ pub struct Submit {
     /// Whether text is wanted.
     #[prost(bool, tag = "16")]
     pub text: bool,
+    /// Choice of the first session: 0, except where one choice of several is replayed. Noise depends on it.
+    #[prost(uint32, tag = "17")]
+    pub first_choice: u32,
 }
 /// Sampling parameters, all set.
 #[derive(Clone, PartialEq, ::prost::Message)]
