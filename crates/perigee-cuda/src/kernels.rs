@@ -26,6 +26,8 @@ pub(crate) struct Kernels {
     pub(crate) kda_fast: Vec<KdaFast>,
     pub(crate) mla_store: Kernel<MlaStoreParams>,
     pub(crate) mla_attend: Kernel<MlaAttendParams>,
+    /// With bfloat16 activations only.
+    pub(crate) mla_tensor: Option<MlaTensor>,
     pub(crate) mla_merge_splits: Kernel<MlaAttendParams>,
     pub(crate) mla_merge_other: Kernel<MlaMergeParams>,
     pub(crate) moe_router: Kernel<MoeRouterParams>,
@@ -33,6 +35,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_sort: Kernel<MoeSortParams>,
     pub(crate) moe_gate_up: Kernel<MoeProductParams>,
     pub(crate) moe_down: Kernel<MoeProductParams>,
+    /// By ascending rows of a tile; with bfloat16 activations only.
+    pub(crate) moe_tensor: Vec<MoeTensor>,
     pub(crate) moe_combine: Kernel<MoeCombineParams>,
     _modules: Modules,
 }
@@ -71,6 +75,48 @@ impl KdaFast {
     }
 }
 
+/// Attention on tensor cores, for one shape of the cache.
+#[derive(Debug)]
+pub(crate) struct MlaTensor {
+    pub(crate) latent: usize,
+    pub(crate) rope: usize,
+    /// Query rows of a block.
+    pub(crate) rows: usize,
+    pub(crate) attend: Kernel<MlaAttendParams>,
+    pub(crate) shared: usize,
+}
+
+impl MlaTensor {
+    fn load(modules: &Modules) -> Result<Self> {
+        // The size of the structure `Shared` of mla_attend_tensor.cu, which asserts it.
+        let shared = (64 + 3 * 32) * 584 * 2 + 64 * 40 * 2 + 4 * 64 * 4;
+        let attend = modules.kernel("mla_attend_tensor", "mla_attend_tensor_512_64")?;
+        attend.allow_shared(shared)?;
+        Ok(Self { latent: 512, rope: 64, rows: 64, attend, shared })
+    }
+}
+
+/// Grouped products on tensor cores, for one number of rows of a tile.
+#[derive(Debug)]
+pub(crate) struct MoeTensor {
+    pub(crate) rows: usize,
+    pub(crate) gate_up: Kernel<MoeProductParams>,
+    pub(crate) down: Kernel<MoeProductParams>,
+    pub(crate) shared: usize,
+}
+
+impl MoeTensor {
+    fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
+        // The size of the structure `Shared` of moe_product_tensor.cu, which asserts it.
+        let shared = stages * (rows + 128) * 72 * 2;
+        let gate_up = modules.kernel("moe_product_tensor", &format!("moe_gate_up_tensor_{rows}"))?;
+        let down = modules.kernel("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
+        gate_up.allow_shared(shared)?;
+        down.allow_shared(shared)?;
+        Ok(Self { rows, gate_up, down, shared })
+    }
+}
+
 impl Kernels {
     pub(crate) fn load(device: &Device, precision: DType) -> Result<Self> {
         let modules = Modules::load(device)?;
@@ -93,6 +139,7 @@ impl Kernels {
             kda_fast: [32, 64, 128].iter().map(|&dim| KdaFast::load(&modules, suffix, dim)).collect::<Result<_>>()?,
             mla_store: modules.kernel("mla_store", &typed("mla_store"))?,
             mla_attend: modules.kernel("mla_attend", &typed("mla_attend"))?,
+            mla_tensor: (precision == DType::Bf16).then(|| MlaTensor::load(&modules)).transpose()?,
             mla_merge_splits: modules.kernel("mla_merge", "mla_merge_splits")?,
             mla_merge_other: modules.kernel("mla_merge", "mla_merge_other")?,
             moe_router: modules.kernel("moe_router", &typed("moe_router"))?,
@@ -100,6 +147,16 @@ impl Kernels {
             moe_sort: modules.kernel("moe_router", "moe_sort")?,
             moe_gate_up: modules.kernel("moe_product", &typed("moe_gate_up"))?,
             moe_down: modules.kernel("moe_product", &typed("moe_down"))?,
+            moe_tensor: match precision {
+                DType::Bf16 => {
+                    let sizes = [(16, 5), (64, 4), (128, 3)];
+                    sizes
+                        .iter()
+                        .map(|&(rows, stages)| MoeTensor::load(&modules, rows, stages))
+                        .collect::<Result<_>>()?
+                }
+                DType::Fp32 => Vec::new(),
+            },
             moe_combine: modules.kernel("moe_router", &typed("moe_combine"))?,
             _modules: modules,
         })

@@ -218,8 +218,17 @@ impl CudaBackend {
             reserved: 0,
         };
         let rows = self.step.item_tokens * shape.heads;
-        let grid = Grid::new(self.step.items.count, rows.div_ceil(ATTEND_WARPS), 32 * ATTEND_WARPS as u32);
-        self.stream.launch(&self.kernels.mla_attend, grid, &params)?;
+        let tensor = self.kernels.mla_tensor.as_ref();
+        match tensor.filter(|tensor| (tensor.latent, tensor.rope) == (shape.latent, shape.rope)) {
+            Some(tensor) => {
+                let grid = Grid::new(self.step.items.count, rows.div_ceil(tensor.rows), 256).shared(tensor.shared);
+                self.stream.launch(&tensor.attend, grid, &params)?;
+            }
+            None => {
+                let grid = Grid::new(self.step.items.count, rows.div_ceil(ATTEND_WARPS), 32 * ATTEND_WARPS as u32);
+                self.stream.launch(&self.kernels.mla_attend, grid, &params)?;
+            }
+        }
         let grid = Grid::new(self.step.merges.count, rows, 128);
         self.stream.launch(&self.kernels.mla_merge_splits, grid, &params)
     }

@@ -6,6 +6,7 @@ use perigee_backend::{BackendError, DType, MlpShape, MoeShape, Result, Routing};
 
 use crate::backend::CudaBackend;
 use crate::buffer::Buffer;
+use crate::kernels::MoeTensor;
 use crate::loader::{Loader, Placement};
 use crate::ops::mlp::Mlp;
 use crate::params::{MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, MoeTile};
@@ -17,6 +18,10 @@ use crate::tensor::{Matrix, Tensor};
 const TILE_ROWS: usize = 64;
 /// Columns of a grouped product's tile.
 const TILE_COLUMNS: usize = 64;
+/// Weight rows of a block of the tensor-core products.
+const TENSOR_COLUMNS: usize = 128;
+/// Rows of the smallest tile.
+const LEAST_TILE: usize = 16;
 /// Tokens that one warp of the router scores.
 const ROUTER_TOKENS: usize = 8;
 /// Gate rows and up rows alternate in blocks of this size.
@@ -97,32 +102,7 @@ impl CudaBackend {
         let forced = self.moe_forced(&shape, routing)?;
         let work = self.moe_work(layer)?;
         self.moe_route(layer, x, forced, &work)?;
-        let entries = tokens * shape.top_k;
-        let tiles = entries.div_ceil(TILE_ROWS) + shape.experts.min(entries);
-        let product = MoeProductParams {
-            input: x.address(),
-            weight: layer.gate_up.address(),
-            out: work.inner,
-            source: work.source,
-            tiles: work.tiles,
-            tile_count: work.tile_count,
-            depth: shape.hidden as u32,
-            width: layer.width as u32,
-            top_k: shape.top_k as u32,
-            reserved: 0,
-        };
-        let grid = Grid::new(layer.width.div_ceil(TILE_COLUMNS), tiles, 256);
-        self.stream.launch(&self.kernels.moe_gate_up, grid, &product)?;
-        let product = MoeProductParams {
-            input: work.inner,
-            weight: layer.down.address(),
-            out: work.rows,
-            depth: layer.width as u32,
-            width: shape.hidden as u32,
-            ..product
-        };
-        let grid = Grid::new(shape.hidden.div_ceil(TILE_COLUMNS), tiles, 256);
-        self.stream.launch(&self.kernels.moe_down, grid, &product)?;
+        self.moe_products(layer, x, &work)?;
         if let Some(shared) = &layer.shared {
             self.mlp_rows(shared, x.address(), work.shared)?;
         }
@@ -136,6 +116,53 @@ impl CudaBackend {
             top_k: shape.top_k as u32,
         };
         self.stream.launch(&self.kernels.moe_combine, Grid::new(tokens, 1, 256), &params)
+    }
+
+    /// The tensor-core kernels for this layer and step, if there are any: the fewer rows an expert has, the smaller the tile.
+    fn moe_tensor(&self, layer: &Moe) -> Option<&MoeTensor> {
+        if !layer.shape.hidden.is_multiple_of(BLOCK) {
+            return None;
+        }
+        let rows = self.tokens() * layer.shape.top_k / layer.shape.experts;
+        let wanted = if rows <= 8 { 16 } else { rows.min(128) };
+        let kernels = &self.kernels.moe_tensor;
+        kernels.iter().find(|kernel| kernel.rows >= wanted)
+    }
+
+    fn moe_products(&self, layer: &Moe, x: &Tensor, work: &Work) -> Result<()> {
+        let shape = layer.shape;
+        let entries = self.tokens() * shape.top_k;
+        let up = MoeProductParams {
+            input: x.address(),
+            weight: layer.gate_up.address(),
+            out: work.inner,
+            source: work.source,
+            tiles: work.tiles,
+            tile_count: work.tile_count,
+            depth: shape.hidden as u32,
+            width: layer.width as u32,
+            top_k: shape.top_k as u32,
+            reserved: 0,
+        };
+        let down = MoeProductParams {
+            input: work.inner,
+            weight: layer.down.address(),
+            out: work.rows,
+            depth: layer.width as u32,
+            width: shape.hidden as u32,
+            ..up
+        };
+        let tiles = |rows| entries.div_ceil(rows) + shape.experts.min(entries);
+        if let Some(tensor) = self.moe_tensor(layer) {
+            let grid = |weight_rows: usize| {
+                Grid::new(weight_rows.div_ceil(TENSOR_COLUMNS), tiles(tensor.rows), 256).shared(tensor.shared)
+            };
+            self.stream.launch(&tensor.gate_up, grid(2 * layer.width), &up)?;
+            return self.stream.launch(&tensor.down, grid(shape.hidden), &down);
+        }
+        let grid = |columns: usize| Grid::new(columns.div_ceil(TILE_COLUMNS), tiles(TILE_ROWS), 256);
+        self.stream.launch(&self.kernels.moe_gate_up, grid(layer.width), &up)?;
+        self.stream.launch(&self.kernels.moe_down, grid(shape.hidden), &down)
     }
 
     /// Forced choices on the device, or 0.
@@ -158,7 +185,7 @@ impl CudaBackend {
     fn moe_work(&mut self, layer: &Moe) -> Result<Work> {
         let (tokens, shape, element) = (self.tokens(), layer.shape, self.precision.bytes());
         let entries = tokens * shape.top_k;
-        let tiles = entries.div_ceil(TILE_ROWS) + shape.experts;
+        let tiles = entries.div_ceil(LEAST_TILE) + shape.experts;
         let scratch = &mut self.scratch;
         Ok(Work {
             scores: scratch.take(tokens * shape.experts * 4)?,
@@ -215,7 +242,7 @@ impl CudaBackend {
             tile_count: work.tile_count,
             entries: entries as u32,
             experts: shape.experts as u32,
-            tile_rows: TILE_ROWS as u32,
+            tile_rows: self.moe_tensor(layer).map_or(TILE_ROWS, |tensor| tensor.rows) as u32,
             reserved: 0,
         };
         let grid = Grid::new(1, 1, 1024).shared(shape.experts * 4);
