@@ -76,12 +76,7 @@ impl ScoreRun {
     /// Everything that a golden case judges: greedy and fed continuations with traces.
     pub fn golden(case: &GoldenCase) -> Self {
         let file = case.expected_file();
-        Self {
-            greedy: Some(case.greedy()),
-            feed: Some(file.clone()),
-            trace: true,
-            ..Self::new(case.model(), &file)
-        }
+        Self { greedy: Some(case.greedy()), feed: Some(file.clone()), trace: true, ..Self::new(case.model(), &file) }
     }
 
     /// The same in bfloat16 with the expected experts forced, which is how a bfloat16 engine is judged.
