@@ -14,4 +14,5 @@ pub use compare::{Limits, Report, compare};
 pub use error::{Result, TestkitError};
 pub use golden::GoldenCase;
 pub use in_process::ScoreRun;
+pub use perigee_backend::DType;
 pub use tensors::{Tensor, Tensors, Values};

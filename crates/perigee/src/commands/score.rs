@@ -18,13 +18,13 @@ pub(crate) struct ScoreArgs {
     #[arg(long)]
     out: PathBuf,
     /// Ranks: the tensor-parallel degree.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, value_parser = at_least_one(), default_value_t = 1)]
     tp: usize,
     /// Most tokens of a prompt in one step; whole prompts (up to 8,192 tokens a step) by default.
-    #[arg(long)]
+    #[arg(long, value_parser = at_least_one())]
     chunk: Option<usize>,
     /// Cut the latent cache into that many parts at odd positions, and merge.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, value_parser = at_least_one(), default_value_t = 1)]
     segments: usize,
     /// Continue greedily by that many tokens: greedy_<i>.
     #[arg(long, value_name = "N")]
@@ -43,6 +43,11 @@ pub(crate) struct ScoreArgs {
     json: bool,
     #[command(flatten)]
     engine: EngineOptions,
+}
+
+/// A count that 0 makes no sense for.
+fn at_least_one() -> clap::builder::RangedU64ValueParser<usize> {
+    clap::builder::RangedU64ValueParser::new().range(1..)
 }
 
 pub(crate) fn run(mut args: ScoreArgs) -> anyhow::Result<()> {
