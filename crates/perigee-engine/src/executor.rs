@@ -56,12 +56,25 @@ pub struct ExecutorLimits {
     pub max_model_len: usize,
 }
 
+/// Memory that a session takes, summed over all ranks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheBytes {
+    /// One state slot.
+    pub slot: u64,
+    /// One latent page in every MLA layer.
+    pub page: u64,
+}
+
 /// A replica's ranks, seen by its step loop. Every call reaches every rank; an error on any of them is an error.
 pub trait Executor: Send {
     /// Fixed sizes.
     fn limits(&self) -> ExecutorLimits;
+    /// Sizes for the account of host memory. Where they are not known, parking is not limited by bytes.
+    fn cache_bytes(&self) -> CacheBytes {
+        CacheBytes::default()
+    }
     /// Runs a step. `draws[i]` draws from row `i` of the logits (`batch.logits`); there may be fewer draws than rows of
-    /// logits, never more. With `want_logits` the logits come back too.
+    /// logits, never more. With `want_logits` the logits come back too. The engine asks for at most `step_rows` rows.
     fn step(&mut self, plan: &StepPlan, draws: &[Draw<'_>], want_logits: bool) -> Result<StepOutput, ExecutorError>;
     /// Copies a session's slot and pages into every rank's host memory under `key`; slot and pages are free afterwards.
     fn park(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ExecutorError>;

@@ -2,10 +2,24 @@
 //! every rank, the sampler draws, and events leave by the handle. It knows no gRPC and no device.
 
 pub mod cache;
+pub mod config;
+mod door;
 pub mod executor;
+pub mod handle;
+mod intake;
 pub mod link;
+pub mod observer;
+mod outbox;
 pub mod protocol;
 pub mod rank;
 pub mod ranks;
 pub mod request;
 pub mod scheduler;
+pub mod sequence;
+pub mod step;
+pub mod testing;
+
+pub use config::{Clock, EngineConfig, StartError, SystemClock};
+pub use handle::{Engine, EngineHandle, EngineHealth, ScoreError, ScoreRequest, Scores};
+pub use observer::EngineObserver;
+pub use step::{EngineCore, Turn};

@@ -1,10 +1,11 @@
 //! Plain types at the engine's door: what a request asks for and what comes back. The worker's service turns the wire
-//! into these and back; nothing here serialises to a client.
+//! into these and back; nothing here serialises to a client. What a session keeps serialises, because it moves with it.
 
 use perigee_sampling::SamplingParams;
+use serde::{Deserialize, Serialize};
 
 /// A session's name, unique in the cluster; the router makes it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SessionId(pub String);
 
 /// The stream that a session's events leave by: one per attached router.
@@ -18,6 +19,8 @@ pub struct Request {
     pub request_id: String,
     /// One session for every choice, in order.
     pub sessions: Vec<SessionId>,
+    /// Choice of the first session: 0, except where one choice of several is replayed. Noise depends on it.
+    pub first_choice: u32,
     /// The epoch that the router gave the sessions.
     pub epoch: u64,
     /// Prompt tokens, at least one.
@@ -41,7 +44,7 @@ pub struct Request {
 }
 
 /// When generation ends.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StopRule {
     /// Most tokens to generate, at least 1.
     pub max_tokens: u32,
@@ -71,7 +74,7 @@ pub enum FinishReason {
 }
 
 /// A token with its log-probability.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct TokenLogprob {
     /// Token id.
     pub token: u32,
@@ -80,7 +83,7 @@ pub struct TokenLogprob {
 }
 
 /// Log-probabilities at one position.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PositionLogprobs {
     /// The token at that position.
     pub chosen: TokenLogprob,

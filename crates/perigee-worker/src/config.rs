@@ -197,6 +197,9 @@ pub struct WorkerConfig {
     /// Where to publish this replica: file:PATH, or nothing when a parent process registers it.
     #[arg(long)]
     pub registry: Option<String>,
+    /// Seconds that running sessions may go on after the order to end.
+    #[arg(long, default_value_t = 30)]
+    pub grace: u64,
     /// Serve without TLS on other than loopback addresses.
     #[arg(long)]
     pub insecure: bool,

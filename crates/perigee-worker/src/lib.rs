@@ -2,14 +2,23 @@
 //! business, the step loop is the engine's.
 
 pub mod config;
+mod convert;
 pub mod error;
 pub mod events;
 pub mod group;
+pub mod identity;
+mod lead;
 pub mod load;
+pub mod metrics;
+mod public;
 pub mod run;
 pub mod score;
+pub mod serve;
+mod service;
 
 pub use config::{Device, EngineOptions, WorkerConfig};
 pub use error::WorkerError;
 pub use events::{ReadyEvent, WorkerEvent};
+pub use identity::ReplicaIdentity;
+pub use metrics::WorkerMetrics;
 pub use run::run;

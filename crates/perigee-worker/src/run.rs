@@ -7,6 +7,7 @@ use crate::config::{Device, WorkerConfig};
 use crate::error::{Result, WorkerError};
 use crate::events;
 use crate::group::{Control, Group, form};
+use crate::lead;
 use crate::load::{Opened, cpu_backend, open};
 use crate::score;
 
@@ -48,8 +49,7 @@ fn run_rank<B: Backend + 'static>(config: &WorkerConfig, opened: Opened, backend
                 ranks.shutdown();
                 return result;
             }
-            drop(lost);
-            Err(WorkerError::Serve("not built".into()))
+            lead::run(config, &opened, ranks, lead::Members { pids: group.pids, abort: group.abort, lost })
         }
     }
 }

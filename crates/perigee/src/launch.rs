@@ -4,10 +4,14 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use perigee_worker::EngineOptions;
 use perigee_worker::events::WorkerEvent;
+
+/// How long the ranks of a failed replica are given to end, to see which one began.
+const FOLLOWING_ENDS: Duration = Duration::from_millis(100);
 
 /// A replica to start.
 pub(crate) struct ReplicaLaunch {
@@ -61,11 +65,9 @@ impl ReplicaProcesses {
         };
         processes.children.push(spawn(0, &launch.leader_arguments)?);
         if launch.tp > 1 {
-            let leader = loop {
-                match processes.next_event()? {
-                    WorkerEvent::Rendezvous { leader } => break leader,
-                    other => bail!("{} reported {other:?} before it had ranks", launch.replica),
-                }
+            let event = processes.next_event()?;
+            let WorkerEvent::Rendezvous { leader } = event else {
+                bail!("{} reported {event:?} before it had ranks", launch.replica);
             };
             for rank in 1..launch.tp {
                 processes.children.push(spawn(rank, &[format!("--leader={leader}")])?);
@@ -79,11 +81,33 @@ impl ReplicaProcesses {
         match self.notices.recv() {
             Ok(Notice::Event(event)) => Ok(event),
             Ok(Notice::Ended(rank)) => {
+                let rank = self.culprit(rank)?;
                 let status = self.children.get_mut(rank).map(Child::wait).transpose()?;
                 let status = status.map_or_else(|| "never started".to_string(), |status| status.to_string());
                 bail!("rank {rank} of {} ended early ({status}); its own message is above", self.replica)
             }
             Err(_) => bail!("{} has no running rank", self.replica),
+        }
+    }
+
+    /// The rank to name when `first` was seen to end: a rank that was killed takes the others with it, and these may be
+    /// seen before it.
+    fn culprit(&mut self, first: usize) -> anyhow::Result<usize> {
+        let deadline = Instant::now() + FOLLOWING_ENDS;
+        loop {
+            let mut running = false;
+            for (rank, child) in self.children.iter_mut().enumerate() {
+                match child.try_wait()? {
+                    // No exit code: a signal ended it.
+                    Some(status) if status.code().is_none() => return Ok(rank),
+                    Some(_) => {}
+                    None => running = true,
+                }
+            }
+            if !running || Instant::now() > deadline {
+                return Ok(first);
+            }
+            std::thread::sleep(Duration::from_millis(2));
         }
     }
 

@@ -4,6 +4,7 @@ mod answer;
 mod commands;
 mod launch;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -44,7 +45,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("perigee: {error:#}");
+            // In one write: the processes of a replica share one standard error. Nobody reads it where it is closed.
+            let _ = std::io::stderr().write_all(format!("perigee: {error:#}\n").as_bytes());
             ExitCode::FAILURE
         }
     }

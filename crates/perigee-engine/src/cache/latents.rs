@@ -48,6 +48,13 @@ impl LatentSegment {
         }
     }
 
+    /// (first position, positions) of the segment, for a session with `computed` positions.
+    pub fn positions(&self, computed: u64) -> (u64, u64) {
+        let start = self.first_page * PAGE_TOKENS as u64;
+        let end = (self.end_page() * PAGE_TOKENS as u64).min(computed);
+        (start, end.saturating_sub(start))
+    }
+
     fn end_page(&self) -> u64 {
         self.first_page + self.page_count()
     }

@@ -17,7 +17,7 @@ use self::parking::ParkLedger;
 use self::task::{Place, Task};
 use self::types::Rank;
 pub use self::types::{
-    Fork, Limits, NeverFits, NewTask, Occupancy, Parking, Plan, PlannedRow, Removed, Status, TaskId,
+    Fork, Limits, NeverFits, NewTask, Occupancy, Parking, Plan, PlannedRow, Removed, SessionView, Status, TaskId,
 };
 use crate::cache::{CacheError, Latents, PagePool, SlotPool};
 
@@ -164,10 +164,10 @@ impl Scheduler {
         self.tasks.is_empty()
     }
 
-    /// Where a session is, how many of its tokens are known, and its latents. None if it is not here.
-    pub fn session(&self, id: TaskId) -> Option<(Status, u64, &Latents)> {
+    /// How far a session is and where its latents are. None if it is not here.
+    pub fn session(&self, id: TaskId) -> Option<SessionView<'_>> {
         let task = self.tasks.get(self.leaders.get(&id).unwrap_or(&id))?;
-        Some((task.status(), task.length, &task.latents))
+        Some(SessionView { status: task.status(), computed: task.computed, latents: &task.latents })
     }
 
     /// Counts for load reports.

@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use perigee_backend::Segment;
 
+use crate::cache::Latents;
+
 /// A session's number in the scheduler and the engine; unique for the life of a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TaskId(pub u64);
@@ -195,6 +197,17 @@ pub enum Status {
     Decode,
     /// In host memory.
     Parked,
+}
+
+/// A session as seen from outside; one that has not forked yet looks like the one that is prefilled for it.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionView<'a> {
+    /// Where it is.
+    pub status: Status,
+    /// Tokens covered by its state and latents.
+    pub computed: u64,
+    /// Where its latents are; while parked, how many there are.
+    pub latents: &'a Latents,
 }
 
 /// Counts for load reports.

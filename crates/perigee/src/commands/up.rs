@@ -13,6 +13,10 @@ use perigee_worker::events::{ReadyEvent, WorkerEvent};
 use perigee_worker::{Device, EngineOptions};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tonic::transport::Endpoint;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::answer::{self, Question};
 use crate::launch::{ReplicaLaunch, ReplicaProcesses};
@@ -87,6 +91,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     let mut ready = wait_until_ready(args.replicas, &mut progress, &registry).await?;
     ready.sort_by(|a, b| a.replica.cmp(&b.replica));
     tracing::info!(seconds = started.elapsed().as_secs_f64(), "replicas are ready");
+    wait_until_served(addresses.0).await?;
     if let Some(prompt) = &args.prompt {
         let question = Question { router: addresses.0, prompt: prompt.clone(), max_tokens: args.max_tokens };
         answer::ask(&question, args.json).await?;
@@ -162,6 +167,19 @@ async fn wait_until_ready(
         }
     }
     Ok(ready)
+}
+
+/// Waits until the router has a replica to route to, as its health service tells.
+async fn wait_until_served(router: SocketAddr) -> anyhow::Result<()> {
+    let channel = Endpoint::from_shared(format!("http://{router}"))?.connect().await.context("reaching the router")?;
+    let request = HealthCheckRequest { service: String::new() };
+    let mut changes = HealthClient::new(channel).watch(request).await?.into_inner();
+    while let Some(change) = changes.message().await? {
+        if change.status() == ServingStatus::Serving {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("the router ended before it was serving")
 }
 
 /// Removes replicas that end from the registry; returns when none is left.

@@ -65,14 +65,14 @@ fn rank_of(pid: u32) -> usize {
     rank.unwrap_or_else(|| panic!("no rank in {arguments:?}")).parse().unwrap()
 }
 
-fn kill(pid: u32) {
-    assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
+fn signal(name: &str, pid: u32) {
+    assert!(Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap().success());
 }
 
 /// Kills one rank; all processes end, the parent with exit code 1 and a message that names the rank.
 fn rank_dies(rank: usize) {
     let mut job = Job::start();
-    kill(job.ranks[&rank]);
+    signal("KILL", job.ranks[&rank]);
     let parent = &mut job.parent.child;
     let ended = wait_for("the end of the parent", END, || parent.try_wait().unwrap());
     let (status, took) = ended.unwrap_or_else(|error| panic!("{error}: {}", job.errors()));
@@ -93,10 +93,25 @@ fn a_follower_dies() {
     rank_dies(2);
 }
 
+/// The ranks notice by themselves: the parent, which would end them all, is asleep meanwhile.
+#[test]
+fn a_follower_dies_and_nobody_tells_the_others() {
+    let mut job = Job::start();
+    signal("STOP", job.parent.child.id());
+    signal("KILL", job.ranks[&3]);
+    let took = job.workers_end();
+    signal("CONT", job.parent.child.id());
+    let parent = &mut job.parent.child;
+    let (status, _) = wait_for("the end of the parent", END, || parent.try_wait().unwrap()).unwrap();
+    println!("ended {took:?} after the kill:\n{}", job.errors());
+    assert_eq!(status.code(), Some(1), "{}", job.errors());
+    assert!(job.errors().contains("rank 3: "), "no rank named the lost one: {}", job.errors());
+}
+
 #[test]
 fn the_parent_dies() {
     let mut job = Job::start();
-    kill(job.parent.child.id());
+    signal("KILL", job.parent.child.id());
     job.parent.child.wait().unwrap();
     let took = job.workers_end();
     println!("ended {took:?} after the kill:\n{}", job.errors());

@@ -88,7 +88,7 @@ impl Harness {
     }
 
     pub(super) fn status(&self, id: TaskId) -> Status {
-        self.scheduler.session(id).unwrap().0
+        self.scheduler.session(id).unwrap().status
     }
 
     /// Plans a step, checks it, and does it; `lost_park` and `lost_unpark` make those operations fail.

@@ -1,0 +1,292 @@
+//! The async side's door to an engine: requests, aborts and questions go in through one channel, events come out through
+//! one channel for each router. Nothing here waits for the step loop except answers that are awaited.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
+
+use tokio::sync::{mpsc as async_mpsc, oneshot, watch};
+
+use crate::config::{EngineConfig, StartError};
+use crate::door::Door;
+use crate::executor::Executor;
+use crate::request::{EventBatch, Load, PositionLogprobs, RefusedRequest, Request, RouterId, SessionId, SessionInfo};
+use crate::step::EngineCore;
+
+/// Whether an engine serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EngineHealth {
+    /// It takes requests.
+    Serving,
+    /// It takes no requests; its sessions go on.
+    Draining,
+    /// It was shut down.
+    Stopped,
+    /// Its ranks failed and all its sessions ended; the replica must be started anew.
+    Failed {
+        /// What failed.
+        message: String,
+    },
+}
+
+/// A prompt whose tokens' log-probabilities are wanted, and nothing generated.
+#[derive(Debug, Clone)]
+pub struct ScoreRequest {
+    /// Request id for log lines.
+    pub request_id: String,
+    /// The tokens, at least one.
+    pub tokens: Vec<u32>,
+    /// Alternatives for each token, at most 20.
+    pub top: u32,
+    /// Larger goes first; 0 is the default.
+    pub priority: i32,
+    /// When the client stops waiting.
+    pub deadline: Option<Instant>,
+}
+
+/// Log-probabilities of a prompt: none for its first token.
+pub type Scores = Vec<Option<PositionLogprobs>>;
+
+/// Why a prompt was not scored.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ScoreError {
+    /// It was refused at the door.
+    #[error(transparent)]
+    Refused(#[from] RefusedRequest),
+    /// Its deadline passed.
+    #[error("the deadline passed before the prompt was scored")]
+    DeadlineExceeded,
+    /// The engine failed or stopped on the way.
+    #[error("the prompt was not scored: {0}; try again elsewhere")]
+    Failed(String),
+}
+
+/// Answers of the loop to a score request.
+pub(crate) type ScoreReply = oneshot::Sender<Result<Scores, ScoreError>>;
+
+/// What the handle tells the loop.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Attach(RouterId, async_mpsc::UnboundedSender<EventBatch>),
+    Detach(RouterId),
+    Submit(RouterId, Box<Request>, QueuePermit),
+    Score(Box<ScoreRequest>, QueuePermit, ScoreReply),
+    Abort(SessionId),
+    Sessions(oneshot::Sender<Vec<SessionInfo>>),
+    FlushCache(oneshot::Sender<u64>),
+    Shutdown,
+}
+
+/// What handles and loop both see.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    door: Door,
+    queue_limit: usize,
+    /// Requests that were let in and have not got their first slot.
+    waiting: AtomicUsize,
+    pub(crate) health: watch::Sender<EngineHealth>,
+    pub(crate) load: watch::Sender<Load>,
+}
+
+impl Shared {
+    pub(crate) fn new(door: Door, queue_limit: usize, load: Load) -> Self {
+        let (health, _) = watch::channel(EngineHealth::Serving);
+        let (load, _) = watch::channel(load);
+        Self { door, queue_limit, waiting: AtomicUsize::new(0), health, load }
+    }
+}
+
+/// A request's place among those that wait for their first slot. It is given up once, when told or dropped.
+#[derive(Debug)]
+pub(crate) struct QueuePermit {
+    shared: Arc<Shared>,
+    held: AtomicBool,
+}
+
+impl QueuePermit {
+    fn take(shared: &Arc<Shared>) -> Result<Self, RefusedRequest> {
+        let limit = shared.queue_limit;
+        let another = |waiting: usize| (waiting < limit).then_some(waiting + 1);
+        match shared.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, another) {
+            Ok(_) => Ok(Self { shared: Arc::clone(shared), held: AtomicBool::new(true) }),
+            Err(waiting) => Err(RefusedRequest::Full { waiting, limit }),
+        }
+    }
+
+    /// The request waits no longer; true the first time.
+    pub(crate) fn release(&self) -> bool {
+        let was_held = self.held.swap(false, Ordering::Relaxed);
+        if was_held {
+            self.shared.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+        was_held
+    }
+}
+
+impl Drop for QueuePermit {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+/// Starts engines.
+#[derive(Debug)]
+pub struct Engine;
+
+impl Engine {
+    /// An engine on a thread of its own, which ends after [`EngineHandle::shutdown`], after a fatal failure, or when every
+    /// handle is gone.
+    ///
+    /// # Errors
+    /// [`StartError`] for limits with which nothing could run, and where there is no thread.
+    pub fn start(executor: Box<dyn Executor>, config: EngineConfig) -> Result<EngineHandle, StartError> {
+        let (core, handle) = Self::by_hand(executor, config)?;
+        std::thread::Builder::new().name("perigee-engine".into()).spawn(move || core.run())?;
+        Ok(handle)
+    }
+
+    /// An engine without a thread: whoever holds the core makes its turns. For simulations and tests.
+    ///
+    /// # Errors
+    /// [`StartError`] for limits with which nothing could run.
+    pub fn by_hand(
+        executor: Box<dyn Executor>,
+        config: EngineConfig,
+    ) -> Result<(EngineCore, EngineHandle), StartError> {
+        let sizes = executor.limits();
+        let limits = config.limits(&sizes, executor.cache_bytes())?;
+        let door = Door { limits, vocab: sizes.vocab, has_tokenizer: config.tokenizer.is_some() };
+        let load = Load {
+            slots_free: limits.slots,
+            slots_total: limits.slots,
+            pages_free: limits.pages,
+            pages_total: limits.pages,
+            ..Load::default()
+        };
+        let shared = Arc::new(Shared::new(door, config.queue_limit, load));
+        // Requests hold a permit each, so their number is bounded before they come here; aborts and questions must
+        // never find the channel full.
+        let (commands, inbox) = mpsc::channel();
+        let core = EngineCore::new(executor, limits, config, inbox, Arc::clone(&shared));
+        Ok((core, EngineHandle { commands, shared }))
+    }
+}
+
+/// The way to a running engine. Clones are equal; when the last is gone the engine ends.
+#[derive(Debug, Clone)]
+pub struct EngineHandle {
+    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+}
+
+impl EngineHandle {
+    /// Opens a router's stream of events. The load comes at once and then at least twice a second. A second stream for the
+    /// same router takes the place of the first. The stream ends when the engine does.
+    pub fn attach(&self, router: RouterId) -> async_mpsc::UnboundedReceiver<EventBatch> {
+        let (sender, receiver) = async_mpsc::unbounded_channel();
+        self.send(Command::Attach(router, sender));
+        receiver
+    }
+
+    /// Closes a router's stream and ends its sessions.
+    pub fn detach(&self, router: RouterId) {
+        self.send(Command::Detach(router));
+    }
+
+    /// Hands in a request. Its events leave by the stream of `router`, which must be attached: a request of another one is
+    /// dropped. A request that repeats a session's name is dropped as a repeated message.
+    ///
+    /// # Errors
+    /// [`RefusedRequest`]: a field that this replica cannot serve, a full queue, or an engine that takes no requests.
+    pub fn submit(&self, router: RouterId, request: Request) -> Result<(), RefusedRequest> {
+        self.must_serve()?;
+        self.shared.door.check(&request)?;
+        let permit = QueuePermit::take(&self.shared)?;
+        self.try_send(Command::Submit(router, Box::new(request), permit))
+    }
+
+    /// Ends a session, within two steps; its last event says so. Without effect if it is not here.
+    pub fn abort(&self, session: SessionId) {
+        self.send(Command::Abort(session));
+    }
+
+    /// Log-probabilities of every token of a prompt but the first. Dropping the future ends the work.
+    ///
+    /// # Errors
+    /// [`ScoreError`].
+    pub async fn score(&self, request: ScoreRequest) -> Result<Scores, ScoreError> {
+        self.must_serve()?;
+        self.shared.door.check_score(&request)?;
+        let permit = QueuePermit::take(&self.shared)?;
+        let (reply, answer) = oneshot::channel();
+        self.try_send(Command::Score(Box::new(request), permit, reply))?;
+        answer.await.unwrap_or_else(|_| Err(ScoreError::Failed(self.why_not_serving())))
+    }
+
+    /// The load after the last step.
+    pub fn load(&self) -> Load {
+        *self.shared.load.borrow()
+    }
+
+    /// Every session that is here, by age. None if the engine ended.
+    pub async fn sessions(&self) -> Vec<SessionInfo> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Sessions(reply));
+        answer.await.unwrap_or_default()
+    }
+
+    /// Drops what is cached for later requests; the number of pages that are free now because of it.
+    pub async fn flush_cache(&self) -> u64 {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::FlushCache(reply));
+        answer.await.unwrap_or_default()
+    }
+
+    /// Takes no further requests; sessions go on to their end.
+    pub fn drain(&self) {
+        self.shared.health.send_if_modified(|health| {
+            let serves = *health == EngineHealth::Serving;
+            if serves {
+                *health = EngineHealth::Draining;
+            }
+            serves
+        });
+    }
+
+    /// Ends every session and the engine. [`Self::health`] tells when it has ended.
+    pub fn shutdown(&self) {
+        self.drain();
+        self.send(Command::Shutdown);
+    }
+
+    /// Whether the engine serves, now and whenever that changes.
+    pub fn health(&self) -> watch::Receiver<EngineHealth> {
+        self.shared.health.subscribe()
+    }
+
+    fn must_serve(&self) -> Result<(), RefusedRequest> {
+        match *self.shared.health.borrow() {
+            EngineHealth::Serving => Ok(()),
+            _ => Err(RefusedRequest::Unavailable(self.why_not_serving())),
+        }
+    }
+
+    fn why_not_serving(&self) -> String {
+        match &*self.shared.health.borrow() {
+            EngineHealth::Draining => "it is draining".into(),
+            EngineHealth::Failed { message } => format!("it failed: {message}"),
+            EngineHealth::Serving | EngineHealth::Stopped => "it was shut down".into(),
+        }
+    }
+
+    fn try_send(&self, command: Command) -> Result<(), RefusedRequest> {
+        self.commands.send(command).map_err(|_| RefusedRequest::Unavailable(self.why_not_serving()))
+    }
+
+    /// For commands that mean nothing to an engine that ended.
+    fn send(&self, command: Command) {
+        if self.commands.send(command).is_err() {
+            tracing::debug!("a command came after the engine's end");
+        }
+    }
+}

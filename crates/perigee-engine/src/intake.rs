@@ -1,0 +1,345 @@
+//! What comes to the step loop and what leaves it: commands, new sessions, their ends. It plans and runs no steps.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use perigee_sampling::{Sampled, SamplingParams};
+use tokio::sync::oneshot;
+
+use crate::handle::{Command, EngineHealth, QueuePermit, ScoreError, ScoreReply, ScoreRequest};
+use crate::request::{FinishReason, Request, RouterId, SessionEvent, SessionId, SessionInfo, StopRule};
+use crate::scheduler::{NewTask, Status, TaskId};
+use crate::sequence::{Accepted, Sequence, SequenceError, SessionRecord, TextContext, drawn_logprobs};
+use crate::step::{EngineCore, Fatal, Session, Sink};
+
+impl EngineCore {
+    pub(crate) fn handle(&mut self, command: Command) -> Result<(), Fatal> {
+        match command {
+            Command::Attach(router, sender) => self.outbox.attach(router, sender),
+            Command::Detach(router) => self.detach(router)?,
+            Command::Submit(router, request, permit) => self.take_request(router, &request, permit)?,
+            Command::Score(request, permit, reply) => self.take_score(*request, permit, reply)?,
+            Command::Abort(session) => {
+                if let Some(&id) = self.names.get(&session) {
+                    self.end(id, FinishReason::Aborted, None)?;
+                }
+            }
+            Command::Sessions(reply) => self.answer(reply, self.session_infos()),
+            // Nothing outlives its session yet, so there is nothing to drop.
+            Command::FlushCache(reply) => self.answer(reply, 0),
+            Command::Shutdown => self.shut_down()?,
+        }
+        Ok(())
+    }
+
+    /// A session's record as it would travel, between steps. None if it is not here.
+    pub fn record(&self, session: &SessionId) -> Option<SessionRecord> {
+        let id = self.names.get(session)?;
+        let held = self.sessions.get(id)?;
+        let view = self.scheduler.session(*id)?;
+        let now = self.config.clock.now();
+        Some(SessionRecord {
+            sequence: held.sequence.clone(),
+            computed: view.computed,
+            time_left: held.deadline.map(|deadline| deadline.saturating_duration_since(now)),
+            latents: view.latents.clone(),
+        })
+    }
+
+    /// Ends sessions whose deadline passed, and scoring whose caller is gone.
+    pub(crate) fn end_what_is_due(&mut self, now: Instant) -> Result<(), Fatal> {
+        for id in self.scheduler.expired(now) {
+            self.end(id, FinishReason::DeadlineExceeded, None)?;
+        }
+        let is_abandoned = |session: &Session| matches!(&session.sink, Sink::Score(reply) if reply.is_closed());
+        let abandoned: Vec<TaskId> =
+            self.sessions.iter().filter(|(_, session)| is_abandoned(session)).map(|(&id, _)| id).collect();
+        abandoned.into_iter().try_for_each(|id| self.end(id, FinishReason::Aborted, None))
+    }
+
+    /// Closes a router's stream and ends its sessions.
+    pub(crate) fn detach(&mut self, router: RouterId) -> Result<(), Fatal> {
+        self.outbox.detach(router);
+        let belongs = |session: &Session| matches!(session.sink, Sink::Router(owner) if owner == router);
+        let ids: Vec<TaskId> =
+            self.sessions.iter().filter(|(_, session)| belongs(session)).map(|(&id, _)| id).collect();
+        ids.into_iter().try_for_each(|id| self.end(id, FinishReason::Aborted, None))
+    }
+
+    /// Ends every session and the engine.
+    pub(crate) fn shut_down(&mut self) -> Result<(), Fatal> {
+        let ids: Vec<TaskId> = self.sessions.keys().copied().collect();
+        for id in ids {
+            self.end(id, FinishReason::Error, Some("the replica was shut down; try again elsewhere".into()))?;
+        }
+        self.ended = true;
+        self.shared.health.send_replace(EngineHealth::Stopped);
+        Ok(())
+    }
+
+    /// Tells every session's end when the ranks can do nothing any more; the accounts are left as they are.
+    pub(crate) fn end_without_ranks(&mut self, message: &str) {
+        self.names.clear();
+        for session in std::mem::take(&mut self.sessions).into_values() {
+            self.tell_end(session, FinishReason::Error, Some(format!("the replica failed: {message}; try again")));
+        }
+    }
+
+    /// Ends a session before its time: frees what it held and tells whoever waits for it.
+    pub(crate) fn end(&mut self, id: TaskId, reason: FinishReason, error: Option<String>) -> Result<(), Fatal> {
+        if let Some(session) = self.forget(id)? {
+            self.tell_end(session, reason, error);
+        }
+        Ok(())
+    }
+
+    /// The prompt's log-probabilities are complete: the answer goes out.
+    pub(crate) fn finish_score(&mut self, id: TaskId) -> Result<(), Fatal> {
+        if let Some(Session { sequence, sink: Sink::Score(reply), .. }) = self.forget(id)? {
+            self.config.observer.finished(FinishReason::Length);
+            self.answer(reply, Ok(sequence.prompt_logprobs.map(|prompt| prompt.positions).unwrap_or_default()));
+        }
+        Ok(())
+    }
+
+    /// Tells a router of a token that was accepted, and frees the session if it was the last.
+    pub(crate) fn emit_token(&mut self, id: TaskId, sampled: &Sampled, accepted: Accepted) -> Result<(), Fatal> {
+        let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
+        let Sink::Router(router) = session.sink else { return Ok(()) };
+        let mut event = event(&mut session.sequence);
+        event.index = event.index.saturating_sub(1);
+        event.token = Some(sampled.token);
+        event.text = accepted.text;
+        event.logprobs = drawn_logprobs(sampled);
+        event.finish = accepted.finish;
+        event.usage = accepted.finish.map(|_| session.sequence.usage());
+        self.outbox.push(router, event);
+        if let Some(reason) = accepted.finish {
+            self.config.observer.finished(reason);
+            self.forget(id)?;
+        }
+        Ok(())
+    }
+
+    fn take_request(&mut self, router: RouterId, request: &Request, permit: QueuePermit) -> Result<(), Fatal> {
+        if !self.outbox.is_attached(router) {
+            tracing::warn!(request = request.request_id, "a request of a router that is not attached was dropped");
+            return Ok(());
+        }
+        if request.sessions.iter().any(|session| self.names.contains_key(session)) {
+            tracing::warn!(request = request.request_id, "a request came twice; the second one was dropped");
+            return Ok(());
+        }
+        let permit = Arc::new(permit);
+        let mut waiting = Vec::with_capacity(request.sessions.len());
+        for (index, name) in request.sessions.iter().enumerate() {
+            match self.sequence(request, index as u32, name.clone()) {
+                Ok((sequence, finish)) => {
+                    let session = self.session(sequence, Sink::Router(router), request.deadline, &permit);
+                    match finish {
+                        Some(reason) => self.tell_end(session, reason, None),
+                        None => waiting.push(session),
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(request = request.request_id, %error, "a request's text state could not be made");
+                    self.refuse_late(router, request, index as u32, name, &error);
+                }
+            }
+        }
+        self.enqueue(waiting)
+    }
+
+    fn take_score(&mut self, request: ScoreRequest, permit: QueuePermit, reply: ScoreReply) -> Result<(), Fatal> {
+        let name = SessionId(format!("score:{}:{}", request.request_id, self.next_task));
+        let prompt_only = Request {
+            request_id: request.request_id,
+            sessions: vec![name.clone()],
+            first_choice: 0,
+            epoch: 0,
+            prompt: request.tokens,
+            delivered: Vec::new(),
+            sampling: SamplingParams::greedy(),
+            stop: StopRule::default(),
+            prompt_logprobs: Some(request.top),
+            priority: request.priority,
+            deadline: request.deadline,
+            cache_salt: String::new(),
+            text: false,
+        };
+        match self.sequence(&prompt_only, 0, name) {
+            Ok((sequence, _)) if sequence.length() == 1 => {
+                self.answer(reply, Ok(vec![None]));
+                Ok(())
+            }
+            Ok((sequence, _)) => {
+                let session = self.session(sequence, Sink::Score(reply), request.deadline, &Arc::new(permit));
+                self.enqueue(vec![session])
+            }
+            Err(error) => {
+                self.answer(reply, Err(ScoreError::Failed(error.to_string())));
+                Ok(())
+            }
+        }
+    }
+
+    fn sequence(
+        &self,
+        request: &Request,
+        index: u32,
+        name: SessionId,
+    ) -> Result<(Sequence, Option<FinishReason>), SequenceError> {
+        let context = TextContext {
+            tokenizer: self.config.tokenizer.as_deref(),
+            eos_token_ids: &self.config.eos_token_ids,
+            max_length: self.scheduler.limits().max_length,
+        };
+        Sequence::new(request, index, name, &context)
+    }
+
+    fn session(&self, sequence: Sequence, sink: Sink, deadline: Option<Instant>, permit: &Arc<QueuePermit>) -> Session {
+        let arrived = self.config.clock.now();
+        Session { sequence, sink, deadline, arrived, last_token: None, permit: Arc::clone(permit) }
+    }
+
+    /// Queues the sessions of a request as one task.
+    fn enqueue(&mut self, sessions: Vec<Session>) -> Result<(), Fatal> {
+        let Some(first) = sessions.first() else { return Ok(()) };
+        let sequence = &first.sequence;
+        let ids: Vec<TaskId> = (0..sessions.len() as u64).map(|offset| TaskId(self.next_task + offset)).collect();
+        self.next_task += ids.len() as u64;
+        let (Some((&id, followers)), output) = (ids.split_first(), u64::from(sequence.stop.max_tokens)) else {
+            return Ok(());
+        };
+        let task = NewTask {
+            id,
+            followers: followers.to_vec(),
+            priority: sequence.priority,
+            deadline: first.deadline,
+            length: sequence.length(),
+            most: (sequence.prompt_length + output).saturating_sub(1),
+            prompt_logits: sequence.prompt_logprobs.is_some(),
+        };
+        let refused = self.scheduler.add(task).err();
+        for (id, session) in ids.into_iter().zip(sessions) {
+            self.names.insert(session.sequence.session.clone(), id);
+            self.sessions.insert(id, session);
+            if let Some(error) = refused {
+                // The door lets nothing through that never fits.
+                self.end(id, FinishReason::Error, Some(format!("the request does not fit: {error:?}")))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a session out of every table and frees what it held.
+    fn forget(&mut self, id: TaskId) -> Result<Option<Session>, Fatal> {
+        let removed = self.scheduler.remove(id)?.unwrap_or_default();
+        if let Some(heir) = removed.heir {
+            self.copy_prompt_logprobs(id, heir);
+        }
+        let session = self.sessions.remove(&id);
+        if let Some(session) = &session {
+            self.names.remove(&session.sequence.session);
+        }
+        if let Some(key) = removed.parked {
+            self.drop_parked(key)?;
+        }
+        Ok(session)
+    }
+
+    /// Tells whoever waits for a session that it ended without a further token.
+    fn tell_end(&mut self, mut session: Session, reason: FinishReason, error: Option<String>) {
+        self.config.observer.finished(reason);
+        match session.sink {
+            Sink::Router(router) => {
+                let usage = Some(session.sequence.usage());
+                let event = event(&mut session.sequence);
+                self.outbox.push(router, SessionEvent { finish: Some(reason), error, usage, ..event });
+            }
+            Sink::Score(reply) => {
+                let failure = match reason {
+                    FinishReason::DeadlineExceeded => ScoreError::DeadlineExceeded,
+                    _ => ScoreError::Failed(error.unwrap_or_else(|| "it was aborted".into())),
+                };
+                self.answer(reply, Err(failure));
+            }
+        }
+    }
+
+    /// Tells a router that a session could not even begin.
+    fn refuse_late(
+        &mut self,
+        router: RouterId,
+        request: &Request,
+        index: u32,
+        name: &SessionId,
+        error: &SequenceError,
+    ) {
+        self.config.observer.finished(FinishReason::Error);
+        let event = SessionEvent {
+            session: name.clone(),
+            epoch: request.epoch,
+            choice: request.first_choice + index,
+            index: request.delivered.len() as u64,
+            token: None,
+            text: String::new(),
+            logprobs: None,
+            prompt_logprobs: None,
+            finish: Some(FinishReason::Error),
+            error: Some(error.to_string()),
+            usage: None,
+        };
+        self.outbox.push(router, event);
+    }
+
+    /// Whoever asked may be gone by now; then the answer is of no use to anybody.
+    fn answer<T>(&self, reply: oneshot::Sender<T>, value: T) {
+        if reply.send(value).is_err() {
+            tracing::debug!("nobody waits for an answer any more");
+        }
+    }
+
+    fn session_infos(&self) -> Vec<SessionInfo> {
+        let info = |(id, session): (&TaskId, &Session)| {
+            let view = self.scheduler.session(*id)?;
+            let sequence = &session.sequence;
+            let segments = view.latents.segments().iter().map(|segment| segment.positions(view.computed));
+            Some(SessionInfo {
+                session: sequence.session.clone(),
+                request_id: sequence.request_id.clone(),
+                epoch: sequence.epoch,
+                status: match view.status {
+                    Status::Waiting => "waiting",
+                    Status::Prefill => "prefill",
+                    Status::Decode => "decode",
+                    Status::Parked => "parked",
+                },
+                context: sequence.length(),
+                segments: segments.filter(|(_, positions)| *positions > 0).collect(),
+            })
+        };
+        self.sessions.iter().filter_map(info).collect()
+    }
+}
+
+/// An event of a session with what every event has; the first one takes the prompt's log-probabilities along.
+fn event(sequence: &mut Sequence) -> SessionEvent {
+    let complete = sequence
+        .prompt_logprobs
+        .take_if(|prompt| prompt.positions.len() as u64 == sequence.prompt_length)
+        .map(|prompt| prompt.positions);
+    SessionEvent {
+        session: sequence.session.clone(),
+        epoch: sequence.epoch,
+        choice: sequence.choice,
+        index: sequence.completion(),
+        token: None,
+        text: String::new(),
+        logprobs: None,
+        prompt_logprobs: complete,
+        finish: None,
+        error: None,
+        usage: None,
+    }
+}

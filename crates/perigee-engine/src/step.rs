@@ -1,0 +1,457 @@
+//! The step loop: it owns the executor, and turns commands and plans into steps and events. Who runs is the scheduler's
+//! decision, how a token is drawn the sampler's, what a session is its sequence's.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use perigee_backend::{Row, StepBatch};
+use perigee_sampling::{Draw, Sampled};
+
+use crate::cache::CacheError;
+use crate::config::EngineConfig;
+use crate::executor::{Executor, ExecutorError, StepOutput, StepPlan};
+use crate::handle::{Command, EngineHealth, QueuePermit, ScoreReply, Shared};
+use crate::observer::{Preemption, StepPhase, TokenKind};
+use crate::outbox::{LOAD_INTERVAL, Outbox};
+use crate::request::{FinishReason, Load, RouterId, SessionId};
+use crate::scheduler::{Limits, Plan, PlannedRow, Scheduler, TaskId};
+use crate::sequence::Sequence;
+
+/// What a turn did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// A step ran; there may be more to do at once.
+    Stepped,
+    /// There is nothing to do until a command comes.
+    Idle,
+    /// The engine ended: it was shut down or its ranks failed.
+    Stopped,
+}
+
+/// Why the engine cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Fatal {
+    #[error(transparent)]
+    Executor(ExecutorError),
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+}
+
+/// Where a session's results go.
+#[derive(Debug)]
+pub(crate) enum Sink {
+    Router(RouterId),
+    Score(ScoreReply),
+}
+
+/// A session as the loop knows it.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) sequence: Sequence,
+    pub(crate) sink: Sink,
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) arrived: Instant,
+    pub(crate) last_token: Option<Instant>,
+    /// Shared by the sessions of a request.
+    pub(crate) permit: Arc<QueuePermit>,
+}
+
+/// An engine without its thread: [`EngineCore::turn`] by [`EngineCore::turn`].
+pub struct EngineCore {
+    pub(crate) executor: Box<dyn Executor>,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) config: EngineConfig,
+    pub(crate) sessions: BTreeMap<TaskId, Session>,
+    pub(crate) names: HashMap<SessionId, TaskId>,
+    pub(crate) outbox: Outbox,
+    pub(crate) next_task: u64,
+    pub(crate) ended: bool,
+    pub(crate) shared: Arc<Shared>,
+    inbox: mpsc::Receiver<Command>,
+    vocab: usize,
+    steps: u64,
+    step_ms: f32,
+}
+
+impl EngineCore {
+    pub(crate) fn new(
+        executor: Box<dyn Executor>,
+        limits: Limits,
+        config: EngineConfig,
+        inbox: mpsc::Receiver<Command>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        Self {
+            vocab: executor.limits().vocab,
+            executor,
+            scheduler: Scheduler::new(limits),
+            config,
+            sessions: BTreeMap::new(),
+            names: HashMap::new(),
+            outbox: Outbox::default(),
+            next_task: 0,
+            ended: false,
+            shared,
+            inbox,
+            steps: 0,
+            step_ms: 0.0,
+        }
+    }
+
+    /// Makes turns until the engine ends; waits on the command channel while there is nothing to do.
+    pub fn run(mut self) {
+        loop {
+            match self.turn() {
+                Turn::Stepped => {}
+                Turn::Idle => self.wait(),
+                Turn::Stopped => break,
+            }
+        }
+    }
+
+    /// Takes the commands that came, ends what is due, runs one step, and sends its events.
+    pub fn turn(&mut self) -> Turn {
+        let worked = match self.take_commands().and_then(|()| self.try_turn()) {
+            Ok(worked) => worked,
+            Err(fatal) => {
+                self.fail(&fatal);
+                false
+            }
+        };
+        self.send_events();
+        match (self.ended, worked) {
+            (true, _) => Turn::Stopped,
+            (false, true) => Turn::Stepped,
+            (false, false) => Turn::Idle,
+        }
+    }
+
+    /// Checks that slots, pages, park memory and queues add up.
+    ///
+    /// # Errors
+    /// [`CacheError`] says what does not.
+    pub fn audit(&self) -> Result<(), CacheError> {
+        self.scheduler.audit()
+    }
+
+    /// Load as the handle and the routers see it.
+    pub fn load(&self) -> Load {
+        let occupancy = self.scheduler.occupancy();
+        let limits = self.scheduler.limits();
+        let count = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+        Load {
+            running: count(occupancy.running),
+            waiting: count(occupancy.waiting),
+            queued_tokens: occupancy.queued_tokens,
+            slots_free: count(occupancy.slots_free),
+            slots_total: limits.slots,
+            pages_free: count(occupancy.pages_free),
+            pages_total: limits.pages,
+            parked: count(occupancy.parked),
+            step_ms: self.step_ms,
+            steps: self.steps,
+        }
+    }
+
+    /// Blocks until a command comes, or until routers are due to hear of the load.
+    fn wait(&mut self) {
+        let nobody_listens = self.outbox.is_empty() && self.sessions.is_empty();
+        let command = if nobody_listens {
+            self.inbox.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected)
+        } else {
+            self.inbox.recv_timeout(LOAD_INTERVAL)
+        };
+        let done = match command {
+            Ok(command) => self.handle(command),
+            Err(mpsc::RecvTimeoutError::Timeout) => Ok(()),
+            Err(mpsc::RecvTimeoutError::Disconnected) => self.shut_down(),
+        };
+        if let Err(fatal) = done {
+            self.fail(&fatal);
+        }
+    }
+
+    fn take_commands(&mut self) -> Result<(), Fatal> {
+        while !self.ended {
+            match self.inbox.try_recv() {
+                Ok(command) => self.handle(command)?,
+                Err(mpsc::TryRecvError::Empty) => break,
+                Err(mpsc::TryRecvError::Disconnected) => self.shut_down()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn try_turn(&mut self) -> Result<bool, Fatal> {
+        if self.ended {
+            return Ok(false);
+        }
+        self.end_what_is_due(self.config.clock.now())?;
+        self.step()
+    }
+
+    /// Plans a step and runs it; false if there was nothing to do.
+    fn step(&mut self) -> Result<bool, Fatal> {
+        if self.scheduler.is_empty() {
+            return Ok(false);
+        }
+        let plan = self.scheduler.plan()?;
+        self.note_admissions(&plan);
+        let lost = self.move_parked(&plan)?;
+        self.hand_down_prompt_logprobs(&plan);
+        let rows: Vec<&PlannedRow> = plan.rows.iter().filter(|row| !lost.contains(&row.task)).collect();
+        if rows.is_empty() {
+            return Ok(!plan.is_empty());
+        }
+        let started = self.config.clock.now();
+        let output = match self.execute(&plan, &rows) {
+            Ok(output) => output,
+            Err(error) if error.fatal => return Err(Fatal::Executor(error)),
+            Err(error) => {
+                tracing::error!(%error, rows = rows.len(), "a step failed; its sessions end");
+                for row in rows {
+                    self.end(row.task, FinishReason::Error, Some(format!("a step failed: {error}; try again")))?;
+                }
+                return Ok(true);
+            }
+        };
+        let now = self.config.clock.now();
+        self.note_step(&rows, now.saturating_duration_since(started));
+        self.apply(&rows, output, now)?;
+        Ok(true)
+    }
+
+    fn note_admissions(&mut self, plan: &Plan) {
+        let now = self.config.clock.now();
+        for id in &plan.admitted {
+            let Some(session) = self.sessions.get(id) else { continue };
+            if session.permit.release() {
+                self.config.observer.queued(now.saturating_duration_since(session.arrived));
+            }
+        }
+    }
+
+    /// Moves sessions to and from host memory. Where that was refused, the session is computed again; returned are those that lost
+    /// the row which the plan has for them.
+    fn move_parked(&mut self, plan: &Plan) -> Result<BTreeSet<TaskId>, Fatal> {
+        let mut lost = BTreeSet::new();
+        for _ in &plan.restarts {
+            self.config.observer.preempted(Preemption::Recomputed);
+        }
+        for park in &plan.parks {
+            let done = self.executor.park(park.key, park.slot, &park.pages);
+            if self.refused(done, "a session could not be parked; it will be computed again")? {
+                self.scheduler.park_failed(park.task);
+                self.config.observer.preempted(Preemption::Recomputed);
+            } else {
+                self.config.observer.preempted(Preemption::Parked);
+            }
+        }
+        for unpark in &plan.unparks {
+            let done = self.executor.unpark(unpark.key, unpark.slot, &unpark.pages);
+            if self.refused(done, "a session could not be brought back; it will be computed again")? {
+                self.scheduler.restart(unpark.task)?;
+                lost.insert(unpark.task);
+            }
+            self.drop_parked(unpark.key)?;
+        }
+        Ok(lost)
+    }
+
+    pub(crate) fn drop_parked(&mut self, key: u64) -> Result<(), Fatal> {
+        let done = self.executor.drop_parked(key);
+        self.refused(done, "a parked copy could not be dropped; host memory stays taken").map(drop)
+    }
+
+    /// Whether an operation was refused, which is logged; a broken executor is an error.
+    fn refused(&self, done: Result<(), ExecutorError>, what: &'static str) -> Result<bool, Fatal> {
+        match done {
+            Ok(()) => Ok(false),
+            Err(error) if error.fatal => Err(Fatal::Executor(error)),
+            Err(error) => {
+                tracing::warn!(%error, "{what}");
+                Ok(true)
+            }
+        }
+    }
+
+    /// A session that forks gets the log-probabilities of the prompt which was computed for it.
+    fn hand_down_prompt_logprobs(&mut self, plan: &Plan) {
+        for fork in &plan.forks {
+            self.copy_prompt_logprobs(fork.parent, fork.child);
+        }
+    }
+
+    pub(crate) fn copy_prompt_logprobs(&mut self, from: TaskId, to: TaskId) {
+        let logprobs = self.sessions.get(&from).and_then(|session| session.sequence.prompt_logprobs.clone());
+        if let Some(session) = self.sessions.get_mut(&to) {
+            session.sequence.prompt_logprobs = logprobs;
+        }
+    }
+
+    /// Runs rows, those that draw first, as the plan has them.
+    fn execute(&mut self, plan: &Plan, rows: &[&PlannedRow]) -> Result<StepOutput, ExecutorError> {
+        let mut batch = StepBatch::default();
+        let mut draws = Vec::new();
+        let mut wants_logits = false;
+        for row in rows {
+            let Some(session) = self.sessions.get(&row.task) else {
+                return Err(defect(format!("a row of session {} which does not exist", row.task.0)));
+            };
+            let sequence = &session.sequence;
+            let Some(tokens) = sequence.tokens.get(row.position as usize..row.end() as usize) else {
+                return Err(defect(format!("a row up to {} of {} tokens", row.end(), sequence.length())));
+            };
+            let first = batch.tokens.len() as u64;
+            if let Some(from) = row.prompt_logits_from {
+                wants_logits = true;
+                batch.logits.extend((from - row.position..row.tokens).map(|offset| (first + offset) as u32));
+            }
+            if row.draws {
+                batch.logits.push((first + row.tokens - 1) as u32);
+                draws.push(draw(sequence));
+            }
+            batch.tokens.extend_from_slice(tokens);
+            batch.rows.push(Row {
+                tokens: row.tokens as u32,
+                position: row.position,
+                read_slot: row.read_slot,
+                write_slot: row.write_slot,
+                segments: row.segments.clone(),
+            });
+        }
+        let positions = batch.logits.len();
+        let step = StepPlan {
+            clear_slots: plan.clear_slots.clone(),
+            copy_slots: plan.copy_slots.clone(),
+            copy_pages: plan.copy_pages.clone(),
+            batch,
+        };
+        let output = self.executor.step(&step, &draws, wants_logits)?;
+        let got = output.logits.as_ref().map_or(0, Vec::len);
+        if output.sampled.len() != draws.len() || (wants_logits && got != positions * self.vocab) {
+            let drawn = output.sampled.len();
+            return Err(defect(format!("{drawn} of {} draws, {got} logits for {positions} positions", draws.len())));
+        }
+        Ok(output)
+    }
+
+    /// Takes a step's results into sessions and scheduler.
+    fn apply(&mut self, rows: &[&PlannedRow], output: StepOutput, now: Instant) -> Result<(), Fatal> {
+        let logits = output.logits.unwrap_or_default();
+        let mut logits = logits.chunks_exact(self.vocab);
+        let mut sampled = output.sampled.into_iter();
+        for row in rows {
+            self.scheduler.advance(row.task, row.tokens);
+            if row.draws {
+                logits.next();
+                if let Some(sampled) = sampled.next() {
+                    self.take_token(row.task, &sampled, now)?;
+                }
+            } else if let Some(from) = row.prompt_logits_from {
+                let positions: Vec<&[f32]> = logits.by_ref().take((row.end() - from) as usize).collect();
+                self.take_prompt_logits(row, from, &positions)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_token(&mut self, id: TaskId, sampled: &Sampled, now: Instant) -> Result<(), Fatal> {
+        let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
+        let observer = &self.config.observer;
+        match session.last_token.replace(now) {
+            None => observer.first_token(now.saturating_duration_since(session.arrived)),
+            Some(last) => observer.next_token(now.saturating_duration_since(last)),
+        }
+        match session.sequence.accept(sampled.token, self.config.tokenizer.as_deref()) {
+            Ok(accepted) => {
+                if accepted.finish.is_none() {
+                    self.scheduler.append(id);
+                }
+                self.emit_token(id, sampled, accepted)
+            }
+            Err(error) => self.end(id, FinishReason::Error, Some(error.to_string())),
+        }
+    }
+
+    fn take_prompt_logits(&mut self, row: &PlannedRow, from: u64, positions: &[&[f32]]) -> Result<(), Fatal> {
+        let Some(session) = self.sessions.get_mut(&row.task) else { return Ok(()) };
+        let sequence = &mut session.sequence;
+        let Some(prompt) = &mut sequence.prompt_logprobs else { return Ok(()) };
+        let predicted = sequence.tokens.get(from as usize + 1..).unwrap_or_default();
+        for (logits, token) in positions.iter().zip(predicted) {
+            if let Err(error) = prompt.record(logits, *token) {
+                return self.end(row.task, FinishReason::Error, Some(error.to_string()));
+            }
+        }
+        let complete = prompt.positions.len() as u64 == sequence.prompt_length;
+        if complete && matches!(session.sink, Sink::Score(_)) { self.finish_score(row.task) } else { Ok(()) }
+    }
+
+    fn note_step(&mut self, rows: &[&PlannedRow], time: Duration) {
+        let (decode, prefill): (Vec<&PlannedRow>, Vec<&PlannedRow>) =
+            rows.iter().copied().partition(|row| row.draws && row.tokens == 1);
+        let phase = match (decode.is_empty(), prefill.is_empty()) {
+            (true, _) => StepPhase::Prefill,
+            (false, true) => StepPhase::Decode,
+            (false, false) => StepPhase::Mixed,
+        };
+        let milliseconds = time.as_secs_f32() * 1000.0;
+        self.step_ms = if self.steps == 0 { milliseconds } else { self.step_ms * 0.9 + milliseconds * 0.1 };
+        self.steps += 1;
+        let observer = &self.config.observer;
+        observer.stepped(phase, time);
+        let drawn = rows.iter().filter(|row| row.draws).count() as u64;
+        observer.tokens(TokenKind::Completion, drawn);
+        observer.tokens(TokenKind::Prompt, prefill.iter().map(|row| row.tokens).sum());
+    }
+
+    /// Sends what the turn did, and ends the sessions of routers that are gone.
+    fn send_events(&mut self) {
+        let load = self.load();
+        self.shared.load.send_replace(load);
+        loop {
+            let gone = self.outbox.flush(self.config.clock.now(), load);
+            if gone.is_empty() {
+                break;
+            }
+            for router in gone {
+                if let Err(fatal) = self.detach(router) {
+                    self.fail(&fatal);
+                }
+            }
+        }
+    }
+
+    /// The ranks are broken: every session ends, and so does the engine.
+    fn fail(&mut self, fatal: &Fatal) {
+        let message = fatal.to_string();
+        tracing::error!(error = %message, sessions = self.sessions.len(), "the replica failed");
+        self.end_without_ranks(&message);
+        self.shared.health.send_replace(EngineHealth::Failed { message });
+        self.ended = true;
+    }
+}
+
+impl std::fmt::Debug for EngineCore {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("EngineCore").field("sessions", &self.sessions.len()).finish_non_exhaustive()
+    }
+}
+
+fn draw(sequence: &Sequence) -> Draw<'_> {
+    Draw {
+        params: &sequence.sampling,
+        choice: sequence.choice,
+        position: sequence.length(),
+        counts: &sequence.counts,
+        banned: sequence.banned(),
+        allowed: None,
+    }
+}
+
+/// Something that engine and executor disagree on: nothing after it can be trusted.
+fn defect(message: String) -> ExecutorError {
+    ExecutorError { rank: 0, message: format!("engine and executor disagree: {message}"), fatal: true }
+}

@@ -1,0 +1,275 @@
+//! Between the wire and the engine's plain types, both ways. Values are checked for shape only; what they mean is checked
+//! at the engine's door.
+
+use std::time::{Duration, Instant};
+
+use perigee_engine::request::{
+    EventBatch, FinishReason, Load, PositionLogprobs, RefusedRequest, Request, SessionEvent, SessionId, SessionInfo,
+    StopRule, TokenLogprob,
+};
+use perigee_proto::internal;
+use perigee_sampling::SamplingParams;
+
+/// A submitted request, received at `now`.
+///
+/// # Errors
+/// [`RefusedRequest::Invalid`] where a message cannot have come from a router of this version.
+pub(crate) fn request(submit: internal::Submit, now: Instant) -> Result<Request, RefusedRequest> {
+    let sampling = submit.sampling.ok_or_else(|| invalid("sampling", "is missing"))?;
+    if sampling.bias_ids.len() != sampling.bias_values.len() {
+        return Err(invalid("sampling.logit_bias", "has ids and values of different number"));
+    }
+    let deadline = submit.deadline_ms.map(|left| now.checked_add(Duration::from_millis(left)));
+    Ok(Request {
+        request_id: submit.request_id,
+        sessions: submit.sessions.into_iter().map(SessionId).collect(),
+        first_choice: submit.first_choice,
+        epoch: submit.epoch,
+        prompt: submit.prompt,
+        delivered: submit.delivered,
+        sampling: SamplingParams {
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            repetition_penalty: sampling.repetition_penalty,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            logit_bias: sampling.bias_ids.into_iter().zip(sampling.bias_values).collect(),
+            seed: sampling.seed,
+            logprobs: sampling.logprobs,
+            prompt_logprobs: submit.prompt_logprobs,
+        },
+        stop: StopRule {
+            max_tokens: submit.max_tokens,
+            min_tokens: submit.min_tokens,
+            ignore_eos: submit.ignore_eos,
+            stop_token_ids: submit.stop_token_ids,
+            stop: submit.stop,
+        },
+        prompt_logprobs: submit.prompt_logprobs,
+        priority: submit.priority,
+        // One so far away that the clock cannot tell it is none.
+        deadline: deadline.flatten(),
+        cache_salt: submit.cache_salt,
+        text: submit.text,
+    })
+}
+
+fn invalid(field: &'static str, message: &str) -> RefusedRequest {
+    RefusedRequest::Invalid { field, message: message.to_owned() }
+}
+
+/// Why a request does not run here.
+pub(crate) fn refused(sessions: Vec<String>, refused: RefusedRequest) -> internal::Refused {
+    let message = refused.to_string();
+    let (reason, field, message) = match refused {
+        RefusedRequest::Invalid { field, message } => (internal::RefusedReason::Invalid, public_field(field), message),
+        RefusedRequest::Full { .. } => (internal::RefusedReason::Full, String::new(), message),
+        RefusedRequest::Unavailable(_) => (internal::RefusedReason::Unavailable, String::new(), message),
+    };
+    internal::Refused { sessions, reason: reason.into(), field, message }
+}
+
+/// A field's name as clients know it: the engine names sampling parameters without the message that holds them.
+fn public_field(field: &str) -> String {
+    match field {
+        "token_ids" | "text" | "stop" | "max_tokens" | "priority" | "cache_salt" | "delivered" | "sampling" => {
+            field.to_owned()
+        }
+        inner if inner.starts_with("sampling.") => inner.to_owned(),
+        inner => format!("sampling.{inner}"),
+    }
+}
+
+/// What one step did, for one router.
+pub(crate) fn batch(batch: EventBatch, draining: bool) -> internal::EventBatch {
+    internal::EventBatch {
+        events: batch.events.into_iter().map(event).collect(),
+        load: Some(load(batch.load, draining)),
+    }
+}
+
+/// How busy the replica is.
+pub(crate) fn load(load: Load, draining: bool) -> internal::Load {
+    internal::Load {
+        running: load.running,
+        waiting: load.waiting,
+        queued_tokens: load.queued_tokens,
+        slots_free: load.slots_free,
+        slots_total: load.slots_total,
+        pages_free: load.pages_free,
+        pages_total: load.pages_total,
+        parked: load.parked,
+        step_ms: load.step_ms,
+        steps: load.steps,
+        homes: 0,
+        draining,
+    }
+}
+
+fn event(event: SessionEvent) -> internal::SessionEvent {
+    let finish = match event.finish {
+        None => internal::Finish::Unspecified,
+        Some(FinishReason::Stop) => internal::Finish::Stop,
+        Some(FinishReason::Length) => internal::Finish::Length,
+        Some(FinishReason::Aborted) => internal::Finish::Aborted,
+        Some(FinishReason::DeadlineExceeded) => internal::Finish::Deadline,
+        Some(FinishReason::Error) => internal::Finish::Error,
+    };
+    internal::SessionEvent {
+        session: event.session.0,
+        epoch: event.epoch,
+        choice: event.choice,
+        index: event.index,
+        token: event.token,
+        text: event.text,
+        logprobs: event.logprobs.map(position),
+        prompt_logprobs: event
+            .prompt_logprobs
+            .into_iter()
+            .flatten()
+            .map(|entry| entry.map(position).unwrap_or_default())
+            .collect(),
+        finish: finish.into(),
+        error: event.error.unwrap_or_default(),
+        usage: event.usage.map(|usage| internal::Counts {
+            prompt: usage.prompt,
+            completion: usage.completion,
+            cached: usage.cached,
+        }),
+    }
+}
+
+fn position(position: PositionLogprobs) -> internal::Position {
+    let entries = || std::iter::once(&position.chosen).chain(&position.top);
+    internal::Position {
+        has_chosen: true,
+        ids: entries().map(|entry: &TokenLogprob| entry.token).collect(),
+        logprobs: entries().map(|entry| entry.logprob).collect(),
+    }
+}
+
+/// A session as operators see it.
+pub(crate) fn session(info: SessionInfo) -> internal::Session {
+    // An empty home is the replica that answers.
+    let segments = info.segments.into_iter().map(|(first, tokens)| internal::Segment {
+        first,
+        tokens,
+        ..internal::Segment::default()
+    });
+    internal::Session {
+        session: info.session.0,
+        request_id: info.request_id,
+        epoch: info.epoch,
+        status: info.status.to_owned(),
+        context: info.context,
+        segments: segments.collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use perigee_engine::request::Usage;
+
+    use super::*;
+
+    fn submit() -> internal::Submit {
+        internal::Submit {
+            request_id: "r".to_owned(),
+            sessions: vec!["a".to_owned(), "b".to_owned()],
+            epoch: 3,
+            prompt: vec![1, 2],
+            sampling: Some(internal::Sampling {
+                temperature: 0.5,
+                bias_ids: vec![7, 9],
+                bias_values: vec![1.0, -1.0],
+                seed: 11,
+                logprobs: Some(2),
+                ..internal::Sampling::default()
+            }),
+            max_tokens: 5,
+            min_tokens: 1,
+            ignore_eos: true,
+            stop_token_ids: vec![4],
+            stop: vec!["x".to_owned()],
+            prompt_logprobs: Some(1),
+            priority: -2,
+            deadline_ms: Some(1500),
+            cache_salt: "salt".to_owned(),
+            text: true,
+            first_choice: 6,
+            delivered: vec![],
+        }
+    }
+
+    #[test]
+    fn a_request_keeps_every_field() {
+        let now = Instant::now();
+        let request = request(submit(), now).expect("well formed");
+        assert_eq!(request.sessions, [SessionId("a".to_owned()), SessionId("b".to_owned())]);
+        assert_eq!((request.epoch, request.first_choice, request.priority), (3, 6, -2));
+        assert_eq!((request.prompt, request.cache_salt.as_str(), request.text), (vec![1, 2], "salt", true));
+        assert_eq!(request.deadline, Some(now + Duration::from_millis(1500)));
+        assert_eq!((request.sampling.seed, request.sampling.logprobs), (11, Some(2)));
+        assert_eq!(request.sampling.logit_bias, [(7, 1.0), (9, -1.0)]);
+        assert_eq!((request.prompt_logprobs, request.sampling.prompt_logprobs), (Some(1), Some(1)));
+        let stop = StopRule {
+            max_tokens: 5,
+            min_tokens: 1,
+            ignore_eos: true,
+            stop_token_ids: vec![4],
+            stop: vec!["x".to_owned()],
+        };
+        assert_eq!(request.stop, stop);
+    }
+
+    #[test]
+    fn malformed_messages_are_refused_and_far_deadlines_are_none() {
+        let now = Instant::now();
+        let without = internal::Submit { sampling: None, ..submit() };
+        assert!(matches!(request(without, now), Err(RefusedRequest::Invalid { field: "sampling", .. })));
+        let mut uneven = submit();
+        uneven.sampling.as_mut().expect("set").bias_values.pop();
+        assert!(matches!(request(uneven, now), Err(RefusedRequest::Invalid { field: "sampling.logit_bias", .. })));
+        let endless = internal::Submit { deadline_ms: Some(u64::MAX), ..submit() };
+        assert_eq!(request(endless, now).expect("well formed").deadline, None);
+    }
+
+    #[test]
+    fn refusals_name_fields_as_clients_know_them() {
+        for (field, public) in [("n", "sampling.n"), ("top_p", "sampling.top_p"), ("max_tokens", "max_tokens")] {
+            let refusal = RefusedRequest::Invalid { field, message: "m".to_owned() };
+            let wire = refused(vec!["s".to_owned()], refusal);
+            assert_eq!((wire.field.as_str(), wire.reason()), (public, internal::RefusedReason::Invalid));
+        }
+        let full = refused(vec![], RefusedRequest::Full { waiting: 3, limit: 3 });
+        assert_eq!(full.reason(), internal::RefusedReason::Full);
+        assert!(full.message.contains('3'), "{}", full.message);
+    }
+
+    #[test]
+    fn events_carry_logprobs_and_ends() {
+        let chosen = TokenLogprob { token: 5, logprob: -0.25 };
+        let other = TokenLogprob { token: 6, logprob: -2.0 };
+        let at = PositionLogprobs { chosen, top: vec![chosen, other] };
+        let wire = event(SessionEvent {
+            session: SessionId("a".to_owned()),
+            epoch: 2,
+            choice: 1,
+            index: 4,
+            token: Some(5),
+            text: "t".to_owned(),
+            logprobs: Some(at.clone()),
+            prompt_logprobs: Some(vec![None, Some(at)]),
+            finish: Some(FinishReason::Length),
+            error: None,
+            usage: Some(Usage { prompt: 2, completion: 5, cached: 1 }),
+        });
+        let expected = internal::Position { has_chosen: true, ids: vec![5, 5, 6], logprobs: vec![-0.25, -0.25, -2.0] };
+        assert_eq!(wire.logprobs.as_ref(), Some(&expected));
+        assert_eq!(wire.prompt_logprobs, [internal::Position::default(), expected]);
+        assert_eq!((wire.finish(), wire.index, wire.epoch), (internal::Finish::Length, 4, 2));
+        assert_eq!(wire.usage, Some(internal::Counts { prompt: 2, completion: 5, cached: 1 }));
+    }
+}

@@ -1,0 +1,246 @@
+//! The leader's part once its ranks are loaded: a first step to warm them, the engine on a thread of its own, the services
+//! on a small runtime, and an end as soon as a rank is lost.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use perigee_backend::{Backend, Row, Segment, StepBatch};
+use perigee_collectives::AbortHandle;
+use perigee_engine::executor::{Executor, ExecutorError, StepPlan};
+use perigee_engine::ranks::Ranks;
+use perigee_engine::{Engine, EngineConfig};
+use perigee_registry::{FileRegistry, Registry, ReplicaRecord};
+use perigee_telemetry::Metrics;
+use perigee_text::{GenerationConfig, Tokenizer};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use crate::config::WorkerConfig;
+use crate::error::{Result, WorkerError};
+use crate::events::{ReadyEvent, WorkerEvent, emit};
+use crate::identity::ReplicaIdentity;
+use crate::load::{Opened, tokenizer};
+use crate::metrics::WorkerMetrics;
+use crate::serve::{LeaderListeners, LeaderParts, serve};
+
+/// How long a failing step may take to tell its sessions, once a rank is lost.
+const LAST_STEP: Duration = Duration::from_millis(1200);
+
+/// The other ranks, as the leader watches them.
+pub(crate) struct Members {
+    /// Process ids in rank order.
+    pub(crate) pids: Vec<u32>,
+    /// Breaks the exchange of activations; none in a group of one.
+    pub(crate) abort: Option<AbortHandle>,
+    /// Numbers of lost ranks.
+    pub(crate) lost: Receiver<usize>,
+}
+
+/// Serves until told to end, or until a rank is lost.
+///
+/// # Errors
+/// A port cannot be opened, or the replica broke.
+pub(crate) fn run<B: Backend + 'static>(
+    config: &WorkerConfig,
+    opened: &Opened,
+    mut ranks: Ranks<B>,
+    members: Members,
+) -> Result<()> {
+    warm(&mut ranks)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(WorkerError::io("starting the runtime"))?;
+    runtime.block_on(lead(config, opened, ranks, members))
+}
+
+async fn lead<B: Backend + 'static>(
+    config: &WorkerConfig,
+    opened: &Opened,
+    ranks: Ranks<B>,
+    members: Members,
+) -> Result<()> {
+    let listeners = LeaderListeners {
+        internal: listen(config.internal, "--internal").await?,
+        public: listen(config.listen, "--listen").await?,
+        http: listen(config.http, "--http").await?,
+    };
+    let tokenizer = tokenizer(&opened.spec)?;
+    let weight_bytes = ranks.weight_bytes();
+    let metrics = Metrics::default();
+    let worker_metrics =
+        WorkerMetrics::register(&metrics).map_err(|error| WorkerError::Serve(format!("metrics: {error}")))?;
+    let generation = generation_config(opened, tokenizer.as_deref());
+    let engine = Engine::start(
+        Box::new(ranks),
+        EngineConfig {
+            token_budget: config.engine.token_budget,
+            max_batch: config.engine.max_batch,
+            eos_token_ids: generation.eos_token_ids.clone(),
+            tokenizer: tokenizer.clone(),
+            observer: Arc::new(worker_metrics.clone()),
+            ..EngineConfig::default()
+        },
+    )
+    .map_err(|error| WorkerError::Serve(error.to_string()))?;
+
+    let address = |listener: &TcpListener| listener.local_addr().map_err(WorkerError::io("reading an address"));
+    let ready = ReadyEvent {
+        replica: config.replica.clone(),
+        incarnation: incarnation(),
+        listen: address(&listeners.public)?,
+        internal: address(&listeners.internal)?,
+        http: address(&listeners.http)?,
+        tp: config.tp,
+        device: config.engine.device.to_string(),
+        digest: opened.digest.clone(),
+        pids: members.pids.clone(),
+        weight_bytes: weight_bytes.clone(),
+        slots: opened.limits.slots,
+        pages: opened.limits.pages,
+        max_model_len: opened.limits.max_model_len,
+    };
+    let identity = ReplicaIdentity {
+        replica: ready.replica.clone(),
+        incarnation: ready.incarnation.clone(),
+        model: config.engine.model.clone(),
+        digest: opened.digest.clone(),
+        vocab: opened.limits.vocab as u32,
+        max_model_len: opened.limits.max_model_len as u32,
+        eos_token_ids: generation.eos_token_ids.clone(),
+        has_tokenizer: tokenizer.is_some(),
+        generation,
+        tp: config.tp as u32,
+        device: ready.device.clone(),
+        pids: members.pids.clone(),
+        weight_bytes,
+        step_tokens: opened.limits.step_tokens as u32,
+    };
+    let publication = match &config.registry {
+        Some(registry) => Some(publish(registry, &ready).await?),
+        None => None,
+    };
+    let lost = watch_ranks(members.lost, members.abort)?;
+    emit(config.supervised, &WorkerEvent::Ready(Box::new(ready)));
+    tracing::info!(replica = config.replica, "serving");
+
+    let grace = Duration::from_secs(config.grace);
+    let parts = LeaderParts { engine, identity, metrics, worker_metrics, grace };
+    let serving = serve(parts, listeners, told_to_end());
+    tokio::pin!(serving);
+    let result = tokio::select! {
+        result = &mut serving => result,
+        rank = lost => {
+            // A step in flight has failed with it and is telling its sessions; an idle engine has nothing to tell.
+            // Whichever it was, the replica is broken.
+            // A replica that is ending in order closes its links too.
+            if let Ok(Ok(())) = tokio::time::timeout(LAST_STEP, serving).await {
+                return Ok(());
+            }
+            let message = "the process was lost; the replica ends as a whole".to_string();
+            Err(WorkerError::Rank(ExecutorError { rank, message, fatal: true }))
+        }
+    };
+    drop(publication);
+    result
+}
+
+/// Runs one token through every rank, so that the first request finds everything touched, then leaves no trace of it.
+fn warm<B: Backend>(ranks: &mut Ranks<B>) -> Result<()> {
+    let row = Row {
+        tokens: 1,
+        position: 0,
+        read_slot: 0,
+        write_slot: 0,
+        segments: vec![Segment { start: 0, end: 1, pages: vec![0] }],
+    };
+    let batch = StepBatch { tokens: vec![0], rows: vec![row], logits: vec![0] };
+    ranks.step(&StepPlan { clear_slots: vec![0], batch, ..StepPlan::default() }, &[], false)?;
+    Ok(())
+}
+
+async fn listen(address: std::net::SocketAddr, option: &str) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(WorkerError::io(format!("{option}: listening at {address}")))
+}
+
+/// The model's own words on sampling and on the end of a text.
+fn generation_config(opened: &Opened, tokenizer: Option<&Tokenizer>) -> GenerationConfig {
+    if let Some(tokenizer) = tokenizer {
+        return tokenizer.generation_config().clone();
+    }
+    let fallback =
+        GenerationConfig { eos_token_ids: opened.source.config().eos.clone(), ..GenerationConfig::default() };
+    match &opened.spec {
+        perigee_model::ModelSpec::Directory(path) => GenerationConfig::load(path).unwrap_or(fallback),
+        perigee_model::ModelSpec::Random { .. } => fallback,
+    }
+}
+
+async fn publish(registry: &str, ready: &ReadyEvent) -> Result<Box<dyn perigee_registry::Publication>> {
+    let path = registry
+        .strip_prefix("file:")
+        .ok_or_else(|| WorkerError::Options(format!("--registry: expected file:PATH, found {registry}")))?;
+    let registry = FileRegistry::open(path).map_err(|error| WorkerError::Options(format!("--registry: {error}")))?;
+    let record = ReplicaRecord {
+        incarnation: ready.incarnation.clone(),
+        endpoint: ready.listen.to_string(),
+        digest: ready.digest.clone(),
+        tp: ready.tp as u32,
+        device: ready.device.clone(),
+        pids: ready.pids.clone(),
+        weight_bytes: ready.weight_bytes.clone(),
+        ..ReplicaRecord::new(ready.replica.clone(), ready.internal.to_string())
+    };
+    registry.publish(record).await.map_err(|error| WorkerError::Serve(error.to_string()))
+}
+
+/// Tells starts of a replica apart: when it started and as which process.
+fn incarnation() -> String {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("{:x}-{:x}", since.as_nanos(), std::process::id())
+}
+
+/// Completes with the number of the first rank that is lost; the exchange of activations is broken off at once, so that
+/// no rank waits in it.
+fn watch_ranks(lost: Receiver<usize>, abort: Option<AbortHandle>) -> Result<impl Future<Output = usize>> {
+    let (sender, receiver) = oneshot::channel();
+    let watch = move || {
+        let Ok(rank) = lost.recv() else { return };
+        if let Some(abort) = abort {
+            abort.abort();
+        }
+        // The leader may be ending already.
+        let _ = sender.send(rank);
+    };
+    std::thread::Builder::new()
+        .name("perigee-ranks".into())
+        .spawn(watch)
+        .map_err(WorkerError::io("starting a thread"))?;
+    Ok(async {
+        match receiver.await {
+            Ok(rank) => rank,
+            // A group of one has nobody to lose.
+            Err(_) => std::future::pending().await,
+        }
+    })
+}
+
+/// Completes on SIGTERM or Ctrl-C.
+async fn told_to_end() {
+    let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
+    match terminate {
+        Ok(mut terminate) => {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+        }
+        Err(error) => {
+            tracing::warn!(%error, "no handler for SIGTERM; only Ctrl-C ends this worker in order");
+            // An error here would leave no way to end in order; waiting on is all that is left.
+            let _ = tokio::signal::ctrl_c().await;
+        }
+    }
+}
