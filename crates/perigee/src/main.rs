@@ -46,8 +46,19 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // In one write: the processes of a replica share one standard error. Nobody reads it where it is closed.
-            let _ = std::io::stderr().write_all(format!("perigee: {error:#}\n").as_bytes());
+            let _ = std::io::stderr().write_all(format!("perigee: {}\n", told(&error)).as_bytes());
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes, each told once: some errors repeat their cause in their own text.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
