@@ -32,10 +32,26 @@ pub fn run(config: &WorkerConfig) -> Result<()> {
             let backend = cpu_backend(config, collective);
             run_rank(config, opened, backend, group)
         }
-        Device::Cuda(_) => Err(WorkerError::Options(
-            "--device cuda: this binary was built without CUDA; build with --features cuda".into(),
-        )),
+        Device::Cuda(cards) => run_cuda(config, opened, &identity, cards),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn run_cuda(config: &WorkerConfig, opened: Opened, identity: &str, cards: &[u32]) -> Result<()> {
+    let card = cards[config.rank % cards.len()] as usize;
+    // Before the ranks meet: a machine without a usable card should say so at once.
+    perigee_cuda::check(card)?;
+    let mut group = form(config, identity)?;
+    let collective = std::mem::replace(&mut group.collective, Box::new(perigee_collectives::Solo));
+    let options = perigee_cuda::Options { device: card, precision: config.engine.activation() };
+    let backend = perigee_cuda::CudaBackend::open(options, collective)?;
+    run_rank(config, opened, backend, group)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn run_cuda(config: &WorkerConfig, _: Opened, _: &str, cards: &[u32]) -> Result<()> {
+    // The crate without its feature only knows why it cannot help.
+    Ok(perigee_cuda::check(cards[config.rank % cards.len()] as usize)?)
 }
 
 fn run_rank<B: Backend + 'static>(config: &WorkerConfig, opened: Opened, backend: B, group: Group) -> Result<()> {
