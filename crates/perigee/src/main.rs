@@ -26,6 +26,8 @@ struct Cli {
 enum Command {
     /// Starts a router and replicas on this machine.
     Up(Box<commands::up::UpArgs>),
+    /// Runs a router.
+    Router(commands::router::RouterArgs),
     /// Runs one rank of a replica.
     Worker(Box<perigee_worker::WorkerConfig>),
     /// Scores token sequences: logits, states and traces of every position.
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Up(args) => commands::up::run(*args),
+        Command::Router(args) => commands::router::run(args),
         Command::Worker(config) => perigee_worker::run(&config).map_err(anyhow::Error::from),
         Command::Score(args) => commands::score::run(*args),
         Command::InitModel(args) => commands::init_model::run(&args),

@@ -19,6 +19,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 use crate::answer::{self, Question};
+use crate::commands::interrupted;
 use crate::launch::{ReplicaLaunch, ReplicaProcesses};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
@@ -232,14 +233,4 @@ fn announce(args: &UpArgs, (grpc, http): (SocketAddr, SocketAddr), ready: &[Read
     }
     // A closed pipe is the reader's business.
     let _ = std::io::stdout().flush();
-}
-
-/// Completes on Ctrl-C or SIGTERM.
-async fn interrupted() -> anyhow::Result<()> {
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    tokio::select! {
-        result = tokio::signal::ctrl_c() => result?,
-        _ = terminate.recv() => {}
-    }
-    Ok(())
 }

@@ -1,0 +1,82 @@
+//! `perigee router`: the front door as a process of its own. Replicas are found in the registry.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use perigee_registry::FileRegistry;
+use perigee_router::{RouterConfig, RouterListeners, RouterParts};
+use tokio::net::TcpListener;
+
+use crate::commands::interrupted;
+use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
+
+/// Arguments of `router`.
+#[derive(clap::Args)]
+pub(crate) struct RouterArgs {
+    /// Address of the gRPC service.
+    #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_PORT)))]
+    listen: SocketAddr,
+    /// Address of /health and /metrics.
+    #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_HTTP_PORT)))]
+    http: SocketAddr,
+    /// Where replicas are found: file:PATH, a JSON file {"replicas": [{"replica": NAME, "internal": HOST:PORT}]}.
+    #[arg(long)]
+    registry: String,
+    /// The model whose tokenizer encodes prompts, and the only one that is routed to; without it clients send token ids.
+    #[arg(long)]
+    model: Option<String>,
+    /// Milliseconds after which a silent replica counts as lost.
+    #[arg(long, default_value_t = 2000)]
+    lease_ms: u64,
+    /// Seconds that running requests may go on after the order to end.
+    #[arg(long, default_value_t = 30)]
+    grace: u64,
+    /// Serve without TLS on other than loopback addresses.
+    #[arg(long)]
+    insecure: bool,
+}
+
+pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
+    for (option, address) in [("--listen", args.listen), ("--http", args.http)] {
+        if !args.insecure && !address.ip().is_loopback() {
+            bail!("{option}: {address} is not a loopback address; without TLS that needs --insecure");
+        }
+    }
+    let Some(path) = args.registry.strip_prefix("file:").map(PathBuf::from) else {
+        bail!("--registry: expected file:PATH, found {}", args.registry);
+    };
+    let registry = FileRegistry::open(&path)?;
+    let (tokenizer, model_digest) = match &args.model {
+        Some(model) => {
+            let spec: perigee_model::ModelSpec = model.parse()?;
+            (perigee_worker::load::tokenizer(&spec)?, Some(perigee_model::model_digest(&spec)?))
+        }
+        None => (None, None),
+    };
+    let config = RouterConfig {
+        lease: Duration::from_millis(args.lease_ms),
+        grace: Duration::from_secs(args.grace),
+        model_digest,
+        ..RouterConfig::default()
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let bind = async |option: &str, address: SocketAddr| {
+            TcpListener::bind(address).await.with_context(|| format!("{option}: listening at {address}"))
+        };
+        let listeners =
+            RouterListeners { grpc: bind("--listen", args.listen).await?, http: bind("--http", args.http).await? };
+        println!("perigee router: gRPC {}, HTTP {}", listeners.grpc.local_addr()?, listeners.http.local_addr()?);
+        let parts = RouterParts::new(Arc::new(registry), tokenizer)?;
+        perigee_router::serve(config, parts, listeners, async {
+            if let Err(error) = interrupted().await {
+                tracing::warn!(%error, "no handler for signals; ending");
+            }
+        })
+        .await?;
+        Ok(())
+    })
+}
