@@ -36,16 +36,28 @@ enum Command {
     InitModel(commands::init_model::InitModelArgs),
 }
 
-fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let result = match cli.command {
+/// Logs go to standard error. PERIGEE_LOG filters them, such as `info,perigee_router=debug`; PERIGEE_LOG_FORMAT is text or
+/// json. Only warnings by default: a person at a terminal came for the answer.
+fn logs() -> anyhow::Result<()> {
+    let setting = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
+    let format = setting("PERIGEE_LOG_FORMAT", "text").parse()?;
+    perigee_telemetry::LogOptions { format, filter: setting("PERIGEE_LOG", "warn") }.install()?;
+    Ok(())
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    logs()?;
+    match command {
         Command::Up(args) => commands::up::run(*args),
         Command::Router(args) => commands::router::run(args),
         Command::Worker(config) => perigee_worker::run(&config).map_err(anyhow::Error::from),
         Command::Score(args) => commands::score::run(*args),
         Command::InitModel(args) => commands::init_model::run(&args),
-    };
-    match result {
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // In one write: the processes of a replica share one standard error. Nobody reads it where it is closed.
