@@ -39,7 +39,7 @@ impl Clock for ManualClock {
     }
 }
 
-/// A greedy request of one session, for token ids only; its request id is the session's name.
+/// A greedy request of one session, for exactly `max_tokens` token ids; its request id is the session's name.
 pub fn greedy_request(session: &str, prompt: Vec<u32>, max_tokens: u32) -> Request {
     Request {
         request_id: session.to_owned(),
@@ -49,7 +49,7 @@ pub fn greedy_request(session: &str, prompt: Vec<u32>, max_tokens: u32) -> Reque
         prompt,
         delivered: Vec::new(),
         sampling: SamplingParams::greedy(),
-        stop: StopRule { max_tokens, ..StopRule::default() },
+        stop: StopRule { max_tokens, ignore_eos: true, ..StopRule::default() },
         prompt_logprobs: None,
         priority: 0,
         deadline: None,
