@@ -5,6 +5,9 @@
 const PAGE_TOKENS: u64 = 64;
 /// How many steps a running session is taken to have left: only used to guess when a slot or page comes free.
 const STEPS_LEFT: f64 = 128.0;
+/// Expected times within this factor of the least count as equal: they are guesses over smoothed measurements, and equal
+/// replicas must share the work rather than follow the noise.
+const NEARLY: f64 = 1.25;
 /// Time of a step before a replica has done one.
 const FIRST_STEP_MS: f64 = 1.0;
 
@@ -56,13 +59,14 @@ pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
     step_ms * (prefill_steps + slot_steps.max(page_steps))
 }
 
-/// Index of the report with the least expected time; between equals the one with fewer sessions, then the first.
+/// Index of a report with nearly the least expected time: the one with fewest sessions, then the least time, then the
+/// first.
 pub(crate) fn choose(reports: &[Report], demand: Demand) -> Option<usize> {
-    let cost = |report: &Report| (expected_ms(report, demand), report.running + report.waiting);
-    (0..reports.len()).min_by(|&a, &b| {
-        let ((time_a, sessions_a), (time_b, sessions_b)) = (cost(&reports[a]), cost(&reports[b]));
-        time_a.total_cmp(&time_b).then(sessions_a.cmp(&sessions_b))
-    })
+    let times: Vec<f64> = reports.iter().map(|report| expected_ms(report, demand)).collect();
+    let least = times.iter().copied().min_by(f64::total_cmp)?;
+    let near = (0..reports.len()).filter(|&index| times[index] <= least * NEARLY);
+    let sessions = |index: usize| reports[index].running + reports[index].waiting;
+    near.min_by(|&a, &b| sessions(a).cmp(&sessions(b)).then(times[a].total_cmp(&times[b])))
 }
 
 #[cfg(test)]
@@ -109,6 +113,14 @@ mod tests {
         let slow = Report { step_ms: 50.0, ..IDLE };
         assert_eq!(choose(&[fast_but_full, slow], SMALL), Some(1));
         assert_eq!(choose(&[fast_but_full, slow], Demand { prompt_tokens: 1_000_000, sessions: 1 }), Some(0));
+    }
+
+    #[test]
+    fn noise_in_the_step_time_does_not_pile_sessions_up() {
+        let lucky = Report { step_ms: 9.0, running: 10, ..IDLE };
+        assert_eq!(choose(&[lucky, IDLE], SMALL), Some(1));
+        let faster = Report { step_ms: 5.0, ..lucky };
+        assert_eq!(choose(&[faster, IDLE], SMALL), Some(0), "a real difference counts");
     }
 
     #[test]
