@@ -1,6 +1,7 @@
 //! The one binary of Perigee: reads the command line and hands over. Exit codes: 0 done, 1 failed, 2 usage.
 
 mod answer;
+mod client;
 mod commands;
 mod launch;
 
@@ -30,6 +31,16 @@ enum Command {
     Router(commands::router::RouterArgs),
     /// Runs one rank of a replica.
     Worker(Box<perigee_worker::WorkerConfig>),
+    /// Sends a prompt to a router and prints the answer.
+    Generate(Box<client::generate::GenerateArgs>),
+    /// Lists replicas.
+    Replicas(client::replicas::ReplicasArgs),
+    /// Lists sessions: where they run, and where their latents are.
+    Sessions(client::sessions::SessionsArgs),
+    /// Moves a running session to another replica.
+    Migrate(client::migrate::MigrateArgs),
+    /// Moves every session off a replica.
+    Drain(client::drain::DrainArgs),
     /// Scores token sequences: logits, states and traces of every position.
     Score(Box<commands::score::ScoreArgs>),
     /// Writes a random model as a checkpoint directory.
@@ -51,6 +62,11 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Up(args) => commands::up::run(*args),
         Command::Router(args) => commands::router::run(args),
         Command::Worker(config) => perigee_worker::run(&config).map_err(anyhow::Error::from),
+        Command::Generate(args) => client::generate::run(&args),
+        Command::Replicas(args) => client::replicas::run(&args),
+        Command::Sessions(args) => client::sessions::run(&args),
+        Command::Migrate(args) => client::migrate::run(&args),
+        Command::Drain(args) => client::drain::run(&args),
         Command::Score(args) => commands::score::run(*args),
         Command::InitModel(args) => commands::init_model::run(&args),
     }

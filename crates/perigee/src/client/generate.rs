@@ -1,0 +1,250 @@
+//! `perigee generate`: one request to a router. Text or token ids are printed as they come; with several choices, or with
+//! --json, when all are there.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use perigee_proto::v1::{FinishReason, GenerateRequest, GenerateResponse, SamplingParams};
+use serde::Serialize;
+use tonic::Request;
+
+use super::{ClientArgs, block_on, print_json, refused};
+
+/// Arguments of `generate`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct GenerateArgs {
+    /// Prompt as text.
+    #[arg(long, required_unless_present = "tokens", conflicts_with = "tokens")]
+    prompt: Option<String>,
+    /// Prompt as token ids, separated by commas.
+    #[arg(long, value_delimiter = ',')]
+    tokens: Vec<u32>,
+    /// Most tokens to generate; by default as many as the model's length allows.
+    #[arg(long)]
+    max_tokens: Option<u32>,
+    /// 0 takes the most likely token; by default the model's value.
+    #[arg(long)]
+    temperature: Option<f32>,
+    /// Keeps the k most likely tokens.
+    #[arg(long)]
+    top_k: Option<u32>,
+    /// Keeps the smallest set of tokens that reaches this probability.
+    #[arg(long)]
+    top_p: Option<f32>,
+    /// Drops tokens less likely than this share of the most likely one.
+    #[arg(long)]
+    min_p: Option<f32>,
+    /// Seed of the draws; by default the router draws one.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Choices.
+    #[arg(short, long)]
+    n: Option<u32>,
+    /// String that ends generation; may be given several times.
+    #[arg(long)]
+    stop: Vec<String>,
+    /// Go on after the model's end-of-sequence tokens.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Larger goes first where requests wait.
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    priority: i32,
+    /// Name of the request in logs.
+    #[arg(long, default_value = "")]
+    request_id: String,
+    /// Seconds after which the request is given up.
+    #[arg(long)]
+    timeout: Option<f64>,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+/// The whole answer in JSON.
+#[derive(Debug, Default, Serialize)]
+struct Answer {
+    request_id: String,
+    choices: Vec<Choice>,
+    /// Milliseconds to the first token.
+    ttft_ms: f64,
+    /// Mean milliseconds between tokens of a choice after the first; 0 with fewer than two.
+    tpot_ms: f64,
+}
+
+/// One choice.
+#[derive(Debug, Default, Serialize)]
+struct Choice {
+    session: String,
+    /// The replica that sent the last token.
+    replica: String,
+    text: String,
+    tokens: Vec<u32>,
+    finish_reason: Option<&'static str>,
+    seed: Option<u64>,
+    prompt_tokens: u64,
+    #[serde(skip)]
+    times: Vec<Instant>,
+}
+
+impl GenerateArgs {
+    fn request(&self) -> anyhow::Result<Request<GenerateRequest>> {
+        let mut request = Request::new(GenerateRequest {
+            request_id: self.request_id.clone(),
+            text: self.prompt.clone(),
+            token_ids: self.tokens.clone(),
+            sampling: Some(SamplingParams {
+                temperature: self.temperature,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                min_p: self.min_p,
+                seed: self.seed,
+                n: self.n,
+                ignore_eos: self.ignore_eos,
+                ..SamplingParams::default()
+            }),
+            stop: self.stop.clone(),
+            max_tokens: self.max_tokens,
+            priority: self.priority,
+            ..GenerateRequest::default()
+        });
+        if let Some(seconds) = self.timeout {
+            match Duration::try_from_secs_f64(seconds) {
+                Ok(timeout) if !timeout.is_zero() => request.set_timeout(timeout),
+                _ => bail!("--timeout: expected seconds above 0, found {seconds}"),
+            }
+        }
+        Ok(request)
+    }
+
+    /// Whether tokens are printed as they come.
+    fn prints_at_once(&self) -> bool {
+        !self.client.json && self.n.unwrap_or(1) == 1
+    }
+}
+
+impl Answer {
+    /// Takes in a response; an error where the router broke its promise about indices.
+    fn take(&mut self, response: GenerateResponse, now: Instant) -> anyhow::Result<()> {
+        let choice = response.choice as usize;
+        while self.choices.len() <= choice {
+            self.choices.push(Choice::default());
+        }
+        let choice = &mut self.choices[choice];
+        if let Some(token) = response.token_id {
+            if response.index != choice.tokens.len() as u64 {
+                bail!("the router sent index {} where {} was due", response.index, choice.tokens.len());
+            }
+            choice.tokens.push(token);
+            choice.times.push(now);
+        }
+        choice.finish_reason = match response.finish_reason() {
+            FinishReason::Unspecified => None,
+            FinishReason::Stop => Some("stop"),
+            FinishReason::Length => Some("length"),
+            FinishReason::Aborted => Some("aborted"),
+        };
+        choice.text.push_str(&response.text);
+        choice.session = response.session_id;
+        choice.replica = response.replica;
+        choice.seed = response.seed.or(choice.seed);
+        if let Some(usage) = response.usage {
+            choice.prompt_tokens = usage.prompt;
+        }
+        if !response.request_id.is_empty() {
+            self.request_id = response.request_id;
+        }
+        Ok(())
+    }
+
+    fn measure(&mut self, started: Instant) {
+        let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+        let first = self.choices.iter().filter_map(|choice| choice.times.first()).min();
+        self.ttft_ms = first.map_or(0.0, |first| milliseconds(first.duration_since(started)));
+        let (mut time, mut tokens) = (Duration::ZERO, 0);
+        for choice in &self.choices {
+            if let (Some(first), Some(last)) = (choice.times.first(), choice.times.last()) {
+                time += last.duration_since(*first);
+                tokens += choice.times.len() - 1;
+            }
+        }
+        self.tpot_ms = if tokens > 0 { milliseconds(time) / tokens as f64 } else { 0.0 };
+    }
+}
+
+/// Text where there is some, else token ids.
+fn readable(text: &str, tokens: &[u32], has_text: bool) -> String {
+    if has_text {
+        return text.to_owned();
+    }
+    tokens.iter().map(|token| format!("{token} ")).collect()
+}
+
+/// Asks and prints.
+pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
+    block_on(async {
+        let request = args.request()?;
+        let mut inference = args.client.inference().await?;
+        let has_text = inference
+            .get_model_info(perigee_proto::v1::GetModelInfoRequest {})
+            .await
+            .map_err(refused)?
+            .into_inner()
+            .has_tokenizer;
+        let started = Instant::now();
+        let mut stream = inference.generate(request).await.map_err(refused)?.into_inner();
+        let mut answer = Answer::default();
+        while let Some(response) = stream.message().await.map_err(refused)? {
+            if args.prints_at_once() {
+                print!("{}", readable(&response.text, response.token_id.as_slice(), has_text));
+                std::io::stdout().flush()?;
+            }
+            answer.take(response, Instant::now())?;
+        }
+        answer.measure(started);
+        if args.client.json {
+            return print_json(&answer);
+        }
+        if args.prints_at_once() {
+            println!();
+        } else {
+            for (number, choice) in answer.choices.iter().enumerate() {
+                println!("--- choice {number}\n{}", readable(&choice.text, &choice.tokens, has_text));
+            }
+        }
+        for choice in &answer.choices {
+            eprintln!("{}: {} tokens from {}", choice.session, choice.tokens.len(), choice.replica);
+        }
+        eprintln!("TTFT {:.1} ms, TPOT {:.2} ms", answer.ttft_ms, answer.tpot_ms);
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(choice: u32, index: u64) -> GenerateResponse {
+        GenerateResponse { choice, index, token_id: Some(index as u32), text: "x".to_owned(), ..Default::default() }
+    }
+
+    #[test]
+    fn an_answer_gathers_choices_and_times() {
+        let start = Instant::now();
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        let mut answer = Answer::default();
+        for (choice, index, time) in [(1, 0, 30), (0, 0, 20), (1, 1, 40), (0, 1, 40), (0, 2, 60)] {
+            answer.take(token(choice, index), at(time)).expect("in order");
+        }
+        answer.measure(start);
+        assert_eq!(answer.choices.iter().map(|choice| choice.tokens.len()).collect::<Vec<_>>(), [3, 2]);
+        assert_eq!((answer.ttft_ms, answer.choices[0].text.as_str()), (20.0, "xxx"));
+        assert!((answer.tpot_ms - 50.0 / 3.0).abs() < 1e-9, "{}", answer.tpot_ms);
+        assert!(answer.take(token(0, 5), at(70)).is_err(), "a gap");
+    }
+
+    #[test]
+    fn token_ids_stand_in_for_text() {
+        assert_eq!(readable("ab", &[1, 2], true), "ab");
+        assert_eq!(readable("", &[1, 2], false), "1 2 ");
+    }
+}
