@@ -2,7 +2,7 @@
 //! children end when this process does, and all end when one fails.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -78,16 +78,26 @@ impl ReplicaProcesses {
 
     /// The next report of a worker; an error when a worker ends instead.
     pub(crate) fn next_event(&mut self) -> anyhow::Result<WorkerEvent> {
-        match self.notices.recv() {
-            Ok(Notice::Event(event)) => Ok(event),
-            Ok(Notice::Ended(rank)) => {
-                let rank = self.culprit(rank)?;
-                let status = self.children.get_mut(rank).map(Child::wait).transpose()?;
-                let status = status.map_or_else(|| "never started".to_string(), |status| status.to_string());
-                bail!("rank {rank} of {} ended early ({status}); its own message is above", self.replica)
+        loop {
+            let rank = match self.notices.recv() {
+                Ok(Notice::Event(event)) => return Ok(event),
+                Ok(Notice::Ended(rank)) => rank,
+                Err(_) => bail!("{} has no running rank", self.replica),
+            };
+            // A rank that the leader told to end may be seen before the leader's last report, which is on its way.
+            if rank > 0 && self.status(rank)?.is_some_and(|status| status.success()) {
+                continue;
             }
-            Err(_) => bail!("{} has no running rank", self.replica),
+            let rank = self.culprit(rank)?;
+            let status = self.status(rank)?;
+            let status = status.map_or_else(|| "never started".to_string(), |status| status.to_string());
+            bail!("rank {rank} of {} ended early ({status}); its own message is above", self.replica)
         }
+    }
+
+    /// Waits for a rank that is ending; none where it never started.
+    fn status(&mut self, rank: usize) -> anyhow::Result<Option<ExitStatus>> {
+        Ok(self.children.get_mut(rank).map(Child::wait).transpose()?)
     }
 
     /// The rank to name when `first` was seen to end: a rank that was killed takes the others with it, and these may be
