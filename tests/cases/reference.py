@@ -183,7 +183,9 @@ class Model:
         scores = sigmoid(x @ w[prefix + "gate.weight"].T)
         chosen, gap = self.select(scores + self.selection_bias(w[prefix + "gate.e_score_correction_bias"]))
         weights = self.routing_weights(scores, w[prefix + "gate.e_score_correction_bias"], chosen)
-        out = mlp(x, *(w[f"{prefix}shared_experts.{part}_proj.weight"] for part in ("gate", "up", "down")))
+        out = np.zeros_like(x)
+        if self.config["num_shared_experts"]:
+            out = mlp(x, *(w[f"{prefix}shared_experts.{part}_proj.weight"] for part in ("gate", "up", "down")))
         for expert, weight in zip(chosen, weights):
             out = out + weight * mlp(x, *(w[f"{prefix}experts.{expert}.{part}.weight"] for part in ("w1", "w3", "w2")))
         return out, chosen, gap
