@@ -73,7 +73,7 @@ impl PromptLogprobs {
         Self { top, positions: vec![None] }
     }
 
-    /// Takes the row of logits of the next position, [V], which predicts `token`.
+    /// Takes the row of logits of the next position, \[V\], which predicts `token`.
     ///
     /// # Errors
     /// The row is not what a forward pass gives.

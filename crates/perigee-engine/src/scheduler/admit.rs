@@ -36,6 +36,9 @@ impl Scheduler {
     /// Moves tasks from the queue to the running set, better first.
     pub(super) fn admit(&mut self, plan: &mut Plan) {
         let mut running = self.running_sessions();
+        if running >= self.limits.max_running() || self.queue.is_empty() {
+            return;
+        }
         let mut promised: u64 = self.running_tasks().map(Task::owed_pages).sum();
         let mut overtaken: Vec<TaskId> = Vec::new();
         let candidates: Vec<Rank> = self.queue.iter().copied().collect();

@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod door;
 #[cfg(test)]
+mod draws;
+#[cfg(test)]
 mod endings;
 #[cfg(test)]
 mod failures;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
+use perigee_engine::executor::Executor;
 use perigee_engine::request::{EventBatch, PositionLogprobs, Request, RouterId, SessionEvent, SessionId};
 use perigee_engine::testing::{ModelCounters, ModelExecutor};
 use perigee_engine::{Engine, EngineConfig, EngineCore, EngineHandle, Turn};
@@ -46,7 +47,11 @@ pub(crate) struct Driver {
 impl Driver {
     pub(crate) fn new(executor: ModelExecutor, config: EngineConfig) -> Self {
         let counters = executor.counters();
-        let (core, handle) = Engine::by_hand(Box::new(executor), config).unwrap();
+        Self::over(Box::new(executor), counters, config)
+    }
+
+    pub(crate) fn over(executor: Box<dyn Executor>, counters: Arc<ModelCounters>, config: EngineConfig) -> Self {
+        let (core, handle) = Engine::by_hand(executor, config).unwrap();
         let events = handle.attach(ROUTER);
         Self { core, handle, counters, answers: BTreeMap::new(), delivered: BTreeMap::new(), events }
     }
