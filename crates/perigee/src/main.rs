@@ -1,6 +1,5 @@
 //! The one binary of Perigee: reads the command line and hands over. Exit codes: 0 done, 1 failed, 2 usage.
 
-mod answer;
 mod client;
 mod commands;
 mod launch;

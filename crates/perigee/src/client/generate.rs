@@ -181,7 +181,34 @@ fn readable(text: &str, tokens: &[u32], has_text: bool) -> String {
 
 /// Asks and prints.
 pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
-    block_on(async {
+    block_on(args.ask())
+}
+
+impl GenerateArgs {
+    /// A greedy request for text.
+    pub(crate) fn greedy(prompt: String, max_tokens: u32, client: ClientArgs) -> Self {
+        Self {
+            prompt: Some(prompt),
+            tokens: Vec::new(),
+            max_tokens: Some(max_tokens),
+            temperature: Some(0.0),
+            top_k: None,
+            top_p: None,
+            min_p: None,
+            seed: None,
+            n: None,
+            stop: Vec::new(),
+            ignore_eos: false,
+            priority: 0,
+            request_id: String::new(),
+            timeout: None,
+            client,
+        }
+    }
+
+    /// Sends the request and prints the answer.
+    pub(crate) async fn ask(&self) -> anyhow::Result<()> {
+        let args = self;
         let request = args.request()?;
         let mut inference = args.client.inference().await?;
         let has_text = inference
@@ -216,7 +243,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         }
         eprintln!("TTFT {:.1} ms, TPOT {:.2} ms", answer.ttft_ms, answer.tpot_ms);
         Ok(())
-    })
+    }
 }
 
 #[cfg(test)]

@@ -18,7 +18,8 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::answer::{self, Question};
+use crate::client::ClientArgs;
+use crate::client::generate::GenerateArgs;
 use crate::commands::interrupted;
 use crate::launch::{ReplicaLaunch, ReplicaProcesses};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
@@ -44,7 +45,7 @@ pub(crate) struct UpArgs {
     /// Most tokens of that answer.
     #[arg(long, default_value_t = 64)]
     max_tokens: u32,
-    /// Print one JSON line when ready: {grpc, http, model, replicas: [{replica, tp, pids}]}.
+    /// Print one JSON line when ready: {grpc, http, model, replicas: [{replica, tp, pids, http}]}.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -94,9 +95,8 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     tracing::info!(seconds = started.elapsed().as_secs_f64(), "replicas are ready");
     wait_until_served(addresses.0).await?;
     if let Some(prompt) = &args.prompt {
-        let question = Question { router: addresses.0, prompt: prompt.clone(), max_tokens: args.max_tokens };
-        answer::ask(&question, args.json).await?;
-        return Ok(());
+        let client = ClientArgs { router: addresses.0.to_string(), json: args.json };
+        return GenerateArgs::greedy(prompt.clone(), args.max_tokens, client).ask().await;
     }
     announce(&args, addresses, &ready);
     tokio::select! {
@@ -217,7 +217,10 @@ fn announce(args: &UpArgs, (grpc, http): (SocketAddr, SocketAddr), ready: &[Read
     if args.json {
         let replicas: Vec<_> = ready
             .iter()
-            .map(|event| serde_json::json!({"replica": event.replica, "tp": event.tp, "pids": event.pids}))
+            .map(|event| {
+                let http = event.http.to_string();
+                serde_json::json!({"replica": event.replica, "tp": event.tp, "pids": event.pids, "http": http})
+            })
             .collect();
         let line = serde_json::json!({
             "grpc": grpc.to_string(), "http": http.to_string(), "model": args.engine.model, "replicas": replicas,
