@@ -62,7 +62,15 @@ pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
 /// Index of a report with nearly the least expected time: the one with fewest sessions, then the least time, then the
 /// first.
 pub(crate) fn choose(reports: &[Report], demand: Demand) -> Option<usize> {
-    let times: Vec<f64> = reports.iter().map(|report| expected_ms(report, demand)).collect();
+    // An idle replica's step time is that of its last load, whatever that was: take the best that anybody shows, so that
+    // it is tried and measured again.
+    let measured = reports.iter().map(|report| report.step_ms).filter(|&step_ms| step_ms > 0.0);
+    let best = measured.min_by(f64::total_cmp).unwrap_or(FIRST_STEP_MS);
+    let time = |report: &Report| {
+        let is_idle = report.running + report.waiting == 0;
+        expected_ms(&if is_idle { Report { step_ms: best, ..*report } } else { *report }, demand)
+    };
+    let times: Vec<f64> = reports.iter().map(time).collect();
     let least = times.iter().copied().min_by(f64::total_cmp)?;
     let near = (0..reports.len()).filter(|&index| times[index] <= least * NEARLY);
     let sessions = |index: usize| reports[index].running + reports[index].waiting;
@@ -94,7 +102,7 @@ mod tests {
     #[test]
     fn each_burden_alone_sends_the_request_elsewhere() {
         let burdened = [
-            ("slower steps", Report { step_ms: 20.0, ..IDLE }),
+            ("slower steps", Report { step_ms: 20.0, running: 1, ..IDLE }),
             ("queued prompts", Report { queued_tokens: 4096, ..IDLE }),
             ("no free slot", Report { running: 64, slots_free: 0, ..IDLE }),
             ("no free page", Report { running: 64, pages_free: 0, ..IDLE }),
@@ -109,8 +117,8 @@ mod tests {
 
     #[test]
     fn a_short_queue_on_a_slow_replica_beats_a_long_one_on_a_fast_replica() {
-        let fast_but_full = Report { step_ms: 5.0, queued_tokens: 100_000, ..IDLE };
-        let slow = Report { step_ms: 50.0, ..IDLE };
+        let fast_but_full = Report { step_ms: 5.0, queued_tokens: 100_000, running: 1, ..IDLE };
+        let slow = Report { step_ms: 50.0, running: 1, ..IDLE };
         assert_eq!(choose(&[fast_but_full, slow], SMALL), Some(1));
         assert_eq!(choose(&[fast_but_full, slow], Demand { prompt_tokens: 1_000_000, sessions: 1 }), Some(0));
     }
@@ -118,9 +126,17 @@ mod tests {
     #[test]
     fn noise_in_the_step_time_does_not_pile_sessions_up() {
         let lucky = Report { step_ms: 9.0, running: 10, ..IDLE };
-        assert_eq!(choose(&[lucky, IDLE], SMALL), Some(1));
+        let quiet = Report { running: 1, ..IDLE };
+        assert_eq!(choose(&[lucky, quiet], SMALL), Some(1));
         let faster = Report { step_ms: 5.0, ..lucky };
-        assert_eq!(choose(&[faster, IDLE], SMALL), Some(0), "a real difference counts");
+        assert_eq!(choose(&[faster, quiet], SMALL), Some(0), "a real difference counts");
+    }
+
+    #[test]
+    fn an_idle_replica_is_tried_whatever_its_last_steps_were() {
+        let after_a_long_prefill = Report { step_ms: 500.0, ..IDLE };
+        let busy = Report { step_ms: 5.0, running: 3, ..IDLE };
+        assert_eq!(choose(&[busy, after_a_long_prefill], SMALL), Some(1));
     }
 
     #[test]
