@@ -31,7 +31,7 @@ fn edit(out: &mut Tensors, verdict: &Value) {
         assert!(out.remove(name).is_some());
         return;
     }
-    let tensor = out.get_mut(name).unwrap();
+    let Some(tensor) = out.get_mut(name) else { panic!("{name} is no tensor of the case") };
     if let Some(rows) = verdict["rows"].as_u64() {
         *tensor = tensor.slice(0..rows as usize);
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use perigee_testkit::processes::{arguments, children, runs, ticks, wait_for};
 use tempfile::TempDir;
 
-use crate::{Running, score};
+use crate::binary::{Running, score};
 
 const RANKS: usize = 4;
 /// How long a loaded machine may take to start; nothing waits this long.

@@ -2,7 +2,7 @@
 
 use perigee_testkit::{GoldenCase, compare, tensors};
 
-use crate::{score, text};
+use crate::binary::{score, text};
 
 /// A golden run over `tp` processes, with some splitting of the work; gives the weight bytes of the ranks.
 fn golden(tp: usize, more: &[&str]) -> Vec<u64> {

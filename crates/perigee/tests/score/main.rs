@@ -1,50 +1,12 @@
 //! `perigee score` as a user runs it: the real binary and its worker processes. What it computes is judged in more
 //! splittings by tests over threads; here it is about processes, sockets, files, messages and exit codes.
 
+// Marked as tests for clippy, which lets only these unwrap.
+#[cfg(test)]
+mod binary;
+#[cfg(test)]
 mod deaths;
+#[cfg(test)]
 mod golden;
+#[cfg(test)]
 mod refusals;
-
-use std::fs::File;
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-
-/// The binary under test.
-fn perigee() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_perigee"));
-    command.stdin(Stdio::null());
-    command
-}
-
-/// `perigee score` of a model and a file of prompts.
-fn score(model: &str, tokens: &Path, out: &Path) -> Command {
-    let mut command = perigee();
-    command.args(["score", "--model", model, "--tokens"]).arg(tokens).arg("--out").arg(out);
-    command
-}
-
-/// Standard output and error of a finished process, for messages of failed assertions.
-fn text(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
-}
-
-/// A running process whose standard error goes to a file: the workers that inherit it may outlive it. Killed if a test
-/// ends before it does.
-struct Running {
-    child: Child,
-}
-
-impl Running {
-    fn start(mut command: Command, errors: &Path) -> Self {
-        command.stdout(Stdio::null()).stderr(File::create(errors).unwrap());
-        Self { child: command.spawn().unwrap() }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // One that has ended already needs neither.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}

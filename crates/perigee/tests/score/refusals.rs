@@ -10,7 +10,7 @@ use perigee_testkit::{GoldenCase, Tensor, Tensors, tensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{perigee, score, text};
+use crate::binary::{perigee, score, text};
 
 const WEIGHTS: &str = "model.safetensors";
 
