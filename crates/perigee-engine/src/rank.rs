@@ -4,11 +4,11 @@
 use std::collections::HashMap;
 
 use perigee_backend::batch::BatchLimits;
-use perigee_backend::{Backend, BackendError, CacheShape, Routing, StateKind, StatePart};
+use perigee_backend::{Backend, BackendError, CacheShape, PAGE_TOKENS, Routing, StateKind, StatePart};
 use perigee_model::forward::{Model, StepHooks};
 use perigee_model::{LayerKind, ModelError};
 
-use crate::executor::{ExecutorLimits, StepPlan};
+use crate::executor::{CacheBytes, ExecutorLimits, StepPlan};
 use crate::link::{FollowerLink, LinkError};
 use crate::protocol::{RankCommand, RankReply};
 
@@ -183,6 +183,15 @@ impl<B: Backend> Rank<B> {
     /// KDA heads on each rank.
     pub(crate) fn heads_per_rank(&self) -> usize {
         self.cache.kda_heads
+    }
+
+    /// Host memory that a parked slot and a parked page take on one rank. Tails and latents are counted as float32, which
+    /// is what they are at most.
+    pub(crate) fn cache_bytes(&self) -> CacheBytes {
+        let CacheShape { kda_layers, kda_heads, kda_head_dim, conv, mla_layers, latent_width, .. } = self.cache;
+        let numbers = kda_layers * kda_heads * kda_head_dim * (kda_head_dim + 3 * (conv - 1));
+        let page = mla_layers * PAGE_TOKENS * latent_width;
+        CacheBytes { slot: 4 * numbers as u64, page: 4 * page as u64 }
     }
 
     /// The model numbers of its KDA layers, in order.

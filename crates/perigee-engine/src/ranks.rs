@@ -8,7 +8,7 @@ use perigee_model::ModelError;
 use perigee_model::forward::StepHooks;
 use perigee_sampling::{Draw, Scratch};
 
-use crate::executor::{Executor, ExecutorError, ExecutorLimits, StepOutput, StepPlan};
+use crate::executor::{CacheBytes, Executor, ExecutorError, ExecutorLimits, StepOutput, StepPlan};
 use crate::link::{LeaderLink, LinkError};
 use crate::protocol::{ForcedExperts, RankCommand, RankReply};
 use crate::rank::{Rank, is_fatal};
@@ -160,6 +160,11 @@ impl<B: Backend> Ranks<B> {
 impl<B: Backend> Executor for Ranks<B> {
     fn limits(&self) -> ExecutorLimits {
         self.own.limits()
+    }
+
+    fn cache_bytes(&self) -> CacheBytes {
+        let CacheBytes { slot, page } = self.own.cache_bytes();
+        CacheBytes { slot: slot * self.size() as u64, page: page * self.size() as u64 }
     }
 
     fn step(&mut self, plan: &StepPlan, draws: &[Draw<'_>], want_logits: bool) -> Result<StepOutput, ExecutorError> {
