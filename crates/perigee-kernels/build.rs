@@ -28,6 +28,7 @@ fn run() -> Result<()> {
     }
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     println!("cargo:rerun-if-env-changed=PERIGEE_CUDA_ARCHS");
+    println!("cargo:rerun-if-env-changed=PERIGEE_CUDA_LINEINFO");
     let root = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
     let sources = root.join("kernels");
     println!("cargo:rerun-if-changed={}", sources.display());
@@ -75,7 +76,9 @@ impl Job {
         let output = Command::new(nvcc)
             .arg("-cubin")
             .arg(format!("-gencode=arch=compute_{0},code=sm_{0}", self.architecture))
-            .args(["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "--expt-relaxed-constexpr"])
+            .args(["-std=c++17", "-O3", "-Xptxas", "-v", "--expt-relaxed-constexpr"])
+            // Source lines for the checkers and the profiler; they multiply the size of the images.
+            .args(env::var_os("PERIGEE_CUDA_LINEINFO").map(|_| "-lineinfo"))
             .arg("-I")
             .arg(include)
             .arg("-o")

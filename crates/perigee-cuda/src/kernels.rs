@@ -26,11 +26,12 @@ pub(crate) struct Kernels {
     pub(crate) kda_fast: Vec<KdaFast>,
     pub(crate) mla_store: Kernel<MlaStoreParams>,
     pub(crate) mla_attend: Kernel<MlaAttendParams>,
-    /// With bfloat16 activations only.
-    pub(crate) mla_tensor: Option<MlaTensor>,
+    /// By ascending query rows of a block; with bfloat16 activations only.
+    pub(crate) mla_tensor: Vec<MlaTensor>,
     pub(crate) mla_merge_splits: Kernel<MlaAttendParams>,
     pub(crate) mla_merge_other: Kernel<MlaMergeParams>,
     pub(crate) moe_router: Kernel<MoeRouterParams>,
+    pub(crate) moe_router_tile: Kernel<MoeRouterParams>,
     pub(crate) moe_select: Kernel<MoeSelectParams>,
     pub(crate) moe_sort: Kernel<MoeSortParams>,
     pub(crate) moe_gate_up: Kernel<MoeProductParams>,
@@ -57,7 +58,8 @@ impl KdaFast {
         let (element, is_bf16) = if suffix == "bf16" { (2, true) } else { (4, false) };
         // Sizes of the structures `Shared` of kda_chunk.cu and `ScanShared` of kda_scan.cu, which assert them.
         let pitch = head_dim + 16 / element;
-        let tiles = 2 * 64 * pitch * element + 64 * (head_dim + 4) * 4;
+        let column = 64 * (head_dim + 4) * 4;
+        let tiles = (64 * pitch * element).max(column) + 64 * pitch * element + column;
         let chunk_shared = tiles + 64 * 64 * 4 + 3 * 64 * 4 + 4 * head_dim * 4;
         let stage = (3 * 64 * (head_dim + 8) + 64 * 72) * 2;
         let scan_shared = if is_bf16 { 2 * stage + (head_dim + 64) * 40 * 2 } else { 0 };
@@ -87,12 +89,13 @@ pub(crate) struct MlaTensor {
 }
 
 impl MlaTensor {
-    fn load(modules: &Modules) -> Result<Self> {
+    fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
         // The size of the structure `Shared` of mla_attend_tensor.cu, which asserts it.
-        let shared = (64 + 3 * 32) * 584 * 2 + 64 * 40 * 2 + 4 * 64 * 4;
-        let attend = modules.kernel("mla_attend_tensor", "mla_attend_tensor_512_64")?;
+        let parts = 8 / (rows / 16);
+        let shared = (rows + stages * 32) * 584 * 2 + rows * 40 * 2 + 2 * parts * rows * 4;
+        let attend = modules.kernel("mla_attend_tensor", &format!("mla_attend_tensor_{rows}"))?;
         attend.allow_shared(shared)?;
-        Ok(Self { latent: 512, rope: 64, rows: 64, attend, shared })
+        Ok(Self { latent: 512, rope: 64, rows, attend, shared })
     }
 }
 
@@ -139,10 +142,14 @@ impl Kernels {
             kda_fast: [32, 64, 128].iter().map(|&dim| KdaFast::load(&modules, suffix, dim)).collect::<Result<_>>()?,
             mla_store: modules.kernel("mla_store", &typed("mla_store"))?,
             mla_attend: modules.kernel("mla_attend", &typed("mla_attend"))?,
-            mla_tensor: (precision == DType::Bf16).then(|| MlaTensor::load(&modules)).transpose()?,
+            mla_tensor: match precision {
+                DType::Bf16 => vec![MlaTensor::load(&modules, 32, 2)?, MlaTensor::load(&modules, 64, 3)?],
+                DType::Fp32 => Vec::new(),
+            },
             mla_merge_splits: modules.kernel("mla_merge", "mla_merge_splits")?,
             mla_merge_other: modules.kernel("mla_merge", "mla_merge_other")?,
             moe_router: modules.kernel("moe_router", &typed("moe_router"))?,
+            moe_router_tile: modules.kernel("moe_router", &typed("moe_router_tile"))?,
             moe_select: modules.kernel("moe_router", "moe_select")?,
             moe_sort: modules.kernel("moe_router", "moe_sort")?,
             moe_gate_up: modules.kernel("moe_product", &typed("moe_gate_up"))?,

@@ -234,7 +234,7 @@ impl CudaBackend {
             self.stream.launch(&fast.scan, grid, &params)?;
         }
         let warps = (CHUNK_TOKENS * heads).div_ceil(8);
-        self.stream.launch(&self.kernels.kda_gate, Grid::new(chunks.count, warps.min(32), 256), &params)
+        self.stream.launch(&self.kernels.kda_gate, Grid::new(chunks.count, warps, 256), &params)
     }
 
     /// Token by token, any shape.

@@ -6,6 +6,7 @@ use perigee_backend::{BackendError, DType, MlaShape, Partials, Result};
 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
+use crate::kernels::MlaTensor;
 use crate::loader::{Loader, Placement};
 use crate::ops::norm::{Norm, NormRows};
 use crate::params::{ElementParams, MlaAttendParams, MlaMergeParams, MlaStoreParams};
@@ -218,8 +219,11 @@ impl CudaBackend {
             reserved: 0,
         };
         let rows = self.step.item_tokens * shape.heads;
-        let tensor = self.kernels.mla_tensor.as_ref();
-        match tensor.filter(|tensor| (tensor.latent, tensor.rope) == (shape.latent, shape.rope)) {
+        let fits = |tensor: &&MlaTensor| (tensor.latent, tensor.rope) == (shape.latent, shape.rope);
+        let mut fitting = self.kernels.mla_tensor.iter().filter(fits);
+        // The smallest block that holds an item's rows, else the largest.
+        let tensor = fitting.clone().find(|tensor| tensor.rows >= rows).or_else(|| fitting.next_back());
+        match tensor {
             Some(tensor) => {
                 let grid = Grid::new(self.step.items.count, rows.div_ceil(tensor.rows), 256).shared(tensor.shared);
                 self.stream.launch(&tensor.attend, grid, &params)?;
@@ -229,7 +233,7 @@ impl CudaBackend {
                 self.stream.launch(&self.kernels.mla_attend, grid, &params)?;
             }
         }
-        let grid = Grid::new(self.step.merges.count, rows, 128);
+        let grid = Grid::new(self.step.merges.count, rows, 512);
         self.stream.launch(&self.kernels.mla_merge_splits, grid, &params)
     }
 

@@ -23,7 +23,9 @@ const TENSOR_COLUMNS: usize = 128;
 /// Rows of the smallest tile.
 const LEAST_TILE: usize = 16;
 /// Tokens that one warp of the router scores.
-const ROUTER_TOKENS: usize = 8;
+const ROUTER_TOKENS: usize = 4;
+/// Tokens from which the router is a tiled product, of tiles of this size.
+const ROUTER_TILE: usize = 64;
 /// Gate rows and up rows alternate in blocks of this size.
 const BLOCK: usize = 8;
 /// Dynamic shared memory that any block may use without asking.
@@ -115,7 +117,9 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             top_k: shape.top_k as u32,
         };
-        self.stream.launch(&self.kernels.moe_combine, Grid::new(tokens, 1, 256), &params)
+        let threads = shape.hidden.div_ceil(4).next_multiple_of(32).min(640) as u32;
+        let grid = Grid::new(tokens, 1, threads).shared(shape.top_k.next_multiple_of(8) * 8);
+        self.stream.launch(&self.kernels.moe_combine, grid, &params)
     }
 
     /// The tensor-core kernels for this layer and step, if there are any: the fewer rows an expert has, the smaller the tile.
@@ -214,8 +218,13 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             reserved: 0,
         };
-        let grid = Grid::new(shape.experts.div_ceil(8), tokens.div_ceil(ROUTER_TOKENS), 256);
-        self.stream.launch(&self.kernels.moe_router, grid, &params)?;
+        if tokens >= 4 * ROUTER_TILE {
+            let grid = Grid::new(shape.experts.div_ceil(ROUTER_TILE), tokens.div_ceil(ROUTER_TILE), 256);
+            self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?;
+        } else {
+            let grid = Grid::new(shape.experts.div_ceil(8), tokens.div_ceil(ROUTER_TOKENS), 256);
+            self.stream.launch(&self.kernels.moe_router, grid, &params)?;
+        }
         let params = MoeSelectParams {
             scores: work.scores,
             bias: layer.bias.address(),
@@ -275,7 +284,7 @@ impl CudaBackend {
 
 /// Shared memory of one warp of the selection.
 fn select_shared(shape: &MoeShape) -> usize {
-    (2 * shape.experts + shape.groups + shape.top_k) * 4
+    (2 * shape.experts + shape.groups + 2 * shape.top_k) * 4
 }
 
 fn need(shape: &MoeShape, width: usize, element: usize) -> Need {

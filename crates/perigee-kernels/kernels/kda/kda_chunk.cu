@@ -14,10 +14,13 @@ template <class T, int kDim>
 struct Shared {
   static constexpr int kPitch = kDim + 16 / sizeof(T);
   static constexpr int kDecayPitch = kDim + 4;
-  T query[kChunk][kPitch];                // after convolution and silu, not normed
+  union {
+    T query[kChunk][kPitch];              // after convolution and silu, not normed
+    float update[kChunk][kDecayPitch];    // once the query has been used: rows of U as they are solved
+  };
   T key[kChunk][kPitch];
-  float decay[kChunk][kDecayPitch];       // G / ln 2, inclusive
-  alignas(16) float lower[kChunk][kChunk];  // Lkk, strictly below the diagonal
+  float decay[kChunk][kDecayPitch];       // G / ln 2, inclusive; rows of Wd as they are solved
+  alignas(16) float lower[kChunk][kChunk];  // Lkk transposed: [j][i], zero unless j < i
   float query_factor[kChunk];             // 1 / |q| and the query scale
   float key_factor[kChunk];               // 1 / |k|
   float strength[kChunk];                 // beta
@@ -51,6 +54,7 @@ template <class T, int kDim>
 __device__ __forceinline__ void load_chunk(const KdaParams& p, Shared<T, kDim>& s, uint32_t first, uint32_t tokens, uint32_t head) {
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t width = p.heads * kDim;
+#pragma unroll 4
   for (uint32_t i = warp; i < kChunk; i += kWarps) {
     const T* row = static_cast<const T*>(p.convolved) + static_cast<uint64_t>(first + i) * 3 * width + head * kDim;
     float q_squares = 0.0f, k_squares = 0.0f;
@@ -75,12 +79,19 @@ __device__ __forceinline__ void load_chunk(const KdaParams& p, Shared<T, kDim>& 
   // The sum restarts in every block of 16, so four run at once; the ends of the blocks before are added afterwards.
   for (uint32_t task = threadIdx.x; task < kDim * (kChunk / kBlock); task += kThreads) {
     const uint32_t c = task % kDim, block = task / kDim;
-    float sum = 0.0f;
-#pragma unroll 4
+    float z[kBlock];
+#pragma unroll
     for (int i = 0; i < kBlock; i++) {
+      // Rows beyond the chunk read its last token and count for nothing.
       const uint32_t at = block * kBlock + i;
-      if (at < tokens) sum += log_decay<T>(p, first + at, head * kDim + c) * kLog2e;
-      s.decay[at][c] = sum;
+      z[i] = log_decay<T>(p, first + min(at, tokens - 1), head * kDim + c) * kLog2e;
+      if (at >= tokens) z[i] = 0.0f;
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kBlock; i++) {
+      sum += z[i];
+      s.decay[block * kBlock + i][c] = sum;
     }
     s.block_end[block][c] = sum;
   }
@@ -134,7 +145,7 @@ __device__ __forceinline__ void store_pair(Shared<T, kDim>& s, T* attention, int
   if (of_query) {
     attention[i * kChunk + j] = narrow<T>(j <= i ? sum * s.query_factor[i] * s.key_factor[j] : 0.0f);
   } else {
-    s.lower[i][j] = j < i ? sum * s.strength[i] * s.key_factor[i] * s.key_factor[j] : 0.0f;
+    s.lower[j][i] = j < i ? sum * s.strength[i] * s.key_factor[i] * s.key_factor[j] : 0.0f;
   }
 }
 
@@ -187,24 +198,35 @@ __device__ __forceinline__ void factored_block(Shared<bf16, kDim>& s, bf16* atte
   }
 }
 
-// Forward substitution of one column of (I + Lkk) X = B, in float32, all 64 rows in registers.
-template <int kDim, class S, class Right, class Store>
-__device__ __forceinline__ void solve_column(const S& s, Right right, Store store) {
-  float x[kChunk];
+// Takes column j of Lkk times x out of 16 rows that begin at `first`.
+template <class S>
+__device__ __forceinline__ void eliminate(const S& s, float (&rows)[kBlock], int j, int first, float x) {
 #pragma unroll
-  for (int i = 0; i < kChunk; i++) {
-    float sum = right(i);
-    float even = 0.0f;
+  for (int i = 0; i < kBlock; i += 4) {
+    const float4 l = *reinterpret_cast<const float4*>(&s.lower[j][first + i]);
+    rows[i] -= l.x * x;
+    rows[i + 1] -= l.y * x;
+    rows[i + 2] -= l.z * x;
+    rows[i + 3] -= l.w * x;
+  }
+}
+
+// Forward substitution of one column of (I + Lkk) X = B in float32, 16 rows in registers at a time. `right(i)` gives B and
+// `solved` is the column's place for X, in shared memory; only this thread touches either.
+template <class S, class Right>
+__device__ __forceinline__ void solve_column(const S& s, float* solved, int pitch, Right right) {
+#pragma unroll 1
+  for (int first = 0; first < kChunk; first += kBlock) {
+    float rows[kBlock];
 #pragma unroll
-    for (int j = 0; j < i; j += 4) {
-      const float4 l = *reinterpret_cast<const float4*>(&s.lower[i][j]);
-      sum -= l.x * x[j];
-      if (j + 1 < i) even -= l.y * x[j + 1];
-      if (j + 2 < i) sum -= l.z * x[j + 2];
-      if (j + 3 < i) even -= l.w * x[j + 3];
-    }
-    x[i] = sum + even;
-    store(i, x[i]);
+    for (int i = 0; i < kBlock; i++) rows[i] = right(first + i);
+#pragma unroll 4
+    for (int j = 0; j < first; j++) eliminate(s, rows, j, first, solved[j * pitch]);
+    // Within the block the rows at and above j meet zeros of Lkk.
+#pragma unroll
+    for (int j = 0; j < kBlock; j++) eliminate(s, rows, first + j, first, rows[j]);
+#pragma unroll
+    for (int i = 0; i < kBlock; i++) solved[(first + i) * pitch] = rows[i];
   }
 }
 
@@ -241,34 +263,52 @@ __device__ __forceinline__ void prepare(const KdaParams& p) {
   __syncthreads();
 
   const uint64_t rows = entry * kChunk * kDim;
+  T* query = static_cast<T*>(p.query) + rows;
+  T* key = static_cast<T*>(p.key) + rows;
+#pragma unroll 2
+  for (uint32_t at = threadIdx.x * 4; at < kChunk * kDim; at += kThreads * 4) {
+    const uint32_t i = at / kDim, c = at % kDim;
+    const Quad g = read4(&s.decay[i][c]), end = read4(&s.decay[kChunk - 1][c]);
+    Quad q = read4(&s.query[i][c]), k = read4(&s.key[i][c]);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      q.x[e] *= s.query_factor[i] * exp2f(g.x[e]);
+      k.x[e] *= s.key_factor[i] * exp2f(end.x[e] - g.x[e]);
+    }
+    write4(query + at, q);
+    write4(key + at, k);
+  }
+  if (threadIdx.x < kDim) p.decay[entry * kDim + threadIdx.x] = exp2f(s.decay[kChunk - 1][threadIdx.x]);
+  __syncthreads();
+
+  // Half of the threads solve U, half Wd, each its own column; then all write rows.
   const uint32_t width = p.heads * kDim;
+  constexpr int kPitch = Shared<T, kDim>::kDecayPitch;
   if (threadIdx.x < kDim) {
     const uint32_t c = threadIdx.x;
     const T* values = static_cast<const T*>(p.convolved) + static_cast<uint64_t>(first) * 3 * width + 2 * width + head * kDim + c;
-    float* update = p.update + rows + c;
-    solve_column<kDim>(
-        s, [&](int i) { return i < chunk.tokens ? s.strength[i] * widen(values[static_cast<uint64_t>(i) * 3 * width]) : 0.0f; },
-        [&](int i, float x) { update[i * kDim] = x; });
+    solve_column(s, &s.update[0][c], kPitch, [&](int i) {
+      return i < chunk.tokens ? s.strength[i] * widen(values[static_cast<uint64_t>(i) * 3 * width]) : 0.0f;
+    });
   } else if (threadIdx.x < 2 * kDim) {
     const uint32_t c = threadIdx.x - kDim;
-    T* erase = static_cast<T*>(p.erase) + rows + c;
-    solve_column<kDim>(
-        s, [&](int i) { return s.strength[i] * s.key_factor[i] * widen(s.key[i][c]) * exp2f(s.decay[i][c]); },
-        [&](int i, float x) { erase[i * kDim] = narrow<T>(x); });
+    solve_column(s, &s.decay[0][c], kPitch, [&](int i) {
+      return s.strength[i] * s.key_factor[i] * widen(s.key[i][c]) * exp2f(s.decay[i][c]);
+    });
   }
-  T* query = static_cast<T*>(p.query) + rows;
-  T* key = static_cast<T*>(p.key) + rows;
-  for (uint32_t at = threadIdx.x; at < kChunk * kDim; at += kThreads) {
+  __syncthreads();
+  T* erase = static_cast<T*>(p.erase) + rows;
+  float* update = p.update + rows;
+#pragma unroll 2
+  for (uint32_t at = threadIdx.x * 4; at < kChunk * kDim; at += kThreads * 4) {
     const uint32_t i = at / kDim, c = at % kDim;
-    const float g = s.decay[i][c], end = s.decay[kChunk - 1][c];
-    query[at] = narrow<T>(widen(s.query[i][c]) * s.query_factor[i] * exp2f(g));
-    key[at] = narrow<T>(widen(s.key[i][c]) * s.key_factor[i] * exp2f(end - g));
-    if (i == 0) p.decay[entry * kDim + c] = exp2f(end);
+    write4(update + at, read4(&s.update[i][c]));
+    write4(erase + at, read4(&s.decay[i][c]));
   }
 }
 
 #define KDA_CHUNK(type, suffix, dim)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(kThreads, 1) kda_chunk_##suffix##_##dim(const __grid_constant__ KdaParams p) { \
+  extern "C" __global__ void __launch_bounds__(kThreads, sizeof(type) == 2 && dim == 128 ? 2 : 1) kda_chunk_##suffix##_##dim(const __grid_constant__ KdaParams p) { \
     prepare<type, dim>(p);                                                                                               \
   }
 KDA_CHUNK(float, fp32, 32)
@@ -279,5 +319,5 @@ KDA_CHUNK(bf16, bf16, 64)
 KDA_CHUNK(bf16, bf16, 128)
 
 // Sizes of the dynamic shared memory, as the launcher computes them.
-static_assert(sizeof(Shared<bf16, 128>) == 2 * 64 * 136 * 2 + 64 * 132 * 4 + 64 * 64 * 4 + 3 * 64 * 4 + 4 * 128 * 4, "launcher's size");
+static_assert(sizeof(Shared<bf16, 128>) == 64 * 132 * 4 + 64 * 136 * 2 + 64 * 132 * 4 + 64 * 64 * 4 + 3 * 64 * 4 + 4 * 128 * 4, "launcher's size");
 static_assert(sizeof(Shared<float, 32>) == 2 * 64 * 36 * 4 + 64 * 36 * 4 + 64 * 64 * 4 + 3 * 64 * 4 + 4 * 32 * 4, "launcher's size");

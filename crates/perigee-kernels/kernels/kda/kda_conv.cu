@@ -24,14 +24,20 @@ __device__ __forceinline__ void convolve(const KdaParams& p) {
   float x2 = conv_input<T>(p, row, first - 1, channel);
   const float w0 = p.conv[channel], w1 = p.conv[channels + channel];
   const float w2 = p.conv[2 * channels + channel], w3 = p.conv[3 * channels + channel];
-#pragma unroll 4
-  for (uint32_t at = 0; at < chunk.tokens; at++) {
-    const float x3 = conv_input<T>(p, row, first + static_cast<int>(at), channel);
-    const float sum = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3;
-    out[static_cast<uint64_t>(at) * channels] = narrow<T>(silu(sum));
-    x0 = x1;
-    x1 = x2;
-    x2 = x3;
+  constexpr int kBatch = 8;
+  for (uint32_t base = 0; base < chunk.tokens; base += kBatch) {
+    // Loads of a batch before its stores, which the compiler could not reorder; beyond the chunk the last token again.
+    float x3[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) x3[i] = conv_input<T>(p, row, first + static_cast<int>(min(base + i, chunk.tokens - 1)), channel);
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const float sum = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3[i];
+      if (base + i < chunk.tokens) out[static_cast<uint64_t>(base + i) * channels] = narrow<T>(silu(sum));
+      x0 = x1;
+      x1 = x2;
+      x2 = x3[i];
+    }
   }
 }
 

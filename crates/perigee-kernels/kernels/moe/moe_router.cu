@@ -3,35 +3,99 @@
 #include "common/common.cuh"
 #include "moe/params.h"
 
-constexpr int kRouterTokens = 8;  // tokens of a warp: the weight row is read once for all of them
+constexpr int kRouterTokens = 4;  // tokens of a warp: the weight row is read once for all of them
 
-// One warp an expert, for kRouterTokens tokens. Float32 products and sums, in one order whatever the batch.
+// One warp an expert, for kRouterTokens tokens: few tokens, for which reading the weights is the work.
 template <class T>
 __device__ __forceinline__ void router(const MoeRouterParams& p) {
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t expert = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (expert >= p.experts) return;
   const uint32_t first = blockIdx.y * kRouterTokens;
-  const uint32_t tokens = min(static_cast<uint32_t>(kRouterTokens), p.tokens - first);
   const float* weight = p.weight + static_cast<uint64_t>(expert) * p.hidden;
-  const T* x = static_cast<const T*>(p.x) + static_cast<uint64_t>(first) * p.hidden;
-  float sums[kRouterTokens] = {};
-  for (uint32_t i = lane; i < p.hidden; i += kWarp) {
-    const float w = weight[i];
+  // Rows beyond the last token are read as the last one again, and not written.
+  const T* x[kRouterTokens];
 #pragma unroll
-    for (int t = 0; t < kRouterTokens; t++) {
-      if (t < tokens) sums[t] += w * widen(x[static_cast<uint64_t>(t) * p.hidden + i]);
+  for (int t = 0; t < kRouterTokens; t++) x[t] = static_cast<const T*>(p.x) + static_cast<uint64_t>(min(first + t, p.tokens - 1)) * p.hidden;
+  float sums[kRouterTokens] = {};
+  if (p.hidden % 4 == 0) {
+#pragma unroll 3
+    for (uint32_t i = lane * 4; i < p.hidden; i += kWarp * 4) {
+      const Quad w = read4(weight + i);
+#pragma unroll
+      for (int t = 0; t < kRouterTokens; t++) {
+        const Quad v = read4(x[t] + i);
+#pragma unroll
+        for (int e = 0; e < 4; e++) sums[t] += w.x[e] * v.x[e];
+      }
+    }
+  } else {
+    for (uint32_t i = lane; i < p.hidden; i += kWarp) {
+#pragma unroll
+      for (int t = 0; t < kRouterTokens; t++) sums[t] += weight[i] * widen(x[t][i]);
     }
   }
 #pragma unroll
   for (int t = 0; t < kRouterTokens; t++) {
     const float sum = warp_sum(sums[t]);
-    if (lane == 0 && t < tokens) p.scores[static_cast<uint64_t>(first + t) * p.experts + expert] = sum;
+    if (lane == 0 && first + t < p.tokens) p.scores[static_cast<uint64_t>(first + t) * p.experts + expert] = sum;
+  }
+}
+
+// Many tokens: 64 tokens by 64 experts a block, 4 by 4 a thread, float32 throughout.
+template <class T>
+__device__ __forceinline__ void router_tile(const MoeRouterParams& p) {
+  constexpr int kTile = 64, kDepth = 16;
+  __shared__ float a[kDepth][kTile + 4];
+  __shared__ float b[kDepth][kTile + 4];
+  const uint32_t first_expert = blockIdx.x * kTile, first_token = blockIdx.y * kTile;
+  const uint32_t tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+  const uint32_t load_depth = threadIdx.x % kDepth, load_row = threadIdx.x / kDepth;
+  float next_a[4], next_b[4];
+  auto fetch = [&](uint32_t base) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint32_t token = first_token + load_row + 16 * i, expert = first_expert + load_row + 16 * i, at = base + load_depth;
+      next_a[i] = token < p.tokens && at < p.hidden ? widen(static_cast<const T*>(p.x)[static_cast<uint64_t>(token) * p.hidden + at]) : 0.0f;
+      next_b[i] = expert < p.experts && at < p.hidden ? p.weight[static_cast<uint64_t>(expert) * p.hidden + at] : 0.0f;
+    }
+  };
+  float sum[4][4] = {};
+  fetch(0);
+  for (uint32_t base = 0; base < p.hidden; base += kDepth) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      a[load_depth][load_row + 16 * i] = next_a[i];
+      b[load_depth][load_row + 16 * i] = next_b[i];
+    }
+    __syncthreads();
+    fetch(base + kDepth);
+#pragma unroll
+    for (int k = 0; k < kDepth; k++) {
+      const Quad x = read4(&a[k][ty * 4]), w = read4(&b[k][tx * 4]);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum[i][j] += x.x[i] * w.x[j];
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t token = first_token + ty * 4 + i;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const uint32_t expert = first_expert + tx * 4 + j;
+      if (token < p.tokens && expert < p.experts) p.scores[static_cast<uint64_t>(token) * p.experts + expert] = sum[i][j];
+    }
   }
 }
 
 extern "C" __global__ void __launch_bounds__(256) moe_router_fp32(const __grid_constant__ MoeRouterParams p) { router<float>(p); }
 extern "C" __global__ void __launch_bounds__(256) moe_router_bf16(const __grid_constant__ MoeRouterParams p) { router<bf16>(p); }
+extern "C" __global__ void __launch_bounds__(256) moe_router_tile_fp32(const __grid_constant__ MoeRouterParams p) { router_tile<float>(p); }
+extern "C" __global__ void __launch_bounds__(256) moe_router_tile_bf16(const __grid_constant__ MoeRouterParams p) { router_tile<bf16>(p); }
 
 // The largest value over a warp and its index; the lowest index wins ties. An index of ~0 means nothing was offered.
 __device__ __forceinline__ void warp_argmax(float& value, uint32_t& index) {
@@ -47,16 +111,17 @@ __device__ __forceinline__ void warp_argmax(float& value, uint32_t& index) {
   }
 }
 
-// One warp a token. Shared memory of a warp: scores [E], biased scores [E], group scores [groups], chosen [k].
+// One warp a token. Shared memory of a warp: scores [E], biased scores [E], group scores [groups], chosen [k], chosen in order [k].
 extern "C" __global__ void __launch_bounds__(128) moe_select(const __grid_constant__ MoeSelectParams p) {
   extern __shared__ float shared[];
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t token = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (token >= p.tokens) return;
-  float* scores = shared + static_cast<uint64_t>(threadIdx.x / kWarp) * (2 * p.experts + p.groups + p.top_k);
+  float* scores = shared + static_cast<uint64_t>(threadIdx.x / kWarp) * (2 * p.experts + p.groups + 2 * p.top_k);
   float* biased = scores + p.experts;
   float* group_scores = biased + p.experts;
   uint32_t* picked = reinterpret_cast<uint32_t*>(group_scores + p.groups);
+  uint32_t* ordered = picked + p.top_k;
   const float* raw = p.scores + static_cast<uint64_t>(token) * p.experts;
   for (uint32_t e = lane; e < p.experts; e += kWarp) {
     scores[e] = sigmoid(raw[e]);
@@ -111,9 +176,14 @@ extern "C" __global__ void __launch_bounds__(128) moe_select(const __grid_consta
       before += picked[other] < picked[choice] || (picked[other] == picked[choice] && other < choice);
     }
     p.own[to + before] = picked[choice];
+    ordered[before] = picked[choice];
   }
   __syncwarp();
-  const uint32_t* chosen = (p.forced ? p.forced : p.own) + to;
+  if (p.forced) {
+    for (uint32_t choice = lane; choice < p.top_k; choice += kWarp) ordered[choice] = p.forced[to + choice];
+    __syncwarp();
+  }
+  const uint32_t* chosen = ordered;
   float sum = 0.0f;
   for (uint32_t choice = 0; choice < p.top_k; choice++) sum += scores[chosen[choice]];
   const float factor = (p.renormalize ? 1.0f / (sum + 1e-20f) : 1.0f) * p.scale;
@@ -169,19 +239,46 @@ extern "C" __global__ void __launch_bounds__(1024) moe_sort(const __grid_constan
 // One block a token: the weighted sum of its experts' rows in the order of choices, on top of the shared experts.
 template <class T>
 __device__ __forceinline__ void combine(const MoeCombineParams& p) {
+  // Sorted rows, then weights, each with room for k rounded up to 8: loads of whole vectors may run ahead.
+  extern __shared__ uint4 vectors[];
+  uint32_t* choices = reinterpret_cast<uint32_t*>(vectors);
+  float* weights = reinterpret_cast<float*>(choices + (p.top_k + 7) / 8 * 8);
   const uint64_t token = blockIdx.x;
+  for (uint32_t choice = threadIdx.x; choice < p.top_k; choice += blockDim.x) {
+    choices[choice] = p.position[token * p.top_k + choice];
+    weights[choice] = p.weights[token * p.top_k + choice];
+  }
+  __syncthreads();
   const T* rows = static_cast<const T*>(p.rows);
-  const T* shared = static_cast<const T*>(p.shared);
+  const T* shared = p.shared ? static_cast<const T*>(p.shared) + token * p.hidden : nullptr;
+  T* out = static_cast<T*>(p.out) + token * p.hidden;
+  if (p.hidden % 4 == 0) {
+    for (uint32_t i = threadIdx.x * 4; i < p.hidden; i += blockDim.x * 4) {
+      Quad sum = {};
+#pragma unroll 4
+      for (uint32_t choice = 0; choice < p.top_k; choice++) {
+        const Quad row = read4(rows + static_cast<uint64_t>(choices[choice]) * p.hidden + i);
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum.x[e] += weights[choice] * row.x[e];
+      }
+      if (shared) {
+        const Quad more = read4(shared + i);
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum.x[e] += more.x[e];
+      }
+      write4(out + i, sum);
+    }
+    return;
+  }
   for (uint32_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
     float sum = 0.0f;
     for (uint32_t choice = 0; choice < p.top_k; choice++) {
-      const uint64_t entry = token * p.top_k + choice;
-      sum += p.weights[entry] * widen(rows[static_cast<uint64_t>(p.position[entry]) * p.hidden + i]);
+      sum += weights[choice] * widen(rows[static_cast<uint64_t>(choices[choice]) * p.hidden + i]);
     }
-    if (shared) sum += widen(shared[token * p.hidden + i]);
-    static_cast<T*>(p.out)[token * p.hidden + i] = narrow<T>(sum);
+    if (shared) sum += widen(shared[i]);
+    out[i] = narrow<T>(sum);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256) moe_combine_fp32(const __grid_constant__ MoeCombineParams p) { combine<float>(p); }
-extern "C" __global__ void __launch_bounds__(256) moe_combine_bf16(const __grid_constant__ MoeCombineParams p) { combine<bf16>(p); }
+extern "C" __global__ void __launch_bounds__(640) moe_combine_fp32(const __grid_constant__ MoeCombineParams p) { combine<float>(p); }
+extern "C" __global__ void __launch_bounds__(640) moe_combine_bf16(const __grid_constant__ MoeCombineParams p) { combine<bf16>(p); }

@@ -2,31 +2,6 @@
 #include "common/common.cuh"
 #include "norm/params.h"
 
-// Four elements at once.
-struct Quad {
-  float x[4];
-};
-
-__device__ __forceinline__ Quad read4(const float* p) {
-  const float4 v = *reinterpret_cast<const float4*>(p);
-  return {{v.x, v.y, v.z, v.w}};
-}
-__device__ __forceinline__ Quad read4(const bf16* p) {
-  const uint2 v = *reinterpret_cast<const uint2*>(p);
-  const float2 low = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v.x));
-  const float2 high = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v.y));
-  return {{low.x, low.y, high.x, high.y}};
-}
-__device__ __forceinline__ void write4(float* p, const Quad& q) {
-  *reinterpret_cast<float4*>(p) = make_float4(q.x[0], q.x[1], q.x[2], q.x[3]);
-}
-__device__ __forceinline__ void write4(bf16* p, const Quad& q) {
-  uint2 v;
-  *reinterpret_cast<__nv_bfloat162*>(&v.x) = __floats2bfloat162_rn(q.x[0], q.x[1]);
-  *reinterpret_cast<__nv_bfloat162*>(&v.y) = __floats2bfloat162_rn(q.x[2], q.x[3]);
-  *reinterpret_cast<uint2*>(p) = v;
-}
-
 // The normed value is rounded to T before the weight multiplies it, as the reference does.
 template <class T>
 __device__ __forceinline__ float weighted(float x, float scale, float weight) {
