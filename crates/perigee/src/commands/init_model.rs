@@ -10,7 +10,7 @@ use perigee_text::{SpecialIds, byte_level_tokenizer};
 /// Arguments of `init-model`.
 #[derive(clap::Args)]
 pub(crate) struct InitModelArgs {
-    /// What to write: random:PRESET[@SEED].
+    /// What to write: `random:PRESET[@SEED]`.
     #[arg(long, default_value = "random:tiny")]
     model: String,
     /// Directory to make; it must not exist or be empty.

@@ -8,15 +8,11 @@ use std::time::Instant;
 
 use anyhow::Context;
 use perigee_registry::{InProcessRegistry, ReplicaRecord};
-use perigee_router::{RouterConfig, RouterListeners, RouterParts};
+use perigee_router::{Router, RouterConfig, RouterListeners, RouterParts};
 use perigee_worker::events::{ReadyEvent, WorkerEvent};
 use perigee_worker::{Device, EngineOptions};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tonic::transport::Endpoint;
-use tonic_health::pb::HealthCheckRequest;
-use tonic_health::pb::health_check_response::ServingStatus;
-use tonic_health::pb::health_client::HealthClient;
 
 use crate::client::ClientArgs;
 use crate::client::generate::GenerateArgs;
@@ -85,7 +81,9 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     let config = RouterConfig { model_digest: Some(digest), ..RouterConfig::default() };
     let parts = RouterParts::new(Arc::new(registry.clone()), tokenizer)?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let router = tokio::spawn(perigee_router::serve(config, parts, RouterListeners { grpc, http }, async {
+    let router = Router::start(config, parts)?;
+    let mut attached = router.ready_replicas();
+    let router = tokio::spawn(router.serve(RouterListeners { grpc, http }, async {
         // A dropped sender means the same as a sent stop.
         let _ = stopped.await;
     }));
@@ -93,7 +91,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     let mut ready = wait_until_ready(args.replicas, &mut progress, &registry).await?;
     ready.sort_by(|a, b| a.replica.cmp(&b.replica));
     tracing::info!(seconds = started.elapsed().as_secs_f64(), "replicas are ready");
-    wait_until_served(addresses.0).await?;
+    attached.wait_for(|count| *count >= args.replicas).await.context("the router ended before it had replicas")?;
     if let Some(prompt) = &args.prompt {
         let client = ClientArgs { router: addresses.0.to_string(), json: args.json };
         return GenerateArgs::greedy(prompt.clone(), args.max_tokens, client).ask().await;
@@ -168,19 +166,6 @@ async fn wait_until_ready(
         }
     }
     Ok(ready)
-}
-
-/// Waits until the router has a replica to route to, as its health service tells.
-async fn wait_until_served(router: SocketAddr) -> anyhow::Result<()> {
-    let channel = Endpoint::from_shared(format!("http://{router}"))?.connect().await.context("reaching the router")?;
-    let request = HealthCheckRequest { service: String::new() };
-    let mut changes = HealthClient::new(channel).watch(request).await?.into_inner();
-    while let Some(change) = changes.message().await? {
-        if change.status() == ServingStatus::Serving {
-            return Ok(());
-        }
-    }
-    anyhow::bail!("the router ended before it was serving")
 }
 
 /// Removes replicas that end from the registry; returns when none is left.
