@@ -11,10 +11,10 @@ use crate::launch::{ReplicaLaunch, ReplicaProcesses};
 /// Arguments of `score`.
 #[derive(clap::Args)]
 pub(crate) struct ScoreArgs {
-    /// Safetensors file with int64 prompt_<i>.
+    /// Safetensors file with int64 `prompt_<i>`.
     #[arg(long, value_name = "IN")]
     tokens: PathBuf,
-    /// Safetensors file to write: logits_<i> and kda_state_<i>_<l>, and what the other options add.
+    /// Safetensors file to write: `logits_<i>` and `kda_state_<i>_<l>`, and what the other options add.
     #[arg(long)]
     out: PathBuf,
     /// Ranks: the tensor-parallel degree.
@@ -26,16 +26,16 @@ pub(crate) struct ScoreArgs {
     /// Cut the latent cache into that many parts at odd positions, and merge.
     #[arg(long, value_parser = at_least_one(), default_value_t = 1)]
     segments: usize,
-    /// Continue greedily by that many tokens: greedy_<i>.
+    /// Continue greedily by that many tokens: `greedy_<i>`.
     #[arg(long, value_name = "N")]
     greedy: Option<usize>,
-    /// Feed greedy_<i> of this file token by token: greedy_logits_<i>.
+    /// Feed `greedy_<i>` of this file token by token: `greedy_logits_<i>`.
     #[arg(long, value_name = "FILE")]
     feed: Option<PathBuf>,
-    /// Use experts_<i>_<l> and greedy_experts_<i>_<l> of this file; weights are still computed.
+    /// Use `experts_<i>_<l>` and `greedy_experts_<i>_<l>` of this file; weights are still computed.
     #[arg(long, value_name = "FILE")]
     experts: Option<PathBuf>,
-    /// Also write hidden_<i>_<l>, experts_<i>_<l>, greedy_experts_<i>_<l>.
+    /// Also write `hidden_<i>_<l>`, `experts_<i>_<l>`, `greedy_experts_<i>_<l>`.
     #[arg(long)]
     trace: bool,
     /// Print one JSON object when done: weight_bytes by rank, seconds.
