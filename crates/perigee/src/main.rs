@@ -14,7 +14,8 @@ const DEFAULT_PORT: u16 = 7411;
 /// Port of the router's HTTP service where `up` is not told another.
 const DEFAULT_HTTP_PORT: u16 = 7412;
 
-/// Serves Kimi Linear models on clusters: sessions move, latents stay.
+/// Serves Kimi Linear models on clusters: sessions move, latents stay. `up`, `router` and `worker` also take
+/// `--config FILE`: TOML with a table for each command, its keys the long options.
 #[derive(Parser)]
 #[command(name = "perigee", version)]
 struct Cli {
@@ -26,6 +27,8 @@ struct Cli {
 enum Command {
     /// Starts a router and replicas on this machine.
     Up(Box<commands::up::UpArgs>),
+    /// Works on configuration files.
+    Config(commands::config::ConfigArgs),
     /// Runs a router.
     Router(commands::router::RouterArgs),
     /// Runs one rank of a replica.
@@ -58,6 +61,7 @@ fn logs() -> anyhow::Result<()> {
 fn run(command: Command) -> anyhow::Result<()> {
     logs()?;
     match command {
+        Command::Config(args) => commands::config::run(&args),
         Command::Up(args) => commands::up::run(*args),
         Command::Router(args) => commands::router::run(args),
         Command::Worker(config) => perigee_worker::run(&config).map_err(anyhow::Error::from),
@@ -72,7 +76,14 @@ fn run(command: Command) -> anyhow::Result<()> {
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse().command) {
+    let line = match commands::config::expand(std::env::args_os().collect()) {
+        Ok(line) => line,
+        Err(error) => {
+            eprintln!("perigee: --config: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(Cli::parse_from(line).command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // In one write: the processes of a replica share one standard error. Nobody reads it where it is closed.

@@ -13,6 +13,29 @@ use tokio::net::TcpListener;
 use crate::commands::interrupted;
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
+/// What a router does with requests, wherever it runs.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct RouterOptions {
+    /// Milliseconds after which a silent replica counts as lost.
+    #[arg(long, default_value_t = 2000)]
+    lease_ms: u64,
+    /// Seconds that running requests may go on after the order to end.
+    #[arg(long, default_value_t = 30)]
+    pub(crate) grace: u64,
+}
+
+impl RouterOptions {
+    /// The router's settings, for one model where it is known.
+    pub(crate) fn config(&self, model_digest: Option<String>) -> RouterConfig {
+        RouterConfig {
+            lease: Duration::from_millis(self.lease_ms),
+            grace: Duration::from_secs(self.grace),
+            model_digest,
+            ..RouterConfig::default()
+        }
+    }
+}
+
 /// Arguments of `router`.
 #[derive(clap::Args)]
 pub(crate) struct RouterArgs {
@@ -28,12 +51,8 @@ pub(crate) struct RouterArgs {
     /// The model whose tokenizer encodes prompts, and the only one that is routed to; without it clients send token ids.
     #[arg(long)]
     model: Option<String>,
-    /// Milliseconds after which a silent replica counts as lost.
-    #[arg(long, default_value_t = 2000)]
-    lease_ms: u64,
-    /// Seconds that running requests may go on after the order to end.
-    #[arg(long, default_value_t = 30)]
-    grace: u64,
+    #[command(flatten)]
+    options: RouterOptions,
     /// Serve without TLS on other than loopback addresses.
     #[arg(long)]
     insecure: bool,
@@ -56,12 +75,7 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
         }
         None => (None, None),
     };
-    let config = RouterConfig {
-        lease: Duration::from_millis(args.lease_ms),
-        grace: Duration::from_secs(args.grace),
-        model_digest,
-        ..RouterConfig::default()
-    };
+    let config = args.options.config(model_digest);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let bind = async |option: &str, address: SocketAddr| {

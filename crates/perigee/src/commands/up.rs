@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use perigee_registry::{InProcessRegistry, ReplicaRecord};
-use perigee_router::{Router, RouterConfig, RouterListeners, RouterParts};
+use perigee_router::{Router, RouterListeners, RouterParts};
 use perigee_worker::events::{ReadyEvent, WorkerEvent};
 use perigee_worker::{Device, EngineOptions};
 use tokio::net::TcpListener;
@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use crate::client::ClientArgs;
 use crate::client::generate::GenerateArgs;
 use crate::commands::interrupted;
+use crate::commands::router::RouterOptions;
 use crate::launch::{ReplicaLaunch, ReplicaProcesses};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
@@ -44,6 +45,8 @@ pub(crate) struct UpArgs {
     /// Print one JSON line when ready: {grpc, http, model, replicas: [{replica, tp, pids, http}]}.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    router: RouterOptions,
     #[command(flatten)]
     engine: EngineOptions,
 }
@@ -78,7 +81,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     for replica in 0..args.replicas {
         start_replica(&args, replica, notices.clone())?;
     }
-    let config = RouterConfig { model_digest: Some(digest), ..RouterConfig::default() };
+    let config = args.router.config(Some(digest));
     let parts = RouterParts::new(Arc::new(registry.clone()), tokenizer)?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let router = Router::start(config, parts)?;
@@ -116,8 +119,8 @@ fn start_replica(args: &UpArgs, replica: usize, notices: mpsc::UnboundedSender<P
     if engine.device == Device::Cpu && engine.threads.is_none() {
         engine.threads = Some(engine.threads(args.tp * args.replicas));
     }
-    let launch =
-        ReplicaLaunch { replica: format!("replica-{replica}"), tp: args.tp, engine, leader_arguments: Vec::new() };
+    let leader_arguments = vec![format!("--grace={}", args.router.grace)];
+    let launch = ReplicaLaunch { replica: format!("replica-{replica}"), tp: args.tp, engine, leader_arguments };
     let work = move || {
         let follow = || -> anyhow::Result<()> {
             let mut processes = ReplicaProcesses::start(&launch)?;
