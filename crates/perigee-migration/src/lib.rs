@@ -3,14 +3,18 @@
 //! Everything here is a pure function or a state machine: no I/O, no clock, no threads, no device. The README has the
 //! protocol.
 
+mod codec;
 pub mod digest;
 pub mod geometry;
+pub mod handoff;
 pub mod merge;
 pub mod segments;
 #[cfg(test)]
 mod testing;
 
+pub use codec::{Crc, FieldError};
 pub use digest::{Digest, DigestMismatch, TensorDigests};
 pub use geometry::{Geometry, GeometryError, Layout, PAGE_POSITIONS, STATE_KINDS, Tensor};
+pub use handoff::{Expected, HandoffDecoder, HandoffEncoder, HandoffError, Header, PageSlice, Part, StateSlice};
 pub use merge::{MergeError, merge};
 pub use segments::{Arrival, Mode, Place, Segment, SegmentError, SegmentTable};

@@ -17,6 +17,10 @@ fn table(segments: &[Segment]) -> SegmentTable {
     SegmentTable::from_segments(segments.iter().cloned()).unwrap()
 }
 
+fn ranges(bounds: &[(u64, u64)]) -> Vec<Range<u64>> {
+    bounds.iter().map(|&(start, end)| start..end).collect()
+}
+
 #[test]
 fn bad_segments_are_named() {
     let build = |segments: &[Segment]| SegmentTable::from_segments(segments.iter().cloned()).unwrap_err();
@@ -46,8 +50,8 @@ fn a_session_moves_there_and_back() {
     // Back on a, which finds its segment.
     let back = at_c.hand_over(&c, 330, Mode::Split).arrive(&a);
     assert_eq!(back.table.segments(), [segment("b", 2, 3)]);
-    assert_eq!(back.returned, [0..128]);
-    assert_eq!(back.table.gaps(330), [0..128, 320..330]);
+    assert_eq!(back.returned, ranges(&[(0, 128)]));
+    assert_eq!(back.table.gaps(330), ranges(&[(0, 128), (320, 330)]));
     let view = back.table.view(&a, 330);
     assert_eq!(
         view.iter().map(|s| (s.home.replica.as_str(), s.first, s.tokens)).collect::<Vec<_>>(),
@@ -57,18 +61,18 @@ fn a_session_moves_there_and_back() {
     assert_eq!(back.table.hand_over(&a, 400, Mode::Whole).segments(), [segment("b", 2, 3)]);
     let again = back.table.hand_over(&a, 400, Mode::Split);
     assert_eq!(again.segments(), [segment("a", 0, 2), segment("b", 2, 3), segment("a", 5, 1)]);
-    assert_eq!(again.homes(), [(&a, vec![0..128, 320..384]), (&b, vec![128..320])]);
+    assert_eq!(again.homes(), [(&a, ranges(&[(0, 128), (320, 384)])), (&b, ranges(&[(128, 320)]))]);
 }
 
 #[test]
 fn an_earlier_run_has_nothing() {
     let arrival = table(&[segment("a", 0, 2), segment("b", 2, 1), segment("a", 3, 1)]).arrive(&place("a", 2));
     assert_eq!(arrival.table.segments(), [segment("b", 2, 1)]);
-    assert_eq!((arrival.returned, arrival.lost), (vec![], vec![0..128, 192..256]));
+    assert_eq!((arrival.returned, arrival.lost), (vec![], ranges(&[(0, 128), (192, 256)])));
     let table = table(&[segment("a", 0, 2), segment("b", 2, 1)]);
-    assert_eq!(table.lost_at("a", None), [0..128]);
-    assert_eq!(table.lost_at("a", Some("2")), [0..128]);
-    assert_eq!(table.lost_at("a", Some("1")), [] as [Range<u64>; 0]);
+    assert_eq!(table.lost_at("a", None), ranges(&[(0, 128)]));
+    assert_eq!(table.lost_at("a", Some("2")), ranges(&[(0, 128)]));
+    assert_eq!(table.lost_at("a", Some("1")), ranges(&[]));
 }
 
 #[test]

@@ -1,0 +1,7 @@
+//! Tests of the handoff: what comes back, what is refused and how, a captured stream of this version.
+
+mod capture;
+mod faults;
+mod harness;
+mod properties;
+mod refusals;
