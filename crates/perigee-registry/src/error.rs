@@ -55,4 +55,48 @@ pub enum RegistryError {
         /// The replica.
         replica: String,
     },
+    /// A registry's specification cannot be understood.
+    #[error("registry {specification:?}: {reason}; expected file:PATH or etcd://HOST:PORT,HOST:PORT[/PREFIX]")]
+    Specification {
+        /// What was given.
+        specification: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The program was built without this kind of registry.
+    #[error(
+        "registry {specification:?}: this program was built without cargo feature {feature}: build it with --features {feature}, or use file:PATH"
+    )]
+    NotBuilt {
+        /// What was given.
+        specification: String,
+        /// The missing feature.
+        feature: &'static str,
+    },
+    /// A record is too long to be published.
+    #[error("record of replica {replica}: {bytes} bytes are more than the {limit} that a record may have")]
+    RecordTooLarge {
+        /// The replica.
+        replica: String,
+        /// Its size as JSON.
+        bytes: usize,
+        /// The most there may be.
+        limit: usize,
+    },
+    /// The registry does not answer now. What was to be written is written once it does.
+    #[error("etcd at {endpoints} does not answer: {reason}; it is asked again until it does")]
+    Unreachable {
+        /// Its addresses.
+        endpoints: String,
+        /// What the last attempt met.
+        reason: String,
+    },
+    /// The system refused a thread or a runtime.
+    #[error("{what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
 }

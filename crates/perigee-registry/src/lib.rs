@@ -2,16 +2,22 @@
 //! trait. It knows addresses and names; it opens no connection to a replica and knows no gRPC.
 
 mod error;
+#[cfg(feature = "etcd")]
+pub mod etcd;
 pub mod file;
 pub mod in_process;
+mod open;
 mod record;
 mod watch;
 
 use std::{future::Future, pin::Pin};
 
 pub use error::RegistryError;
+#[cfg(feature = "etcd")]
+pub use etcd::{EtcdConfig, EtcdRegistry};
 pub use file::FileRegistry;
 pub use in_process::InProcessRegistry;
+pub use open::open;
 pub use record::{ReplicaRecord, ReplicaStatus};
 pub use watch::{Change, Snapshot, Watch, WatchSource};
 

@@ -51,7 +51,7 @@ pub struct ReplicaRecord {
     /// Changes with every start of the replica; empty where not known.
     #[serde(default)]
     pub incarnation: String,
-    /// Address of the leader's Replica service, host:port.
+    /// Address of the leader's Replica service, host:port; empty until there is one, before the replica is ready.
     pub internal: String,
     /// Address of the leader's public port, host:port; empty where not known.
     #[serde(default)]
@@ -108,7 +108,8 @@ impl ReplicaRecord {
             let rule = "must be 1 to 255 ASCII letters, digits, '-', '_' or '.'";
             return Err(invalid("replica", rule, &self.replica));
         }
-        if !is_address(&self.internal) {
+        let nowhere_yet = self.internal.is_empty() && !self.status.is_attachable();
+        if !nowhere_yet && !is_address(&self.internal) {
             return Err(invalid("internal", "must be host:port", &self.internal));
         }
         if !self.endpoint.is_empty() && !is_address(&self.endpoint) {
@@ -119,7 +120,7 @@ impl ReplicaRecord {
 }
 
 /// host:port with a port above 0, and nothing that would make it another URL.
-fn is_address(text: &str) -> bool {
+pub(crate) fn is_address(text: &str) -> bool {
     let Some((host, port)) = text.rsplit_once(':') else { return false };
     let host_byte = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.[]:".contains(&byte);
     !host.is_empty() && host.bytes().all(host_byte) && port.parse::<u16>().is_ok_and(|port| port > 0)
@@ -147,6 +148,9 @@ mod tests {
         ] {
             assert!(ReplicaRecord::new(name, address).validate().is_err(), "{name:?} {address:?} passed");
         }
+        let forming = ReplicaRecord { status: ReplicaStatus::Forming, ..ReplicaRecord::new("a", "") };
+        assert!(forming.validate().is_ok(), "a replica that is not ready has no address yet");
+        assert!(ReplicaRecord::new("a", "").validate().is_err(), "one that is ready has");
         let bad_endpoint = ReplicaRecord { endpoint: "x".to_owned(), ..ReplicaRecord::new("a", "h:1") };
         assert!(bad_endpoint.validate().is_err());
     }

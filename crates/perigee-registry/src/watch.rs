@@ -98,6 +98,16 @@ impl WatchSource {
         self.sender.send_if_modified(|snapshot| change(Arc::make_mut(snapshot)));
     }
 
+    /// Completes when there is no consumer.
+    pub async fn unwatched(&self) {
+        self.sender.closed().await;
+    }
+
+    /// Whether there is a consumer.
+    pub fn is_watched(&self) -> bool {
+        !self.sender.is_closed()
+    }
+
     /// The snapshot as it is.
     pub fn snapshot(&self) -> Snapshot {
         self.sender.borrow().clone()
