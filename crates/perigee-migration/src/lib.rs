@@ -3,6 +3,7 @@
 //! Everything here is a pure function or a state machine: no I/O, no clock, no threads, no device. The README has the
 //! protocol.
 
+pub mod attend;
 mod codec;
 pub mod digest;
 pub mod geometry;
@@ -12,6 +13,7 @@ pub mod segments;
 #[cfg(test)]
 mod testing;
 
+pub use attend::{AnswerBatch, AttendError, AttendShape, QueryBatch, attention_bytes};
 pub use codec::{Crc, FieldError};
 pub use digest::{Digest, DigestMismatch, TensorDigests};
 pub use geometry::{Geometry, GeometryError, Layout, PAGE_POSITIONS, STATE_KINDS, Tensor};
