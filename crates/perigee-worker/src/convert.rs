@@ -10,6 +10,9 @@ use perigee_engine::request::{
 use perigee_proto::internal;
 use perigee_sampling::SamplingParams;
 
+/// A deadline ten years away is none; adding one might leave what the clock can tell.
+const FAR_MS: u64 = 10 * 365 * 24 * 3_600_000;
+
 /// A submitted request, received at `now`.
 ///
 /// # Errors
@@ -19,7 +22,8 @@ pub(crate) fn request(submit: internal::Submit, now: Instant) -> Result<Request,
     if sampling.bias_ids.len() != sampling.bias_values.len() {
         return Err(invalid("sampling.logit_bias", "has ids and values of different number"));
     }
-    let deadline = submit.deadline_ms.map(|left| now.checked_add(Duration::from_millis(left)));
+    let near = submit.deadline_ms.filter(|left| *left < FAR_MS);
+    let deadline = near.and_then(|left| now.checked_add(Duration::from_millis(left)));
     Ok(Request {
         request_id: submit.request_id,
         sessions: submit.sessions.into_iter().map(SessionId).collect(),
@@ -50,7 +54,7 @@ pub(crate) fn request(submit: internal::Submit, now: Instant) -> Result<Request,
         prompt_logprobs: submit.prompt_logprobs,
         priority: submit.priority,
         // One so far away that the clock cannot tell it is none.
-        deadline: deadline.flatten(),
+        deadline,
         cache_salt: submit.cache_salt,
         text: submit.text,
     })
