@@ -49,6 +49,30 @@ pub enum TestkitError {
     /// A rank's thread ended in a panic.
     #[error("rank {0} panicked")]
     Panicked(usize),
+    /// A process could not be started, or ended instead of serving.
+    #[error("{what}: {message}")]
+    Process {
+        /// Which one, and its role.
+        what: String,
+        /// What happened, with what it wrote to standard error.
+        message: String,
+    },
+    /// A server could not be reached.
+    #[error("{address}: {source}")]
+    Unreachable {
+        /// Where it should be.
+        address: String,
+        /// The transport's reason.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A server refused a call that should succeed.
+    #[error("{call}: {status}")]
+    Call {
+        /// Which call.
+        call: &'static str,
+        /// Its answer.
+        status: Box<tonic::Status>,
+    },
     /// Something did not happen in time.
     #[error("{what}: not within {seconds} s")]
     Deadline {

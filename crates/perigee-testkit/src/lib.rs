@@ -1,18 +1,22 @@
 //! What tests share: golden cases and the comparison that judges them, ranks that run as threads of the test, checkpoints
-//! with odd shapes or damage, and processes that are watched to their end. It is a dev-dependency only and no part of a
-//! shipped binary.
+//! with odd shapes or damage, whole clusters of real processes, and processes that are watched to their end. It is a
+//! dev-dependency only and no part of a shipped binary.
 
 pub mod checkpoints;
 pub mod compare;
 pub mod error;
 pub mod golden;
 pub mod in_process;
+pub mod numbers;
 pub mod processes;
+pub mod sandbox;
 pub mod tensors;
 
 pub use compare::{Limits, Report, compare};
 pub use error::{Result, TestkitError};
 pub use golden::GoldenCase;
 pub use in_process::ScoreRun;
+pub use numbers::Numbers;
 pub use perigee_backend::DType;
+pub use sandbox::Sandbox;
 pub use tensors::{Tensor, Tensors, Values};

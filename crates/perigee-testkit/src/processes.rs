@@ -1,7 +1,8 @@
-//! Watches processes from outside: which children one has, whether they still run, and a wait for a condition with a
-//! deadline. Linux only, by /proc; nothing here starts or serves anything.
+//! Watches processes from outside: which children one has, whether they still run, signals to them, and a wait for a
+//! condition with a deadline. Linux only, by /proc; nothing here starts or serves anything.
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::error::{Result, TestkitError};
@@ -41,6 +42,29 @@ pub fn arguments(pid: u32) -> Vec<String> {
 pub fn ticks(pid: u32) -> Option<u64> {
     let fields = fields(pid)?;
     Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
+}
+
+/// Sends a signal, named as `kill` names it: KILL, STOP, CONT, TERM.
+///
+/// # Errors
+/// There is no such process, or it is not ours.
+pub fn signal(name: &str, pid: u32) -> Result<()> {
+    kill(name, &pid.to_string())
+}
+
+/// The same for a whole process group, which has the id of the process that leads it.
+///
+/// # Errors
+/// As for [`signal`].
+pub fn signal_group(name: &str, leader: u32) -> Result<()> {
+    kill(name, &format!("-{leader}"))
+}
+
+fn kill(name: &str, whom: &str) -> Result<()> {
+    let fault = |message: String| TestkitError::Process { what: format!("kill -{name} -- {whom}"), message };
+    let output = Command::new("kill").args([&format!("-{name}"), "--", whom]).output();
+    let output = output.map_err(|error| fault(error.to_string()))?;
+    if output.status.success() { Ok(()) } else { Err(fault(String::from_utf8_lossy(&output.stderr).into_owned())) }
 }
 
 /// Looks until there is something to see, and tells how long that took.

@@ -1,0 +1,141 @@
+//! The other end of a cluster: clients of a router over one connection, a leader's or router's metrics, and a wait for
+//! what takes effect a little later.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use perigee_proto::v1::cluster_client::ClusterClient;
+use perigee_proto::v1::inference_client::InferenceClient;
+use perigee_proto::v1::{ListReplicasRequest, ReplicaInfo};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tonic::transport::{Channel, Endpoint};
+pub use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+
+use crate::error::{Result, TestkitError};
+
+/// Time between two looks at a condition.
+const POLL: Duration = Duration::from_millis(10);
+
+/// Clients over one connection; clones share it.
+#[derive(Debug, Clone)]
+pub struct Clients {
+    /// `perigee.v1.Inference`.
+    pub inference: InferenceClient<Channel>,
+    /// `perigee.v1.Cluster`.
+    pub cluster: ClusterClient<Channel>,
+    /// grpc.health.v1.
+    pub health: HealthClient<Channel>,
+}
+
+impl Clients {
+    /// Connects to a router.
+    ///
+    /// # Errors
+    /// It cannot be reached.
+    pub async fn connect(address: SocketAddr) -> Result<Self> {
+        let unreachable = |source: tonic::transport::Error| TestkitError::Unreachable {
+            address: address.to_string(),
+            source: Box::new(source),
+        };
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(unreachable)?;
+        let channel = endpoint.tcp_nodelay(true).connect().await.map_err(unreachable)?;
+        Ok(Self {
+            // Log-probabilities of a long prompt make large messages.
+            inference: InferenceClient::new(channel.clone()).max_decoding_message_size(64 << 20),
+            cluster: ClusterClient::new(channel.clone()),
+            health: HealthClient::new(channel),
+        })
+    }
+
+    /// All replicas as the router sees them, by name.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub async fn replicas(&self) -> Result<BTreeMap<String, ReplicaInfo>> {
+        let answer = self.cluster.clone().list_replicas(ListReplicasRequest {}).await;
+        let answer = answer.map_err(|status| TestkitError::Call { call: "ListReplicas", status: Box::new(status) })?;
+        Ok(answer.into_inner().replicas.into_iter().map(|replica| (replica.replica.clone(), replica)).collect())
+    }
+
+    /// Waits until nothing runs on any replica, and every slot and page is free.
+    ///
+    /// # Errors
+    /// Something is still held after `limit`, and what.
+    pub async fn all_free(&self, limit: Duration) -> Result<Duration> {
+        let mut last = BTreeMap::new();
+        let waited = eventually("every slot and page free", limit, async || {
+            last = self.replicas().await?;
+            Ok(last.values().all(is_free).then_some(()))
+        });
+        match waited.await {
+            Ok(((), took)) => Ok(took),
+            Err(error) => {
+                let loads = last.values().filter(|replica| !is_free(replica)).map(load).collect::<Vec<_>>();
+                Err(TestkitError::Process { what: error.to_string(), message: loads.join("; ") })
+            }
+        }
+    }
+}
+
+fn is_free(replica: &ReplicaInfo) -> bool {
+    let idle = replica.running == 0 && replica.waiting == 0;
+    idle && replica.slots_free == replica.slots_total && replica.pages_free == replica.pages_total
+}
+
+fn load(replica: &ReplicaInfo) -> String {
+    format!(
+        "{}: {} running, {} waiting, {} of {} slots and {} of {} pages free",
+        replica.replica,
+        replica.running,
+        replica.waiting,
+        replica.slots_free,
+        replica.slots_total,
+        replica.pages_free,
+        replica.pages_total
+    )
+}
+
+/// Looks until there is something to see, and tells how long that took.
+///
+/// # Errors
+/// There was nothing within the time allowed, or a look failed.
+pub async fn eventually<T>(
+    what: &str,
+    limit: Duration,
+    mut look: impl AsyncFnMut() -> Result<Option<T>>,
+) -> Result<(T, Duration)> {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = look().await? {
+            return Ok((found, began.elapsed()));
+        }
+        if began.elapsed() > limit {
+            return Err(TestkitError::Deadline { what: what.into(), seconds: limit.as_secs() });
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// A sample of /metrics, named as there: with its labels where it has some.
+///
+/// # Errors
+/// The port does not answer, or has no such sample.
+pub async fn metric(address: SocketAddr, name: &str) -> Result<f64> {
+    let unreachable = |source: std::io::Error| TestkitError::Unreachable {
+        address: format!("http://{address}/metrics"),
+        source: Box::new(source),
+    };
+    let mut stream = TcpStream::connect(address).await.map_err(unreachable)?;
+    // Version 1.0 ends the answer with the connection.
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.map_err(unreachable)?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.map_err(unreachable)?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok());
+    value.ok_or_else(|| TestkitError::Unreachable {
+        address: format!("http://{address}/metrics"),
+        source: format!("no sample {name} in {text}").into(),
+    })
+}

@@ -1,0 +1,106 @@
+//! A cluster of single processes: a router and every rank started by hand, which find each other by addresses and a
+//! registry file, as under an operator's own supervisor.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::{START, Started, path_text, process};
+use crate::error::{Result, TestkitError};
+
+/// Ports that the system does not hand out by itself, so that none is taken between its choice and its use.
+const PORTS: std::ops::Range<u16> = 10_240..32_000;
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct PartsSpec {
+    /// The binary under test.
+    pub program: PathBuf,
+    /// Model as `--model` takes it.
+    pub model: String,
+    /// Replicas.
+    pub replicas: usize,
+    /// Ranks of each.
+    pub tp: usize,
+}
+
+/// Running processes.
+pub struct Parts {
+    /// The router's gRPC address.
+    pub grpc: SocketAddr,
+    /// The router.
+    pub router: Started,
+    /// The ranks of every replica, in order.
+    pub ranks: Vec<Vec<Started>>,
+    _folder: TempDir,
+}
+
+impl Parts {
+    /// Starts every process; the replicas may still be loading after that.
+    ///
+    /// # Errors
+    /// A process cannot be started, or the router does not say where it listens.
+    pub fn start(spec: &PartsSpec) -> Result<Self> {
+        let folder = process::folder()?;
+        let registry = folder.path().join("registry.json");
+        let internal = (0..spec.replicas).map(|_| free_port()).collect::<Result<Vec<_>>>()?;
+        let listed = internal.iter().enumerate();
+        let listed = listed.map(|(index, address)| json!({"replica": name(index), "internal": address.to_string()}));
+        let listed = json!({"replicas": listed.collect::<Vec<_>>()}).to_string();
+        std::fs::write(&registry, listed).map_err(TestkitError::file(&registry))?;
+        let registry = format!("--registry=file:{}", path_text(&registry));
+
+        let mut ranks = Vec::new();
+        for (index, internal) in internal.iter().enumerate() {
+            let leader = free_port()?;
+            let replica = (0..spec.tp).map(|rank| {
+                let mut command = Command::new(&spec.program);
+                command.args(["worker", "--threads=1", &format!("--model={}", spec.model), &registry]);
+                command.args([format!("--replica={}", name(index)), format!("--rank={rank}")]);
+                command.args([format!("--tp={}", spec.tp), format!("--leader={leader}")]);
+                command.arg(format!("--internal={internal}"));
+                Started::spawn(&format!("{} rank {rank}", name(index)), command, folder.path())
+            });
+            ranks.push(replica.collect::<Result<Vec<_>>>()?);
+        }
+        let (grpc, router) = start_router(spec, &registry, folder.path())?;
+        Ok(Self { grpc, router, ranks, _folder: folder })
+    }
+}
+
+fn name(replica: usize) -> String {
+    format!("replica-{replica}")
+}
+
+fn start_router(spec: &PartsSpec, registry: &str, folder: &Path) -> Result<(SocketAddr, Started)> {
+    let mut command = Command::new(&spec.program);
+    command.args(["router", "--listen=127.0.0.1:0", "--http=127.0.0.1:0", registry]);
+    command.arg(format!("--model={}", spec.model));
+    let mut router = Started::spawn("perigee router", command, folder)?;
+    let line = router.first_line(START)?;
+    let address = line.split([' ', ',']).find_map(|word| word.parse().ok());
+    let address = address.ok_or_else(|| TestkitError::Process {
+        what: "perigee router".into(),
+        message: format!("no address in its first line {line:?}"),
+    })?;
+    Ok((address, router))
+}
+
+/// An address that nobody listens at; each is given out once by this process, and processes begin at different ones.
+fn free_port() -> Result<SocketAddr> {
+    static GIVEN: AtomicU16 = AtomicU16::new(0);
+    let own = (std::process::id() as usize).wrapping_mul(97);
+    for _ in PORTS {
+        let offset = own + usize::from(GIVEN.fetch_add(1, Ordering::Relaxed));
+        let port = PORTS.start + (offset % PORTS.len()) as u16;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        if TcpListener::bind(address).is_ok() {
+            return Ok(address);
+        }
+    }
+    Err(TestkitError::Process { what: "free port".into(), message: format!("every port of {PORTS:?} is taken") })
+}

@@ -1,0 +1,204 @@
+//! Workers that die or stop in the middle of streams. Every stream that ran there ends with UNAVAILABLE within two
+//! seconds (three where a lease has to run out), none hangs; streams elsewhere go on as if nothing had happened.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use perigee_proto::v1::GenerateRequest;
+use perigee_testkit::processes::{runs, signal, wait_for};
+use perigee_testkit::sandbox::{Clients, Sandbox, eventually};
+use perigee_testkit::{Numbers, TestkitError};
+use tokio::task::JoinHandle;
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use crate::answer::{Answer, End, ask, read};
+use crate::judge::Judge;
+use crate::work::prompt;
+use crate::{PATIENCE, greedy, up};
+
+/// By when a client knows that a process was killed.
+const KILLED: Duration = Duration::from_secs(2);
+/// By when it knows that one is silent: the lease is 2 s.
+const SILENT: Duration = Duration::from_secs(3);
+/// Streams of a scene, and how far each is before something happens.
+const STREAMS: usize = 12;
+const UNDERWAY: usize = 5;
+/// How much further the others must come afterwards.
+const FURTHER: usize = 40;
+/// More than any scene lets them generate.
+const ENDLESS: u32 = 8000;
+
+/// One stream that goes on until it is told that it is enough.
+struct Open {
+    request: GenerateRequest,
+    tokens: Arc<AtomicUsize>,
+    replica: Arc<OnceLock<String>>,
+    enough: Arc<AtomicBool>,
+    answer: JoinHandle<Answer>,
+}
+
+impl Open {
+    fn start(clients: &Clients, request: GenerateRequest) -> Self {
+        let (tokens, replica, enough) = <(Arc<AtomicUsize>, Arc<OnceLock<String>>, Arc<AtomicBool>)>::default();
+        let (clients, asked) = (clients.clone(), request.clone());
+        let (seen, who, stop) = (tokens.clone(), replica.clone(), enough.clone());
+        let answer = tokio::spawn(async move {
+            read(&clients, &asked, |response| {
+                who.get_or_init(|| response.replica.clone());
+                seen.fetch_add(1, Ordering::Relaxed);
+                if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            })
+            .await
+        });
+        Self { request, tokens, replica, enough, answer }
+    }
+
+    async fn reaches(&self, count: usize) {
+        let look = async || {
+            assert!(!self.answer.is_finished(), "a stream on {:?} ended early", self.replica);
+            Ok((self.tokens.load(Ordering::Relaxed) >= count).then_some(()))
+        };
+        eventually(&format!("{count} tokens"), PATIENCE, look).await.unwrap();
+    }
+}
+
+/// A cluster of two replicas with streams on both.
+struct Scene {
+    sandbox: Sandbox,
+    clients: Clients,
+    on_victim: Vec<Open>,
+    elsewhere: Vec<Open>,
+}
+
+const VICTIM: &str = "replica-0";
+const OTHER: &str = "replica-1";
+
+impl Scene {
+    async fn start() -> Self {
+        let sandbox = up(2, 2).start().unwrap();
+        let clients = sandbox.connect().await.unwrap();
+        let mut numbers = Numbers::new(40);
+        let mut open = Vec::new();
+        for number in 0..STREAMS {
+            let request = GenerateRequest {
+                request_id: format!("stream-{number}"),
+                ..greedy(prompt(&mut numbers, 20 + number), ENDLESS)
+            };
+            let stream = Open::start(&clients, request);
+            stream.reaches(1).await;
+            open.push(stream);
+        }
+        for stream in &open {
+            stream.reaches(UNDERWAY).await;
+        }
+        let (on_victim, elsewhere): (Vec<Open>, Vec<Open>) =
+            open.into_iter().partition(|stream| stream.replica.get().is_some_and(|replica| replica == VICTIM));
+        assert!(on_victim.len() >= 3 && elsewhere.len() >= 3, "{} of {STREAMS} on {VICTIM}", on_victim.len());
+        Self { sandbox, clients, on_victim, elsewhere }
+    }
+
+    /// The streams on the victim end in time and say why; the others go on and are what they are alone.
+    async fn victims_end_and_others_go_on(&mut self, since: Instant, limit: Duration) {
+        for stream in self.on_victim.drain(..) {
+            let ended = tokio::time::timeout(limit + PATIENCE, stream.answer).await.expect("no stream hangs").unwrap();
+            let (status, took) = (ended.status(), ended.ended - since);
+            println!("{took:?} after {} tokens: {status}", ended.tokens());
+            assert_eq!(status.code(), Code::Unavailable, "{status}");
+            let details = status.get_error_details();
+            let info = details.error_info().expect("a reason for programs");
+            assert!(["REPLICA_LOST", "ENGINE_FAILED"].contains(&info.reason.as_str()), "{}", info.reason);
+            assert_eq!(info.metadata.get("replica").map(String::as_str), Some(VICTIM));
+            assert!(took <= limit, "{took:?}: {status}");
+        }
+        for stream in &self.elsewhere {
+            stream.reaches(stream.tokens.load(Ordering::Relaxed) + FURTHER).await;
+            stream.enough.store(true, Ordering::Relaxed);
+        }
+        let mut judge = Judge::new("random:tiny");
+        for stream in self.elsewhere.drain(..) {
+            let answer = stream.answer.await.unwrap();
+            assert!(matches!(answer.end, End::Dropped), "{:?}", answer.end);
+            let shorter = GenerateRequest { max_tokens: Some(answer.tokens() as u32), ..stream.request };
+            let alone = ask(&self.clients, &shorter).await.finished();
+            assert_eq!(alone.replica, OTHER, "new requests go elsewhere");
+            judge.compare(&shorter, &answer, &alone);
+        }
+        judge.verdict(3);
+    }
+}
+
+async fn a_rank_is_killed(rank: usize) {
+    let mut scene = Scene::start().await;
+    let pids = scene.sandbox.replica(VICTIM).pids.clone();
+    let killed = Instant::now();
+    signal("KILL", pids[rank]).unwrap();
+    scene.victims_end_and_others_go_on(killed, KILLED).await;
+
+    let clients = &scene.clients;
+    let gone = async || Ok((!clients.replicas().await?.contains_key(VICTIM)).then_some(()));
+    let ((), took) = eventually("the victim's end in ListReplicas", PATIENCE, gone).await.unwrap();
+    println!("no longer listed {took:?} after the streams were judged");
+    let ended = || pids.iter().all(|&pid| !runs(pid)).then_some(());
+    wait_for("the end of the victim's processes", KILLED, ended).unwrap();
+    clients.all_free(KILLED).await.unwrap();
+    assert!(scene.sandbox.up.errors().contains("replica-0 is gone: rank"), "{}", scene.sandbox.up.errors());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_is_killed() {
+    a_rank_is_killed(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_is_killed() {
+    a_rank_is_killed(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_stops_and_goes_on() {
+    let mut scene = Scene::start().await;
+    let leader = scene.sandbox.replica(VICTIM).pids[0];
+    let stopped = Instant::now();
+    signal("STOP", leader).unwrap();
+    scene.victims_end_and_others_go_on(stopped, SILENT).await;
+    let status = async || -> Result<_, TestkitError> {
+        Ok(scene.clients.replicas().await?.remove(VICTIM).map(|replica| replica.status))
+    };
+    assert_eq!(status().await.unwrap().as_deref(), Some("unreachable"));
+
+    signal("CONT", leader).unwrap();
+    let ready = async || Ok(status().await?.filter(|status| status == "ready"));
+    eventually("the leader's return", PATIENCE, ready).await.unwrap();
+    // What it ran for streams that are gone has ended with them.
+    scene.clients.all_free(PATIENCE).await.unwrap();
+    let mut numbers = Numbers::new(41);
+    let mut seen = Vec::new();
+    for _ in 0..4 {
+        let request = GenerateRequest { request_id: "held".into(), ..greedy(prompt(&mut numbers, 5), ENDLESS) };
+        let stream = Open::start(&scene.clients, request);
+        stream.reaches(1).await;
+        seen.push(stream);
+    }
+    let replicas: Vec<&str> = seen.iter().filter_map(|stream| stream.replica.get()).map(String::as_str).collect();
+    assert!(replicas.contains(&VICTIM) && replicas.contains(&OTHER), "{replicas:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_replica_dies() {
+    let mut sandbox = up(1, 2).start().unwrap();
+    let clients = sandbox.connect().await.unwrap();
+    let stream = Open::start(&clients, greedy(vec![7, 8, 9], ENDLESS));
+    stream.reaches(UNDERWAY).await;
+    let killed = Instant::now();
+    signal("KILL", sandbox.replicas[0].pids[1]).unwrap();
+    let answer = tokio::time::timeout(PATIENCE, stream.answer).await.expect("no stream hangs").unwrap();
+    assert_eq!(answer.status().code(), Code::Unavailable);
+    assert!(answer.ended - killed <= KILLED, "{:?}", answer.ended - killed);
+    drop(clients);
+    let status = sandbox.up.wait(PATIENCE).unwrap();
+    assert_eq!(status.code(), Some(1), "{}", sandbox.up.errors());
+    assert!(sandbox.up.errors().contains("no replica is left"), "{}", sandbox.up.errors());
+}
