@@ -2,6 +2,7 @@
 //! children end when this process does, and all end when one fails.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
@@ -54,6 +55,8 @@ impl ReplicaProcesses {
                 .arg(format!("--tp={}", launch.tp))
                 .args(launch.engine.to_arguments())
                 .args(more)
+                // Ctrl-C in a terminal goes to the whole group. It is for the parent, which lets what runs end first.
+                .process_group(0)
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()

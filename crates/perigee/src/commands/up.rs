@@ -97,15 +97,19 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     attached.wait_for(|count| *count >= args.replicas).await.context("the router ended before it had replicas")?;
     if let Some(prompt) = &args.prompt {
         let client = ClientArgs { router: addresses.0.to_string(), json: args.json };
-        return GenerateArgs::greedy(prompt.clone(), args.max_tokens, client).ask().await;
+        let answered = GenerateArgs::greedy(prompt.clone(), args.max_tokens, client).ask().await;
+        // Before the registry is gone, which the router would tell as a fault.
+        router.abort();
+        let _ = router.await;
+        return answered;
     }
     announce(&args, addresses, &ready);
-    tokio::select! {
-        lost = watch_replicas(&mut progress, &registry) => lost,
-        signal = interrupted() => signal?,
-    }
+    let ended = tokio::select! {
+        () = watch_replicas(&mut progress, &registry) => Err(anyhow::anyhow!("no replica is left")),
+        signal = interrupted() => signal,
+    };
     drop(stop);
-    router.await?.map_err(anyhow::Error::from)
+    router.await?.map_err(anyhow::Error::from).and(ended)
 }
 
 async fn bind(port: u16, option: &str) -> anyhow::Result<TcpListener> {
@@ -185,7 +189,6 @@ async fn watch_replicas(progress: &mut mpsc::UnboundedReceiver<Progress>, regist
             None => return,
         }
     }
-    eprintln!("perigee: no replica is left");
 }
 
 fn record(event: &ReadyEvent) -> ReplicaRecord {
