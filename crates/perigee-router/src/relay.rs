@@ -214,7 +214,8 @@ impl Relay {
         }
     }
 
-    /// Tells replicas to end the sessions of this router that `wanted` names; their streams end by themselves then.
+    /// Tells replicas to end the sessions of this router that `wanted` names and that have not ended; their streams end by
+    /// themselves then.
     pub(crate) fn abort(&self, wanted: impl Fn(&Flight, &str) -> bool) -> Vec<String> {
         let sessions: Vec<(String, Arc<Flight>)> = {
             let sessions = self.sessions.lock();
@@ -223,7 +224,13 @@ impl Relay {
         };
         let mut told = Vec::new();
         for (session, flight) in sessions {
-            let attachment = flight.state.lock().attachment.clone();
+            let attachment = {
+                let state = flight.state.lock();
+                if !state.unfinished(&flight.sessions).contains(&session) {
+                    continue;
+                }
+                state.attachment.clone()
+            };
             if attachment.send(Body::Abort(internal::Abort { sessions: vec![session.clone()] })).is_ok() {
                 told.push(session);
             }

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
+use axum::response::Response;
 use perigee_proto::ids::RouterId;
 use perigee_proto::standard;
 use perigee_proto::v1::cluster_server::ClusterServer;
@@ -16,7 +18,8 @@ use perigee_text::Tokenizer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tonic::service::RoutesBuilder;
+use tonic::Code;
+use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
 use tonic::transport::server::{Router as GrpcRouter, TcpIncoming};
 
@@ -139,7 +142,7 @@ impl Router {
             // A client whose machine vanished is noticed within these two.
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_keepalive_timeout(Some(Duration::from_secs(5)))
-            .add_routes(routes.routes()))
+            .add_routes(with_told_sizes(routes.routes())))
     }
 
     /// Serves until `shutdown` completes; then takes no more calls and gives running ones the grace time.
@@ -191,6 +194,20 @@ impl Router {
             }
         }
     }
+}
+
+/// Routes whose refusal of a message for its size is RESOURCE_EXHAUSTED, as gRPC has it; tonic calls it OUT_OF_RANGE,
+/// which nothing here means otherwise.
+fn with_told_sizes(routes: Routes) -> Routes {
+    let told = axum::middleware::map_response(async |mut response: Response| {
+        if let Some(status) = response.headers_mut().get_mut("grpc-status")
+            && *status == HeaderValue::from(Code::OutOfRange as i32)
+        {
+            *status = HeaderValue::from(Code::ResourceExhausted as i32);
+        }
+        response
+    });
+    Routes::from(routes.into_axum_router().layer(told))
 }
 
 /// Starts a router and serves until `shutdown` completes.
