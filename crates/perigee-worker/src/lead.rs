@@ -105,7 +105,7 @@ async fn lead<B: Backend + 'static>(
     let identity = ReplicaIdentity {
         replica: ready.replica.clone(),
         incarnation: ready.incarnation.clone(),
-        model: config.engine.model.clone(),
+        model: public_name(&opened.spec),
         digest: opened.digest.clone(),
         vocab: opened.limits.vocab as u32,
         max_model_len: opened.limits.max_model_len as u32,
@@ -176,6 +176,14 @@ fn generation_config(opened: &Opened, tokenizer: Option<&Tokenizer>) -> Generati
         perigee_model::ModelSpec::Directory(path) => GenerationConfig::load(path).unwrap_or(fallback),
         perigee_model::ModelSpec::Random { .. } => fallback,
     }
+}
+
+/// The model as clients are told: the place of a checkpoint on this machine is not their business.
+fn public_name(spec: &perigee_model::ModelSpec) -> String {
+    let perigee_model::ModelSpec::Directory(path) = spec else { return spec.to_string() };
+    // A path such as `.` has no last part of its own.
+    let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+    path.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 async fn publish(registry: &str, ready: &ReadyEvent) -> Result<Box<dyn perigee_registry::Publication>> {
