@@ -194,7 +194,8 @@ pub struct WorkerConfig {
     /// Address for /metrics and /health.
     #[arg(long, default_value_t = loopback())]
     pub http: SocketAddr,
-    /// Where to publish this replica: file:PATH, or nothing when a parent process registers it.
+    /// Where to publish this replica: etcd://HOST:PORT,HOST:PORT[/PREFIX] or file:PATH; nothing when a parent process
+    /// registers it.
     #[arg(long)]
     pub registry: Option<String>,
     /// Seconds that running sessions may go on after the order to end.

@@ -3,19 +3,20 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use perigee_backend::{Backend, Row, Segment, StepBatch};
 use perigee_collectives::AbortHandle;
 use perigee_engine::executor::{Executor, ExecutorError, StepPlan};
 use perigee_engine::ranks::Ranks;
 use perigee_engine::{Engine, EngineConfig};
-use perigee_registry::{FileRegistry, Registry, ReplicaRecord};
+use perigee_registry::ReplicaStatus;
 use perigee_telemetry::Metrics;
 use perigee_text::{GenerationConfig, Tokenizer};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
+use crate::announce::Announcer;
 use crate::config::WorkerConfig;
 use crate::error::{Result, WorkerError};
 use crate::events::{ReadyEvent, WorkerEvent, emit};
@@ -46,14 +47,16 @@ pub(crate) fn run<B: Backend + 'static>(
     opened: &Opened,
     mut ranks: Ranks<B>,
     members: Members,
+    announcer: &Announcer,
 ) -> Result<()> {
+    announcer.tell(ReplicaStatus::Warming)?;
     warm(&mut ranks)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(WorkerError::io("starting the runtime"))?;
-    runtime.block_on(lead(config, opened, ranks, members))
+    runtime.block_on(lead(config, opened, ranks, members, announcer))
 }
 
 async fn lead<B: Backend + 'static>(
@@ -61,6 +64,7 @@ async fn lead<B: Backend + 'static>(
     opened: &Opened,
     ranks: Ranks<B>,
     members: Members,
+    announcer: &Announcer,
 ) -> Result<()> {
     let listeners = LeaderListeners {
         internal: listen(config.internal, "--internal").await?,
@@ -89,7 +93,7 @@ async fn lead<B: Backend + 'static>(
     let address = |listener: &TcpListener| listener.local_addr().map_err(WorkerError::io("reading an address"));
     let ready = ReadyEvent {
         replica: config.replica.clone(),
-        incarnation: incarnation(),
+        incarnation: announcer.incarnation(),
         listen: address(&listeners.public)?,
         internal: address(&listeners.internal)?,
         http: address(&listeners.http)?,
@@ -118,19 +122,25 @@ async fn lead<B: Backend + 'static>(
         weight_bytes,
         step_tokens: opened.limits.step_tokens as u32,
     };
-    let publication = match &config.registry {
-        Some(registry) => Some(publish(registry, &ready).await?),
-        None => None,
-    };
     let lost = watch_ranks(members.lost, members.abort)?;
+    tokio::pin!(lost);
+    tokio::select! {
+        published = announcer.ready(&ready) => published?,
+        rank = &mut lost => return Err(rank_lost(rank)),
+    }
     emit(config.supervised, &WorkerEvent::Ready(Box::new(ready)));
     tracing::info!(replica = config.replica, "serving");
 
     let grace = Duration::from_secs(config.grace);
     let parts = LeaderParts { engine, identity, metrics, worker_metrics, grace };
-    let serving = serve(parts, listeners, told_to_end());
+    let shutdown = async {
+        told_to_end().await;
+        // The registry has taken this replica, so there is no refusal to hear of.
+        let _ = announcer.tell(ReplicaStatus::Draining);
+    };
+    let serving = serve(parts, listeners, shutdown);
     tokio::pin!(serving);
-    let result = tokio::select! {
+    tokio::select! {
         result = &mut serving => result,
         rank = lost => {
             // A step in flight has failed with it and is telling its sessions; an idle engine has nothing to tell.
@@ -139,12 +149,14 @@ async fn lead<B: Backend + 'static>(
             if let Ok(Ok(())) = tokio::time::timeout(LAST_STEP, serving).await {
                 return Ok(());
             }
-            let message = "the process was lost; the replica ends as a whole".to_string();
-            Err(WorkerError::Rank(ExecutorError { rank, message, fatal: true }))
+            Err(rank_lost(rank))
         }
-    };
-    drop(publication);
-    result
+    }
+}
+
+fn rank_lost(rank: usize) -> WorkerError {
+    let message = "the process was lost; the replica ends as a whole".to_string();
+    WorkerError::Rank(ExecutorError { rank, message, fatal: true })
 }
 
 /// Runs one token through every rank, so that the first request finds everything touched, then leaves no trace of it.
@@ -184,30 +196,6 @@ fn public_name(spec: &perigee_model::ModelSpec) -> String {
     // A path such as `.` has no last part of its own.
     let path = path.canonicalize().unwrap_or_else(|_| path.clone());
     path.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
-}
-
-async fn publish(registry: &str, ready: &ReadyEvent) -> Result<Box<dyn perigee_registry::Publication>> {
-    let path = registry
-        .strip_prefix("file:")
-        .ok_or_else(|| WorkerError::Options(format!("--registry: expected file:PATH, found {registry}")))?;
-    let registry = FileRegistry::open(path).map_err(|error| WorkerError::Options(format!("--registry: {error}")))?;
-    let record = ReplicaRecord {
-        incarnation: ready.incarnation.clone(),
-        endpoint: ready.listen.to_string(),
-        digest: ready.digest.clone(),
-        tp: ready.tp as u32,
-        device: ready.device.clone(),
-        pids: ready.pids.clone(),
-        weight_bytes: ready.weight_bytes.clone(),
-        ..ReplicaRecord::new(ready.replica.clone(), ready.internal.to_string())
-    };
-    registry.publish(record).await.map_err(|error| WorkerError::Serve(error.to_string()))
-}
-
-/// Tells starts of a replica apart: when it started and as which process.
-fn incarnation() -> String {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    format!("{:x}-{:x}", since.as_nanos(), std::process::id())
 }
 
 /// Completes with the number of the first rank that is lost; the exchange of activations is broken off at once, so that

@@ -2,7 +2,9 @@
 
 use perigee_backend::Backend;
 use perigee_engine::ranks::Ranks;
+use perigee_registry::ReplicaStatus;
 
+use crate::announce::Announcer;
 use crate::config::{Device, WorkerConfig};
 use crate::error::{Result, WorkerError};
 use crate::events;
@@ -25,19 +27,20 @@ pub fn run(config: &WorkerConfig) -> Result<()> {
     }
     let opened = open(config)?;
     let identity = opened.identity(config);
+    let announcer = Announcer::begin(config, &opened)?;
     match &config.engine.device {
         Device::Cpu => {
             let mut group = form(config, &identity)?;
             let collective = std::mem::replace(&mut group.collective, Box::new(perigee_collectives::Solo));
             let backend = cpu_backend(config, collective);
-            run_rank(config, opened, backend, group)
+            run_rank(config, opened, backend, group, &announcer)
         }
-        Device::Cuda(cards) => run_cuda(config, opened, &identity, cards),
+        Device::Cuda(cards) => run_cuda(config, opened, &identity, cards, &announcer),
     }
 }
 
 #[cfg(feature = "cuda")]
-fn run_cuda(config: &WorkerConfig, opened: Opened, identity: &str, cards: &[u32]) -> Result<()> {
+fn run_cuda(config: &WorkerConfig, opened: Opened, identity: &str, cards: &[u32], announcer: &Announcer) -> Result<()> {
     let card = cards[config.rank % cards.len()] as usize;
     // Before the ranks meet: a machine without a usable card should say so at once.
     perigee_cuda::check(card)?;
@@ -45,16 +48,23 @@ fn run_cuda(config: &WorkerConfig, opened: Opened, identity: &str, cards: &[u32]
     let collective = std::mem::replace(&mut group.collective, Box::new(perigee_collectives::Solo));
     let options = perigee_cuda::Options { device: card, precision: config.engine.activation() };
     let backend = perigee_cuda::CudaBackend::open(options, collective)?;
-    run_rank(config, opened, backend, group)
+    run_rank(config, opened, backend, group, announcer)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn run_cuda(config: &WorkerConfig, _: Opened, _: &str, cards: &[u32]) -> Result<()> {
+fn run_cuda(config: &WorkerConfig, _: Opened, _: &str, cards: &[u32], _: &Announcer) -> Result<()> {
     // The crate without its feature only knows why it cannot help.
     Ok(perigee_cuda::check(cards[config.rank % cards.len()] as usize)?)
 }
 
-fn run_rank<B: Backend + 'static>(config: &WorkerConfig, opened: Opened, backend: B, group: Group) -> Result<()> {
+fn run_rank<B: Backend + 'static>(
+    config: &WorkerConfig,
+    opened: Opened,
+    backend: B,
+    group: Group,
+    announcer: &Announcer,
+) -> Result<()> {
+    announcer.tell(ReplicaStatus::Loading)?;
     let mut rank = opened.load(config, backend)?;
     match group.control {
         Control::Follower(mut link) => Ok(rank.follow(link.as_mut())?),
@@ -65,7 +75,7 @@ fn run_rank<B: Backend + 'static>(config: &WorkerConfig, opened: Opened, backend
                 ranks.shutdown();
                 return result;
             }
-            lead::run(config, &opened, ranks, lead::Members { pids: group.pids, abort: group.abort, lost })
+            lead::run(config, &opened, ranks, lead::Members { pids: group.pids, abort: group.abort, lost }, announcer)
         }
     }
 }

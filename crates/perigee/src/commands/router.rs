@@ -1,12 +1,9 @@
 //! `perigee router`: the front door as a process of its own. Replicas are found in the registry.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use perigee_registry::FileRegistry;
 use perigee_router::{RouterConfig, RouterListeners, RouterParts};
 use tokio::net::TcpListener;
 
@@ -45,7 +42,8 @@ pub(crate) struct RouterArgs {
     /// Address of /health and /metrics.
     #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_HTTP_PORT)))]
     http: SocketAddr,
-    /// Where replicas are found: file:PATH, a JSON file {"replicas": [{"replica": NAME, "internal": HOST:PORT}]}.
+    /// Where replicas are found: etcd://HOST:PORT,HOST:PORT[/PREFIX], or file:PATH, a JSON file
+    /// {"replicas": [{"replica": NAME, "internal": HOST:PORT}]}.
     #[arg(long)]
     registry: String,
     /// The model whose tokenizer encodes prompts, and the only one that is routed to; without it clients send token ids.
@@ -64,10 +62,7 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
             bail!("{option}: {address} is not a loopback address; without TLS that needs --insecure");
         }
     }
-    let Some(path) = args.registry.strip_prefix("file:").map(PathBuf::from) else {
-        bail!("--registry: expected file:PATH, found {}", args.registry);
-    };
-    let registry = FileRegistry::open(&path)?;
+    let registry = perigee_registry::open(&args.registry).context("--registry")?;
     let (tokenizer, model_digest) = match &args.model {
         Some(model) => {
             let spec: perigee_model::ModelSpec = model.parse()?;
@@ -84,7 +79,7 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
         let listeners =
             RouterListeners { grpc: bind("--listen", args.listen).await?, http: bind("--http", args.http).await? };
         println!("perigee router: gRPC {}, HTTP {}", listeners.grpc.local_addr()?, listeners.http.local_addr()?);
-        let parts = RouterParts::new(Arc::new(registry), tokenizer)?;
+        let parts = RouterParts::new(registry, tokenizer)?;
         perigee_router::serve(config, parts, listeners, async {
             if let Err(error) = interrupted().await {
                 tracing::warn!(%error, "no handler for signals; ending");
