@@ -90,7 +90,9 @@ async fn a_signal_ends_it_after_what_runs() {
             let (clients, mut first) = (clients.clone(), Some(first));
             tokio::spawn(async move {
                 read(&clients, &greedy(vec![5, 6, 7], 400), |_| {
-                    first.take().map(|first| first.send(()).unwrap());
+                    if let Some(first) = first.take() {
+                        first.send(()).unwrap();
+                    }
                     ControlFlow::Continue(())
                 })
                 .await
