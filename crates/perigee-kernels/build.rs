@@ -77,6 +77,7 @@ impl Job {
             .arg("-cubin")
             .arg(format!("-gencode=arch=compute_{0},code=sm_{0}", self.architecture))
             .args(["-std=c++17", "-O3", "-Xptxas", "-v", "--expt-relaxed-constexpr"])
+            .args(env::var_os("CARGO_FEATURE_PLANTED_FAULTS").map(|_| "-DPERIGEE_PLANTED_FAULTS"))
             // Source lines for the checkers and the profiler; they multiply the size of the images.
             .args(env::var_os("PERIGEE_CUDA_LINEINFO").map(|_| "-lineinfo"))
             .arg("-I")

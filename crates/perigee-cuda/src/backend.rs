@@ -12,6 +12,7 @@ use crate::blas::Blas;
 use crate::buffer::Buffer;
 use crate::cache::Cache;
 use crate::device::{Device, DeviceInfo};
+use crate::formula::Formula;
 use crate::kernels::Kernels;
 use crate::loader::Loader;
 use crate::ops::embed::Embedding;
@@ -39,6 +40,7 @@ pub struct Options {
 /// Kimi Linear's ops on one GPU. Fields are dropped in order: whatever queues work or holds memory goes before the device.
 pub struct CudaBackend {
     pub(crate) precision: DType,
+    pub(crate) formula: Formula,
     pub(crate) group: Box<dyn Collective>,
     pub(crate) loader: Loader,
     pub(crate) scratch: Scratch,
@@ -61,10 +63,12 @@ impl CudaBackend {
     /// # Errors
     /// As [`crate::check`], or [`BackendError::Memory`] where the device has no room even for the workspace.
     pub fn open(options: Options, group: Box<dyn Collective>) -> Result<Self> {
+        let formula = Formula::from_environment()?;
         let device = Device::open(options.device)?;
         let stream = Stream::new(&device)?;
         Ok(Self {
             precision: options.precision,
+            formula,
             group,
             loader: Loader::default(),
             scratch: Scratch::default(),
@@ -75,7 +79,7 @@ impl CudaBackend {
             latent: 0,
             most_rows: 0,
             blas: Blas::new(&stream)?,
-            kernels: Kernels::load(&device, options.precision)?,
+            kernels: Kernels::load(&device, options.precision, formula)?,
             stream,
         })
     }
@@ -193,7 +197,7 @@ impl Backend for CudaBackend {
         self.stream.device().bind()?;
         let planning =
             Planning { heads: self.mla_heads.unwrap_or(0), items: 2 * self.stream.device().multiprocessors() as usize };
-        self.step.begin(&self.stream, batch, planning)?;
+        self.step.begin(&self.stream, batch, planning, self.formula)?;
         let parts = self.mla_part_bytes(self.latent);
         self.scratch.reserve(self.stream.device(), self.most_rows.max(batch.tokens.len()), parts)
     }

@@ -4,6 +4,7 @@
 use bytemuck::{NoUninit, cast_slice};
 use perigee_backend::{BackendError, PAGE_TOKENS, Result, Row, StepBatch};
 
+use crate::formula::{Fault, Formula};
 use crate::params::{AttendItem, AttendMerge, AttendRange, KdaChunk, KdaRow};
 use crate::stream::{Stream, Upload};
 
@@ -63,8 +64,18 @@ pub(crate) struct Planning {
 
 impl Step {
     /// Plans a batch and sends the plan.
-    pub(crate) fn begin(&mut self, stream: &Stream, batch: &StepBatch, planning: Planning) -> Result<()> {
-        let rows = Rows::new(batch)?;
+    pub(crate) fn begin(
+        &mut self,
+        stream: &Stream,
+        batch: &StepBatch,
+        planning: Planning,
+        formula: Formula,
+    ) -> Result<()> {
+        let mut rows = Rows::new(batch)?;
+        if formula.has(Fault::Rotary) {
+            let positions = batch.rows.iter().flat_map(|row| (row.position..).take(row.tokens as usize));
+            rows.places.extend(positions.map(|position| position as u32));
+        }
         let attention = Attention::plan(batch, planning);
         self.packed.clear();
         self.tokens = self.pack(&batch.tokens);

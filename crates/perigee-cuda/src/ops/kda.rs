@@ -7,6 +7,7 @@ use perigee_backend::{BackendError, KdaShape, Result, TensorSlice};
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
+use crate::formula::Fault;
 use crate::loader::{Loader, Placement};
 use crate::params::KdaParams;
 use crate::scratch::Need;
@@ -88,6 +89,7 @@ impl CudaBackend {
         for (which, slice) in slices.iter().enumerate() {
             for (at, value) in slice.to_f32()?.into_iter().enumerate() {
                 let (channel, tap) = (at / shape.conv, at % shape.conv);
+                let tap = if self.formula.has(Fault::ReversedTaps) { shape.conv - 1 - tap } else { tap };
                 values[tap * 3 * channels + which * channels + channel] = value;
             }
             stored += slice.bytes();
@@ -179,8 +181,12 @@ impl CudaBackend {
             taps: shape.conv as u32,
             layer: index as u32,
             layers: cache.shape().kda_layers as u32,
-            eps: shape.eps,
-            query_scale: (1.0 / (shape.head_dim as f64).sqrt()) as f32,
+            eps: if self.formula.has(Fault::OutputNormEpsilon) { 1e-6 } else { shape.eps },
+            query_scale: if self.formula.has(Fault::NoQueryScale) {
+                1.0
+            } else {
+                (1.0 / (shape.head_dim as f64).sqrt()) as f32
+            },
             first_row: 0,
             first_chunk: 0,
         })

@@ -6,6 +6,7 @@ use perigee_backend::{BackendError, DType, MlaShape, Partials, Result};
 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
+use crate::formula::Fault;
 use crate::kernels::MlaTensor;
 use crate::loader::{Loader, Placement};
 use crate::ops::norm::{Norm, NormRows};
@@ -215,7 +216,11 @@ impl CudaBackend {
             latent: shape.latent as u32,
             rope: shape.rope as u32,
             part_rows: part_rows as u32,
-            scale: shape.scale(),
+            scale: if self.formula.has(Fault::ScaleWithoutRope) {
+                1.0 / (shape.nope as f32).sqrt()
+            } else {
+                shape.scale()
+            },
             reserved: 0,
         };
         let rows = self.step.item_tokens * shape.heads;

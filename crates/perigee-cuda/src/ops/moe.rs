@@ -6,6 +6,7 @@ use perigee_backend::{BackendError, DType, MlpShape, MoeShape, Result, Routing};
 
 use crate::backend::CudaBackend;
 use crate::buffer::Buffer;
+use crate::formula::Fault;
 use crate::kernels::MoeTensor;
 use crate::loader::{Loader, Placement};
 use crate::ops::mlp::Mlp;
@@ -76,6 +77,9 @@ impl CudaBackend {
         let router = Loader::matrix(&self.stream, shape.experts, shape.hidden, DType::Fp32, name)?;
         self.loader.place(&self.stream, &self.kernels, &weights.router, &router, Placement::at(0))?;
         let bias = self.loader.vector(&self.stream, &self.kernels, &weights.bias)?;
+        if self.formula.has(Fault::UnbiasedSelection) {
+            self.stream.fill(&bias, 0, bias.bytes(), 0)?;
+        }
         let gate_up_rows = shape.experts * 2 * width;
         let gate_up = Loader::matrix(&self.stream, gate_up_rows, shape.hidden, self.precision, "expert gate and up")?;
         let down = Loader::matrix(&self.stream, shape.experts * shape.hidden, width, self.precision, "expert down")?;

@@ -1,11 +1,12 @@
 // The KDA recurrence token by token, for any head size up to 1024 and any number of taps: the fallback for shapes that the
 // fast kernels do not have. One block a (row, head); thread j owns value channel j, and with it column j of the state, which
 // stays in memory (the second-level cache, for short rows).
+#include "common/faults.cuh"
 #include "kda/inputs.cuh"
 
 constexpr int kMaxDim = 1024;
 
-template <class T>
+template <class T, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void recurrent(const KdaParams& p) {
   __shared__ float query[kMaxDim];
   __shared__ float key[kMaxDim];
@@ -40,11 +41,13 @@ __device__ __forceinline__ void recurrent(const KdaParams& p) {
     float output = 0.0f;
     if (active) {
       float read = 0.0f;
-      for (uint32_t c = 0; c < dim; c++) read += key[c] * (source[c * dim + j] * decay[c]);
+      for (uint32_t c = 0; c < dim; c++) {
+        read += key[c] * (source[c * dim + j] * (kFault == Fault::kDecayAfterRead ? 1.0f : decay[c]));
+      }
       const float delta = write_strength<T>(p, token, head) * (v - read);
       for (uint32_t c = 0; c < dim; c++) {
         const float s = source[c * dim + j] * decay[c] + key[c] * delta;
-        state[c * dim + j] = s;
+        state[c * dim + j] = kFault == Fault::kRoundedState ? rounded<bf16>(s) : s;
         output += query[c] * s;
       }
       output = rounded<T>(output);
@@ -53,8 +56,11 @@ __device__ __forceinline__ void recurrent(const KdaParams& p) {
     const float mean = block_sum(output * output, scratch) / static_cast<float>(dim);
     if (active) {
       const float normed = output / sqrtf(mean + p.eps) * p.o_norm[j];
-      static_cast<T*>(p.mixed)[static_cast<uint64_t>(token) * width + channel] =
-          narrow<T>(normed * output_gate<T>(p, token, channel));
+      float gate = output_gate<T>(p, token, channel);
+      if (kFault == Fault::kSiluGate) {
+        gate *= widen(static_cast<const T*>(p.gates)[static_cast<uint64_t>(token) * 2 * width + width + channel]);
+      }
+      static_cast<T*>(p.mixed)[static_cast<uint64_t>(token) * width + channel] = narrow<T>(normed * gate);
     }
   }
 
@@ -73,3 +79,9 @@ __device__ __forceinline__ void recurrent(const KdaParams& p) {
 
 extern "C" __global__ void __launch_bounds__(1024) kda_recurrent_fp32(const __grid_constant__ KdaParams p) { recurrent<float>(p); }
 extern "C" __global__ void __launch_bounds__(1024) kda_recurrent_bf16(const __grid_constant__ KdaParams p) { recurrent<bf16>(p); }
+
+#ifdef PERIGEE_PLANTED_FAULTS
+extern "C" __global__ void __launch_bounds__(1024) kda_recurrent_fp32_decay_after_read(const __grid_constant__ KdaParams p) { recurrent<float, Fault::kDecayAfterRead>(p); }
+extern "C" __global__ void __launch_bounds__(1024) kda_recurrent_fp32_rounded_state(const __grid_constant__ KdaParams p) { recurrent<float, Fault::kRoundedState>(p); }
+extern "C" __global__ void __launch_bounds__(1024) kda_recurrent_fp32_silu_gate(const __grid_constant__ KdaParams p) { recurrent<float, Fault::kSiluGate>(p); }
+#endif

@@ -1,6 +1,7 @@
 // The router: scores in float32, grouped top-k on biased scores, weights from unbiased ones, and the sort of (token, choice)
 // entries by expert that the grouped products need. See README.md.
 #include "common/common.cuh"
+#include "common/faults.cuh"
 #include "moe/params.h"
 
 constexpr int kRouterTokens = 4;  // tokens of a warp: the weight row is read once for all of them
@@ -112,7 +113,8 @@ __device__ __forceinline__ void warp_argmax(float& value, uint32_t& index) {
 }
 
 // One warp a token. Shared memory of a warp: scores [E], biased scores [E], group scores [groups], chosen [k], chosen in order [k].
-extern "C" __global__ void __launch_bounds__(128) moe_select(const __grid_constant__ MoeSelectParams p) {
+template <Fault kFault = Fault::kNone>
+__device__ __forceinline__ void select(const MoeSelectParams& p) {
   extern __shared__ float shared[];
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t token = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
@@ -184,6 +186,10 @@ extern "C" __global__ void __launch_bounds__(128) moe_select(const __grid_consta
     __syncwarp();
   }
   const uint32_t* chosen = ordered;
+  if (kFault == Fault::kBiasedWeights) {
+    for (uint32_t e = lane; e < p.experts; e += kWarp) scores[e] += p.bias[e];
+    __syncwarp();
+  }
   float sum = 0.0f;
   for (uint32_t choice = 0; choice < p.top_k; choice++) sum += scores[chosen[choice]];
   const float factor = (p.renormalize ? 1.0f / (sum + 1e-20f) : 1.0f) * p.scale;
@@ -192,6 +198,11 @@ extern "C" __global__ void __launch_bounds__(128) moe_select(const __grid_consta
     p.weights[to + choice] = scores[chosen[choice]] * factor;
   }
 }
+
+extern "C" __global__ void __launch_bounds__(128) moe_select(const __grid_constant__ MoeSelectParams p) { select(p); }
+#ifdef PERIGEE_PLANTED_FAULTS
+extern "C" __global__ void __launch_bounds__(128) moe_select_biased_weights(const __grid_constant__ MoeSelectParams p) { select<Fault::kBiasedWeights>(p); }
+#endif
 
 // One block. Counts, offsets, tiles and places of all entries. The order within an expert varies from run to run, which no
 // result depends on: rows are computed by themselves and summed by token in the order of choices.
