@@ -6,6 +6,7 @@
 pub mod attend;
 mod codec;
 pub mod digest;
+pub mod epochs;
 pub mod geometry;
 pub mod handoff;
 pub mod merge;
@@ -16,6 +17,7 @@ mod testing;
 pub use attend::{AnswerBatch, AttendError, AttendShape, QueryBatch, attention_bytes};
 pub use codec::{Crc, FieldError};
 pub use digest::{Digest, DigestMismatch, TensorDigests};
+pub use epochs::{Coordinator, Party};
 pub use geometry::{Geometry, GeometryError, Layout, PAGE_POSITIONS, STATE_KINDS, Tensor};
 pub use handoff::{Expected, HandoffDecoder, HandoffEncoder, HandoffError, Header, PageSlice, Part, StateSlice};
 pub use merge::{MergeError, merge};
