@@ -56,6 +56,8 @@ pub struct CpuBackend {
     latents: Option<Arc<LatentSlab>>,
     batch: StepBatch,
     selected: Vec<u32>,
+    #[cfg(feature = "planted-faults")]
+    router_gaps: Option<Vec<f32>>,
     weight_bytes: u64,
 }
 
@@ -71,6 +73,8 @@ impl CpuBackend {
             latents: None,
             batch: StepBatch::default(),
             selected: Vec::new(),
+            #[cfg(feature = "planted-faults")]
+            router_gaps: None,
             weight_bytes: 0,
         }
     }
@@ -79,6 +83,13 @@ impl CpuBackend {
     #[cfg(feature = "planted-faults")]
     pub fn plant(&mut self, fault: crate::Fault) {
         self.formula = Formula::with(fault);
+    }
+
+    /// How close the choice of experts was in every layer since the last call, layer after layer \[tokens\]: the last
+    /// chosen score minus the first that was not, of groups too. The first call begins the watch.
+    #[cfg(feature = "planted-faults")]
+    pub fn router_gaps(&mut self) -> Vec<f32> {
+        self.router_gaps.replace(Vec::new()).unwrap_or_default()
     }
 
     /// The latent pool, shared with whoever answers attention for other replicas.
@@ -315,6 +326,10 @@ impl Backend for CpuBackend {
     fn moe(&mut self, layer: &Moe, x: &Tensor, routing: Routing<'_>, out: &mut Tensor) -> Result<()> {
         let (tokens, rounded) = (self.tokens(), self.rounded());
         let x = x.head(tokens)?;
+        #[cfg(feature = "planted-faults")]
+        if let Some(gaps) = &mut self.router_gaps {
+            gaps.extend(layer.gaps(&self.workers, x));
+        }
         let selection = layer.route(&self.workers, x, routing)?;
         layer.forward(&self.workers, x, &selection, rounded, out.head_mut(tokens)?);
         out.settle(tokens);

@@ -10,6 +10,7 @@ pub mod in_process;
 pub mod numbers;
 pub mod processes;
 pub mod sandbox;
+pub mod solo;
 pub mod tensors;
 
 pub use compare::{Limits, Report, compare};

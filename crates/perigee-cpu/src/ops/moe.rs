@@ -55,10 +55,7 @@ impl Moe {
     pub(crate) fn route(&self, workers: &Workers, x: &[f32], routing: Routing<'_>) -> Result<Selection> {
         let MoeShape { experts, top_k, .. } = self.shape;
         let tokens = x.len() / self.shape.hidden;
-        let mut scores = vec![0f32; tokens * experts];
-        self.router.product(workers, x, &mut scores);
-        sigmoid_all(&mut scores);
-
+        let mut scores = self.scores(workers, x);
         let mut own = Vec::with_capacity(tokens * top_k);
         for scores in scores.chunks_exact(experts) {
             own.extend(select(&self.shape, scores, &self.bias));
@@ -92,6 +89,30 @@ impl Moe {
             }
         }
         Ok(Selection { own, assigned })
+    }
+
+    /// Scores [tokens, experts] of `x` [tokens, d].
+    fn scores(&self, workers: &Workers, x: &[f32]) -> Vec<f32> {
+        let mut scores = vec![0f32; x.len() / self.shape.hidden * self.shape.experts];
+        self.router.product(workers, x, &mut scores);
+        sigmoid_all(&mut scores);
+        scores
+    }
+
+    /// How close each token's choice is: the last chosen score minus the first that is not, of groups too.
+    #[cfg(feature = "planted-faults")]
+    pub(crate) fn gaps(&self, workers: &Workers, x: &[f32]) -> Vec<f32> {
+        let scores = self.scores(workers, x);
+        let gap = |values: &[f32], count: usize| {
+            let mut sorted = values.to_vec();
+            sorted.sort_by(|a, b| b.total_cmp(a));
+            sorted.get(count).map_or(f32::INFINITY, |next| sorted[count - 1] - next)
+        };
+        let of_token = |scores: &[f32]| {
+            let (biased, totals) = eligible(&self.shape, scores, &self.bias);
+            gap(&biased, self.shape.top_k).min(gap(&totals, self.shape.top_groups.min(totals.len())))
+        };
+        scores.chunks_exact(self.shape.experts).map(of_token).collect()
     }
 
     /// Routed plus shared experts, this rank's partial sum, into `out` [tokens, d].
@@ -128,10 +149,16 @@ impl Moe {
 
 /// The k experts with the largest biased scores among the best groups, ascending; ties go to the lower number.
 fn select(shape: &MoeShape, scores: &[f32], bias: &[f32]) -> Vec<u32> {
+    largest(&eligible(shape, scores, bias).0, shape.top_k)
+}
+
+/// Biased scores, minus infinity outside the best groups; and the groups' totals, none where there is one group.
+fn eligible(shape: &MoeShape, scores: &[f32], bias: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let mut totals = Vec::new();
     let mut biased: Vec<f32> = scores.iter().zip(bias).map(|(score, bias)| score + bias).collect();
     if shape.groups > 1 {
         let size = shape.experts / shape.groups;
-        let totals: Vec<f32> = biased.chunks_exact(size).map(sum_of_two_largest).collect();
+        totals = biased.chunks_exact(size).map(sum_of_two_largest).collect();
         let kept = largest(&totals, shape.top_groups);
         for (group, members) in biased.chunks_exact_mut(size).enumerate() {
             if !kept.contains(&(group as u32)) {
@@ -139,7 +166,7 @@ fn select(shape: &MoeShape, scores: &[f32], bias: &[f32]) -> Vec<u32> {
             }
         }
     }
-    largest(&biased, shape.top_k)
+    (biased, totals)
 }
 
 fn sum_of_two_largest(values: &[f32]) -> f32 {

@@ -39,7 +39,7 @@ async fn streams_that_were_preempted_equal_their_solo_runs() {
     for replica in ["replica-0", "replica-1"] {
         let preemptions = sandbox.replica_metric(replica, "perigee_preemptions_total").await.unwrap();
         println!("{preemptions} preemptions on {replica}");
-        assert!(preemptions > 0.0, "no preemption on {replica}");
+        assert!(preemptions >= 3.0, "hardly a preemption on {replica}");
     }
     let mut judge = Judge::new("random:tiny");
     equals_solo_runs(&sandbox, &work, &outcome, &mut judge).await;
