@@ -1,4 +1,4 @@
-//! Configuration files: TOML with a table for each command ([up], [router], [worker]) whose keys are the long options of
+//! Configuration files: TOML with a table for each command (`[up]`, `[router]`, `[worker]`) whose keys are the long options of
 //! that command. A file becomes arguments before the command line's own, which win; so one parser knows all names, and an
 //! unknown key is the same error as an unknown option.
 
