@@ -12,7 +12,7 @@ use crate::error::Result;
 /// The computation of one sequence.
 #[derive(Debug, Clone)]
 pub struct SoloRun {
-    /// Logits after the last token [V].
+    /// Logits after the last token `[V]`.
     pub logits: Vec<f32>,
     /// For every position the narrowest choice of experts over all layers: the last chosen score minus the next.
     pub router_gaps: Vec<f32>,
