@@ -108,7 +108,7 @@ pub enum TokenVerdict {
 }
 
 /// The coordinator of one session.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Coordinator {
     state: CoordinatorState,
     /// The epoch whose tokens are accepted.

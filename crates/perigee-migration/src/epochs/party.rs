@@ -72,7 +72,7 @@ pub enum PartyEvent {
 }
 
 /// One session at one replica.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Party {
     source: Option<Source>,
     target: Target,
@@ -96,12 +96,12 @@ impl Party {
 
     /// The epoch under which the session may be stepped, if it may.
     pub fn stepping(&self) -> Option<u64> {
-        self.source.and_then(|source| source.stepping())
+        self.source.as_ref().and_then(|source| source.stepping())
     }
 
     /// The highest epoch known: what a handoff decoder asks for.
     pub fn known_epoch(&self) -> u64 {
-        self.source.map_or(0, |source| source.known_epoch()).max(self.target.known_epoch())
+        self.source.as_ref().map_or(0, |source| source.known_epoch()).max(self.target.known_epoch())
     }
 
     /// The timer that a side needs. A home entry does not run out while its session is on its way back.
@@ -109,14 +109,14 @@ impl Party {
         match side {
             Side::Target => self.target.timer(),
             Side::Source if self.target.holding().is_some() => None,
-            Side::Source => self.source.and_then(|source| source.timer()),
+            Side::Source => self.source.as_ref().and_then(|source| source.timer()),
         }
     }
 
     /// Whether the replica may forget the session altogether: nothing is held. It should wait for a grace time, in which
     /// late messages are still told what they missed.
     pub fn is_over(&self) -> bool {
-        let is_gone = self.source.is_none_or(|source| !source.holds_state() && !source.holds_pages());
+        let is_gone = self.source.as_ref().is_none_or(|source| !source.holds_state() && !source.holds_pages());
         is_gone && self.target.holding().is_none()
     }
 

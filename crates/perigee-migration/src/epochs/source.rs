@@ -97,7 +97,7 @@ pub enum SourceEvent {
 }
 
 /// The owner's side of one session's moves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Source {
     state: SourceState,
 }

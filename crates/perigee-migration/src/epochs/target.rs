@@ -86,7 +86,7 @@ pub enum TargetEvent {
 }
 
 /// The other side of one session's moves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Target {
     state: TargetState,
 }

@@ -51,6 +51,11 @@ impl Step {
 }
 
 impl Step {
+    /// Whether something is lost by it that a move may need.
+    pub(super) fn is_harm(&self) -> bool {
+        self.is_fault() && !matches!(self, Self::Double(..) | Self::DoubleReport(_) | Self::Cancel)
+    }
+
     /// Whether it uses up what the session can still do: its tokens, or the time that others wait.
     pub(super) fn is_ending(&self) -> bool {
         matches!(self, Self::Decode(_) | Self::Grace(..) | Self::NoAnswer(_))
@@ -58,6 +63,10 @@ impl Step {
 }
 
 impl Replica {
+    fn is_attached(&self) -> bool {
+        !self.is_dead && !self.lost_lease
+    }
+
     /// Nothing said of a session overtakes the request itself.
     fn may_deliver(&self, message: usize) -> bool {
         let epoch = match self.from_router[message] {
@@ -122,7 +131,7 @@ impl World {
 
     fn router_steps(&self, steps: &mut Vec<Step>) {
         if self.coordinator.is_idle() && self.moves > 0 {
-            let others = (0..REPLICAS).filter(|&other| other != self.owner && !self.replicas[other].is_dead);
+            let others = (0..REPLICAS).filter(|&other| other != self.owner && self.replicas[other].is_attached());
             steps.extend(others.map(Step::Begin));
         }
         if matches!(self.coordinator.state(), CoordinatorState::Ready { .. }) {

@@ -73,6 +73,9 @@ pub(super) struct World {
     /// (from, to, what), sorted, so that equal states look equal.
     pub(super) handoffs: Vec<(usize, usize, Handoff)>,
     pub(super) faults: u8,
+    /// Whether something was lost, rather than late or doubled.
+    is_harmed: bool,
+    timeouts: u8,
     pub(super) moves: u8,
     /// How the last move went, for tests that count.
     pub(super) outcomes: Vec<Outcome>,
@@ -114,6 +117,8 @@ impl World {
             targets: Vec::new(),
             handoffs: Vec::new(),
             faults,
+            is_harmed: false,
+            timeouts: 0,
             moves,
             outcomes: Vec::new(),
         }
@@ -122,6 +127,7 @@ impl World {
     /// Takes a step.
     pub(super) fn take(&mut self, step: &Step) {
         self.faults = self.faults.saturating_sub(step.is_fault().into());
+        self.is_harmed |= step.is_harm();
         match *step {
             Step::Begin(target) => {
                 self.moves -= 1;
@@ -235,8 +241,8 @@ impl World {
             _ => false,
         };
         if is_home && epoch == self.coordinator.epoch() {
-            let answer = replica.party;
-            assert!({ answer }.on(PartyEvent::Query { epoch }).contains(&Action::AllowQuery), "{self:#?}");
+            let mut answer = replica.party.clone();
+            assert!(answer.on(PartyEvent::Query { epoch }).contains(&Action::AllowQuery), "{self:#?}");
         }
         self.party(home, PartyEvent::Query { epoch });
     }
@@ -276,7 +282,15 @@ impl World {
     }
 
     fn coordinate(&mut self, event: CoordinatorEvent) {
+        let epoch = self.coordinator.epoch();
+        self.timeouts += u8::from(event == CoordinatorEvent::Timeout);
         let actions = self.coordinator.on(event);
+        if actions.iter().any(|action| matches!(action, CoordinatorAction::Replay { .. })) {
+            // Only where it had to be: something was lost, and nobody goes on with the session all the same. Who is asked
+            // again and again and never answers is given up even so.
+            let goes_on = self.replicas.iter().any(|replica| replica.party.stepping() == Some(epoch));
+            assert!(self.is_harmed && (!goes_on || self.timeouts > 3), "a needless replay: {self:#?}");
+        }
         self.carry_out(actions);
     }
 
@@ -314,6 +328,10 @@ impl World {
             ToReplica::Command(kind, a, b) => self.party(replica, PartyEvent::Command(from_wire(kind, a, b))),
             ToReplica::Abort { epoch } => self.party(replica, PartyEvent::Ended { epoch }),
             ToReplica::Submit { epoch, tokens } => {
+                if std::mem::take(&mut self.replicas[replica].lost_lease) {
+                    // It attached anew; what was on the stream before is gone.
+                    self.replicas[replica].to_router.clear();
+                }
                 self.party(replica, PartyEvent::Submit { epoch });
                 let replica = &mut self.replicas[replica];
                 if replica.party.stepping() == Some(epoch) && !replica.has_state {
@@ -334,11 +352,11 @@ impl World {
                 }
             }
             Handoff::Frozen { next, tokens, homes } => {
-                let before = self.replicas[to].party;
+                let before = self.replicas[to].party.clone();
                 self.party(to, PartyEvent::Part { next });
                 self.party(to, PartyEvent::Verified { next });
-                let party = self.replicas[to].party;
-                let is_taken = before != party && party.target().holding() == Some(next);
+                let party = &self.replicas[to].party;
+                let is_taken = before != *party && party.target().holding() == Some(next);
                 if is_taken {
                     self.replicas[to].arrived = (tokens, homes);
                 }
