@@ -93,16 +93,26 @@ async fn a_killed_replica_leaves_while_a_busy_one_stays() {
         .expect("a process");
     let mut seen = Seen::new(registry.watch());
     seen.until_names(&["busy", "killed"]).await;
+    let endpoint = etcd.endpoint();
     let watch = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         killed.kill().expect("it runs");
         killed.wait().expect("it was killed");
-        runtime.block_on(seen.until_names(&["busy"]));
+        runtime.block_on(async {
+            seen.until_names(&["busy"]).await;
+            // Another lease from its beginning to its end, so that the busy one's must have been renewed meanwhile.
+            let mut client = etcd_client::Client::connect([endpoint], None).await.expect("a client");
+            let lease = client.lease_grant(2, None).await.expect("a lease").id();
+            let value = serde_json::to_vec(&record("silent", "1")).expect("JSON");
+            client.put(key("silent"), value, Some(PutOptions::new().with_lease(lease))).await.expect("written");
+            seen.until_names(&["busy", "silent"]).await;
+            seen.until_names(&["busy"]).await;
+        });
         seen
     });
     // This thread ran the publishing, and is now as busy as can be for longer than the lease.
     let seen = watch.join().expect("the killed one left");
-    assert_eq!(seen.removals(), 1);
+    assert_eq!(seen.removals(), 2);
     let leases = etcd.client().await.leases().await.expect("an answer");
     assert_eq!(leases.leases().len(), 1, "the busy one's");
 }

@@ -55,12 +55,15 @@ async fn a_restart_of_etcd_changes_nothing_and_new_replicas_join_after_it() {
 async fn an_etcd_that_lost_its_data_is_filled_again_and_nobody_sees_the_gap() {
     let Some(mut etcd) = Etcd::start().await else { return };
     // The watch holds what vanished for a lease's time; ample here, so that slow machines cannot end it.
-    let registry = registry(EtcdConfig { lease_ttl: Duration::from_secs(20), ..etcd.config() });
+    let registry = registry(EtcdConfig { lease_ttl: Duration::from_secs(600), ..etcd.config() });
     let publishers = crate::registry(etcd.config());
     let mut seen = Seen::new(registry.watch());
     let _first = publishers.publish(record("a", "1")).await.expect("published");
     let _second = publishers.publish(record("b", "1")).await.expect("published");
-    seen.until_names(&["a", "b"]).await;
+    // Nobody writes this one again.
+    let value = serde_json::to_vec(&record("lost", "1")).expect("JSON");
+    etcd.client().await.put(key("lost"), value, None).await.expect("written");
+    seen.until_names(&["a", "b", "lost"]).await;
 
     etcd.kill();
     etcd.lose_data();
@@ -69,7 +72,7 @@ async fn an_etcd_that_lost_its_data_is_filled_again_and_nobody_sees_the_gap() {
         lease_other_than(&etcd, name, 0).await;
     }
     let _third = publishers.publish(record("c", "1")).await.expect("published");
-    seen.until_names(&["a", "b", "c"]).await;
+    seen.until_names(&["a", "b", "c", "lost"]).await;
     assert_eq!(seen.removals(), 0);
 }
 
