@@ -174,7 +174,7 @@ impl Target {
     /// router has given that one up.
     fn offer(&mut self, epoch: u64, next: u64, has_room: bool) -> Vec<Action> {
         let known = self.known_epoch();
-        if next <= epoch {
+        if next <= epoch || epoch < known || next <= known {
             return vec![Action::Refuse(Failure::Stale { known })];
         }
         let holding = self.holding();
