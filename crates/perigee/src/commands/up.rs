@@ -95,6 +95,12 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     ready.sort_by(|a, b| a.replica.cmp(&b.replica));
     tracing::info!(seconds = started.elapsed().as_secs_f64(), "replicas are ready");
     attached.wait_for(|count| *count >= args.replicas).await.context("the router ended before it had replicas")?;
+    if matches!(spec, perigee_model::ModelSpec::Random { .. }) {
+        eprintln!(
+            "note: {} has random weights, so answers are noise; --model DIR serves a checkpoint",
+            args.engine.model
+        );
+    }
     if let Some(prompt) = &args.prompt {
         let client = ClientArgs { router: addresses.0.to_string(), json: args.json };
         let answered = GenerateArgs::greedy(prompt.clone(), args.max_tokens, client).ask().await;
