@@ -231,7 +231,7 @@ impl Relay {
                 }
                 state.attachment.clone()
             };
-            if attachment.send(Body::Abort(internal::Abort { sessions: vec![session.clone()] })).is_ok() {
+            if attachment.send(Body::Abort(internal::Abort { sessions: vec![session.clone()], epoch: 0 })).is_ok() {
                 told.push(session);
             }
         }
@@ -258,7 +258,7 @@ impl Relay {
         self.forget(flight);
         if !sessions.is_empty() {
             // A lost replica ends them itself.
-            let _ = attachment.send(Body::Abort(internal::Abort { sessions }));
+            let _ = attachment.send(Body::Abort(internal::Abort { sessions, epoch: 0 }));
         }
     }
 

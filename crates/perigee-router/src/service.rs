@@ -94,7 +94,7 @@ impl InferenceService {
                     || request_id.is_some_and(|id| id == session.request_id)
             });
             let wanted: Vec<String> = wanted.map(|session| session.session).collect();
-            if !wanted.is_empty() && attachment.send(Body::Abort(Abort { sessions: wanted.clone() })).is_ok() {
+            if !wanted.is_empty() && attachment.send(Body::Abort(Abort { sessions: wanted.clone(), epoch: 0 })).is_ok() {
                 told.extend(wanted);
             }
         }

@@ -264,6 +264,9 @@ pub struct Abort {
     /// Their names; unknown ones are ignored.
     #[prost(string, repeated, tag = "1")]
     pub sessions: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The last epoch that is over: a later one goes on. 0 ends them in any epoch. Home entries of those epochs end too.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
 }
 /// Asks for sessions.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -554,6 +557,22 @@ pub struct MoveReport {
     /// Bytes of token ids.
     #[prost(uint64, tag = "8")]
     pub token_bytes: u64,
+    /// Why it failed, where it did.
+    #[prost(enumeration = "MoveFailure", tag = "9")]
+    pub failure: i32,
+    /// The highest epoch known, where the command was stale.
+    #[prost(uint64, tag = "10")]
+    pub known: u64,
+    /// From the source, with ready: microseconds from the freeze until the target had verified everything, and of these for
+    /// taking the state off the device.
+    #[prost(uint64, tag = "11")]
+    pub frozen_us: u64,
+    /// See frozen_us.
+    #[prost(uint64, tag = "12")]
+    pub export_us: u64,
+    /// From the source, with ready: what the move came to, which is whole where a split one was not possible.
+    #[prost(enumeration = "MoveMode", tag = "13")]
+    pub mode: i32,
 }
 /// A piece of a handoff, in the format of perigee-migration; pieces join in order.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -761,6 +780,59 @@ impl MovePhase {
         }
     }
 }
+/// Why a command of a move was not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum MoveFailure {
+    /// It did not fail.
+    Unspecified = 0,
+    /// The command is of the past; known says up to which epoch.
+    Stale = 1,
+    /// The session is being handed over already, or runs here.
+    Busy = 2,
+    /// There is no such session here.
+    NotHere = 3,
+    /// The session is parked here because its router fell silent.
+    Parked = 4,
+    /// There is no slot, or not enough pages.
+    Full = 5,
+    /// The handoff broke or the target refused it.
+    Handoff = 6,
+    /// The session ended meanwhile.
+    Ended = 7,
+}
+impl MoveFailure {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "MOVE_FAILURE_UNSPECIFIED",
+            Self::Stale => "MOVE_FAILURE_STALE",
+            Self::Busy => "MOVE_FAILURE_BUSY",
+            Self::NotHere => "MOVE_FAILURE_NOT_HERE",
+            Self::Parked => "MOVE_FAILURE_PARKED",
+            Self::Full => "MOVE_FAILURE_FULL",
+            Self::Handoff => "MOVE_FAILURE_HANDOFF",
+            Self::Ended => "MOVE_FAILURE_ENDED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "MOVE_FAILURE_UNSPECIFIED" => Some(Self::Unspecified),
+            "MOVE_FAILURE_STALE" => Some(Self::Stale),
+            "MOVE_FAILURE_BUSY" => Some(Self::Busy),
+            "MOVE_FAILURE_NOT_HERE" => Some(Self::NotHere),
+            "MOVE_FAILURE_PARKED" => Some(Self::Parked),
+            "MOVE_FAILURE_FULL" => Some(Self::Full),
+            "MOVE_FAILURE_HANDOFF" => Some(Self::Handoff),
+            "MOVE_FAILURE_ENDED" => Some(Self::Ended),
+            _ => None,
+        }
+    }
+}
 /// Generated client implementations.
 pub mod replica_client {
     #![allow(
@@ -881,7 +953,8 @@ pub mod replica_client {
                 .insert(GrpcMethod::new("perigee.internal.v1.Replica", "Attach"));
             self.inner.streaming(req, path, codec).await
         }
-        /// Receives a moving session's state. Answers UNIMPLEMENTED in this version.
+        /// Receives a moving session's state. The answer comes once everything is here and verified; a refusal is a status that
+        /// says why, and nothing of the session stays.
         pub async fn handoff(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::HandoffChunk>,
@@ -903,7 +976,7 @@ pub mod replica_client {
                 .insert(GrpcMethod::new("perigee.internal.v1.Replica", "Handoff"));
             self.inner.client_streaming(req, path, codec).await
         }
-        /// Answers attention queries over latents that this replica holds. Answers UNIMPLEMENTED in this version.
+        /// Answers attention queries over latents that this replica holds, on a path that no step waits for.
         pub async fn attend(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::AttendQuery>,
@@ -957,7 +1030,8 @@ pub mod replica_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::RouterMessage>>,
         ) -> std::result::Result<tonic::Response<Self::AttachStream>, tonic::Status>;
-        /// Receives a moving session's state. Answers UNIMPLEMENTED in this version.
+        /// Receives a moving session's state. The answer comes once everything is here and verified; a refusal is a status that
+        /// says why, and nothing of the session stays.
         async fn handoff(
             &self,
             request: tonic::Request<tonic::Streaming<super::HandoffChunk>>,
@@ -968,7 +1042,7 @@ pub mod replica_server {
             >
             + std::marker::Send
             + 'static;
-        /// Answers attention queries over latents that this replica holds. Answers UNIMPLEMENTED in this version.
+        /// Answers attention queries over latents that this replica holds, on a path that no step waits for.
         async fn attend(
             &self,
             request: tonic::Request<tonic::Streaming<super::AttendQuery>>,

@@ -89,7 +89,7 @@ async fn an_abort_ends_the_session_and_frees_it() {
             break;
         }
     }
-    router.send(router_message::Body::Abort(Abort { sessions: vec!["s".to_owned(), "nobody".to_owned()] }));
+    router.send(router_message::Body::Abort(Abort { sessions: vec!["s".to_owned(), "nobody".to_owned()], epoch: 0 }));
     let last = router.events_to_end().await.pop().expect("an end");
     assert_eq!(last.finish(), Finish::Aborted);
     leader.assert_free().await;
@@ -128,7 +128,7 @@ async fn a_silent_router_loses_its_lease() {
     let left = leader.engine.sessions().await;
     let left: Vec<&str> = left.iter().map(|session| session.session.0.as_str()).collect();
     assert_eq!(left, ["alive"], "the lease of the silent one ran out");
-    alive.send(router_message::Body::Abort(Abort { sessions: vec!["alive".to_owned()] }));
+    alive.send(router_message::Body::Abort(Abort { sessions: vec!["alive".to_owned()], epoch: 0 }));
     assert_eq!(alive.events_to_end().await.pop().map(|event| event.finish()), Some(Finish::Aborted));
 }
 
