@@ -3,9 +3,10 @@
 //! activations and never learns what device they are on.
 
 use crate::batch::StepBatch;
-use crate::error::Result;
+use crate::error::{BackendError, Result};
 use crate::shapes::{CacheShape, KdaShape, MlaShape, MlpShape, MoeShape};
 use crate::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, TensorSlice};
+use perigee_sampling::{Draw, Sampled, Scratch};
 use serde::{Deserialize, Serialize};
 
 /// How an activation tensor is kept.
@@ -170,6 +171,27 @@ pub trait Backend: Send {
     fn all_reduce(&mut self, x: &mut Self::Tensor) -> Result<()>;
     /// Logits [batch.logits.len(), V], full precision, gathered from all ranks; `x` is the finally normed stream.
     fn logits(&mut self, head: &Self::Head, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+
+    /// One token for every entry of `draws`, entry `i` from row `i` of `logits` [rows, V]; there may be more rows than
+    /// draws. The outcome is that of [`perigee_sampling::sample`], margin included up to the rounding of sums and
+    /// logarithms. `scratch` is for draws made on the host.
+    ///
+    /// As provided it reads the rows and draws on the host. A device does better: what has to cross is the draws' parameters
+    /// one way, and ids with what a request asked for the other.
+    ///
+    /// # Errors
+    /// [`BackendError::Sampling`] for logits that only a failed forward pass has, and where nothing can be drawn.
+    fn sample(&mut self, logits: &Self::Tensor, draws: &[Draw<'_>], scratch: &mut Scratch) -> Result<Vec<Sampled>> {
+        if draws.is_empty() {
+            return Ok(Vec::new());
+        }
+        let values = self.read(logits, draws.len())?;
+        let rows = values.chunks_exact((values.len() / draws.len()).max(1));
+        rows.zip(draws)
+            .map(|(row, draw)| perigee_sampling::sample(row, draw, scratch))
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|error| BackendError::Sampling(error.to_string()))
+    }
 
     // Host access, outside the hot path.
 

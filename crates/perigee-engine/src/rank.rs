@@ -7,6 +7,7 @@ use perigee_backend::batch::BatchLimits;
 use perigee_backend::{Backend, BackendError, CacheShape, PAGE_TOKENS, Routing, StateKind, StatePart};
 use perigee_model::forward::{Model, StepHooks};
 use perigee_model::{LayerKind, ModelError};
+use perigee_sampling::{Draw, Sampled, Scratch};
 
 use crate::executor::{CacheBytes, ExecutorLimits, StepPlan};
 use crate::link::{FollowerLink, LinkError};
@@ -88,6 +89,14 @@ impl<B: Backend> Rank<B> {
     /// There are fewer rows.
     pub fn logits(&mut self, rows: usize) -> Result<Vec<f32>, BackendError> {
         self.backend.read(self.model.logits(), rows)
+    }
+
+    /// One token for every draw, draw `i` from row `i` of the last step's logits.
+    ///
+    /// # Errors
+    /// There are fewer rows, or nothing can be drawn from one.
+    pub(crate) fn sample(&mut self, draws: &[Draw<'_>], scratch: &mut Scratch) -> Result<Vec<Sampled>, BackendError> {
+        self.backend.sample(self.model.logits(), draws, scratch)
     }
 
     /// Executes any command but `Shutdown`, which needs no work.

@@ -29,7 +29,6 @@ pub struct Ranks<B: Backend> {
     others: Vec<Box<dyn LeaderLink>>,
     /// How long a rank may take for one command.
     timeout: Duration,
-    vocab: usize,
     weight_bytes: Vec<u64>,
     scratch: Scratch,
 }
@@ -41,8 +40,7 @@ impl<B: Backend> Ranks<B> {
     /// # Errors
     /// A rank does not answer.
     pub fn new(own: Rank<B>, others: Vec<Box<dyn LeaderLink>>, timeout: Duration) -> Result<Self, ExecutorError> {
-        let vocab = own.limits().vocab;
-        let mut ranks = Self { own, others, timeout, vocab, weight_bytes: Vec::new(), scratch: Scratch::new() };
+        let mut ranks = Self { own, others, timeout, weight_bytes: Vec::new(), scratch: Scratch::new() };
         let replies = ranks.tell(&RankCommand::WeightBytes)?;
         for (rank, reply) in replies.into_iter().enumerate() {
             match reply {
@@ -78,11 +76,16 @@ impl<B: Backend> Ranks<B> {
         forced: &ForcedExperts,
         trace: Option<&mut Trace>,
     ) -> Result<Vec<f32>, ExecutorError> {
+        self.run(plan, forced, trace)?;
+        self.own.logits(plan.batch.logits.len()).map_err(|error| local(&error.into()))
+    }
+
+    /// Runs a step on every rank and leaves the logits where they are.
+    fn run(&mut self, plan: &StepPlan, forced: &ForcedExperts, trace: Option<&mut Trace>) -> Result<(), ExecutorError> {
         self.send(&RankCommand::Step { plan: plan.clone(), forced: forced.clone() })?;
         let mut hooks = LeaderHooks { forced, trace };
         let own = self.own.step(plan, &mut hooks);
-        self.settle(own)?;
-        self.own.logits(plan.batch.logits.len()).map_err(|error| local(&error.into()))
+        self.settle(own)
     }
 
     /// A whole recurrent state of one KDA layer (index among KDA layers), [Hk, D, D] as bytes, gathered from the ranks.
@@ -168,17 +171,15 @@ impl<B: Backend> Executor for Ranks<B> {
     }
 
     fn step(&mut self, plan: &StepPlan, draws: &[Draw<'_>], want_logits: bool) -> Result<StepOutput, ExecutorError> {
-        let logits = self.forward(plan, &ForcedExperts::new(), None)?;
-        let mut sampled = Vec::with_capacity(draws.len());
-        for (row, draw) in logits.chunks_exact(self.vocab).zip(draws) {
-            let token = perigee_sampling::sample(row, draw, &mut self.scratch);
-            sampled.push(token.map_err(|error| ExecutorError { rank: 0, message: error.to_string(), fatal: false })?);
-        }
-        if sampled.len() != draws.len() {
-            let message = format!("{} draws from {} rows of logits", draws.len(), sampled.len());
+        let rows = plan.batch.logits.len();
+        if draws.len() > rows {
+            let message = format!("{} draws from {rows} rows of logits", draws.len());
             return Err(ExecutorError { rank: 0, message, fatal: false });
         }
-        Ok(StepOutput { sampled, logits: want_logits.then_some(logits) })
+        self.run(plan, &ForcedExperts::new(), None)?;
+        let sampled = self.own.sample(draws, &mut self.scratch).map_err(|error| local(&error.into()))?;
+        let logits = want_logits.then(|| self.own.logits(rows)).transpose().map_err(|error| local(&error.into()))?;
+        Ok(StepOutput { sampled, logits })
     }
 
     fn park(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ExecutorError> {
