@@ -1,8 +1,15 @@
-//! Where a session's latents are: a list of segments of whole pages in order of position, each with a home. All homes
-//! are this replica until sessions move; nothing here assumes it, so a moved session's list is the same type.
+//! Where a session's latents are: a list of segments of whole pages in order of position, each with a home: this replica,
+//! or one that the session ran on before. It does not know whether a remote home still answers.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
 
 use perigee_backend::{PAGE_TOKENS, Segment};
+use perigee_migration::segments::{self, Place, SegmentTable};
+use perigee_migration::{Layout, Segment as RemoteSegment};
 use serde::{Deserialize, Serialize};
+
+use super::HomePages;
 
 /// Stands for the pages of a parked session until it has pages again.
 const PARKED: u32 = u32::MAX;
@@ -21,10 +28,13 @@ pub enum Home {
         replica: String,
         /// Which run of it: pages of an earlier run are gone.
         incarnation: String,
+        /// Where it answers: its internal gRPC address, host:port.
+        endpoint: String,
         /// Its tensor-parallel degree.
         ranks: u32,
         /// How its ranks share the pages.
-        layout: u32,
+        #[serde(with = "layout_number")]
+        layout: Layout,
         /// Number of pages.
         pages: u64,
     },
@@ -70,6 +80,92 @@ impl Latents {
     /// No latents yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The latents that segments say, in order of position and without gaps.
+    pub fn from_segments(segments: Vec<LatentSegment>) -> Self {
+        Self { segments }
+    }
+
+    /// The latents of a session of `context` positions that arrived: what `table` names is elsewhere, and every other page
+    /// is in `local`, by number from position 0. None if a page is in neither, or the table goes beyond full pages.
+    pub fn assemble(
+        table: &SegmentTable,
+        endpoint_of: impl Fn(&Place) -> String,
+        local: &BTreeMap<u64, u32>,
+        context: u64,
+    ) -> Option<Self> {
+        table.check(context).ok()?;
+        let tokens = PAGE_TOKENS as u64;
+        let mut latents = Self::new();
+        for segment in table.segments() {
+            latents.append_known(segment.first / tokens, local)?;
+            let Place { replica, incarnation, ranks, layout } = segment.home.clone();
+            let endpoint = endpoint_of(&segment.home);
+            let pages = segment.tokens / tokens;
+            let home = Home::Remote { replica, incarnation, endpoint, ranks, layout, pages };
+            latents.segments.push(LatentSegment { first_page: segment.first / tokens, home });
+        }
+        latents.append_known(context.div_ceil(tokens), local)?;
+        Some(latents)
+    }
+
+    /// Whether some of them are on another replica.
+    pub fn is_remote(&self) -> bool {
+        self.segments.iter().any(|segment| matches!(segment.home, Home::Remote { .. }))
+    }
+
+    /// The positions that are elsewhere, as a handoff names them.
+    pub fn table(&self) -> SegmentTable {
+        let tokens = PAGE_TOKENS as u64;
+        let remote = self.segments.iter().filter_map(|segment| match &segment.home {
+            Home::Local { .. } => None,
+            Home::Remote { replica, incarnation, ranks, layout, pages, .. } => {
+                let (replica, incarnation) = (replica.clone(), incarnation.clone());
+                let home = Place { replica, incarnation, ranks: *ranks, layout: *layout };
+                Some(RemoteSegment { home, first: segment.first_page * tokens, tokens: pages * tokens })
+            }
+        });
+        // Whole pages in order of position: there is nothing to refuse.
+        SegmentTable::from_segments(remote).unwrap_or_default()
+    }
+
+    /// Other replicas' segments with the positions of each.
+    pub fn remote_ranges(&self) -> impl Iterator<Item = (&Home, Range<u64>)> {
+        let tokens = PAGE_TOKENS as u64;
+        self.segments
+            .iter()
+            .filter(|segment| matches!(segment.home, Home::Remote { .. }))
+            .map(move |segment| (&segment.home, segment.first_page * tokens..segment.end_page() * tokens))
+    }
+
+    /// Positions that are elsewhere.
+    pub fn remote_positions(&self) -> u64 {
+        self.remote_ranges().map(|(_, range)| range.end - range.start).sum()
+    }
+
+    /// The full local pages of a session of which `sealed_positions` positions are in full pages: what stays when it moves
+    /// away. None while it is parked.
+    pub fn home_pages(&self, sealed_positions: u64) -> HomePages {
+        let full = segments::sealed(sealed_positions) / PAGE_TOKENS as u64;
+        let mut kept = HomePages::default();
+        for (number, page) in self.numbered_local_pages().take_while(|(number, _)| *number < full) {
+            if page != PARKED {
+                kept.push(number, page);
+            }
+        }
+        kept
+    }
+
+    /// Local pages with their numbers from position 0, in order.
+    pub fn numbered_local_pages(&self) -> impl Iterator<Item = (u64, u32)> + '_ {
+        self.segments.iter().flat_map(|segment| {
+            let pages = match &segment.home {
+                Home::Local { pages } => pages.as_slice(),
+                Home::Remote { .. } => &[],
+            };
+            (segment.first_page..).zip(pages.iter().copied())
+        })
     }
 
     /// The segments in order.
@@ -176,65 +272,31 @@ impl Latents {
             .flatten()
     }
 
+    /// Appends the pages before number `end` that `local` names; None if it lacks one.
+    fn append_known(&mut self, end: u64, local: &BTreeMap<u64, u32>) -> Option<()> {
+        (self.end_page()..end).try_for_each(|number| local.get(&number).map(|&page| self.append(page)))
+    }
+
     fn end_page(&self) -> u64 {
         self.segments.last().map_or(0, LatentSegment::end_page)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A layout on the wire is its number, as in every other format.
+mod layout_number {
+    use perigee_migration::Layout;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    fn local(pages: &[u32]) -> Latents {
-        let mut latents = Latents::new();
-        pages.iter().for_each(|&page| latents.append(page));
-        latents
+    pub(super) fn serialize<S: Serializer>(layout: &Layout, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u8(layout.number())
     }
 
-    /// Two pages elsewhere, then two here.
-    fn moved() -> Latents {
-        let home = Home::Remote { replica: "a".into(), incarnation: "1".into(), ranks: 2, layout: 0, pages: 2 };
-        let mut latents = Latents { segments: vec![LatentSegment { first_page: 0, home }] };
-        latents.append(7);
-        latents.append(8);
-        latents
-    }
-
-    #[test]
-    fn pages_are_counted_from_position_zero() {
-        let latents = local(&[4, 5]);
-        assert_eq!(latents.capacity(), 128);
-        assert_eq!(latents.missing_for(128), 0);
-        assert_eq!(latents.missing_for(129), 1);
-        assert_eq!(moved().capacity(), 256);
-        assert_eq!(moved().missing_for(257), 1);
-        assert_eq!(moved().local_pages().collect::<Vec<_>>(), [7, 8]);
-    }
-
-    #[test]
-    fn a_row_names_only_local_pages_up_to_its_end() {
-        assert_eq!(local(&[4, 5]).row_segments(60), [Segment { start: 0, end: 60, pages: vec![4] }]);
-        assert_eq!(moved().row_segments(193), [Segment { start: 128, end: 193, pages: vec![7, 8] }]);
-        assert_eq!(moved().row_segments(128), []);
-    }
-
-    #[test]
-    fn a_fork_shares_full_pages_and_names_the_partial_one() {
-        assert_eq!(local(&[4, 5]).fork(70), (local(&[4]), Some(5)));
-        assert_eq!(local(&[4, 5]).fork(128), (local(&[4, 5]), None));
-        assert_eq!(local(&[4, 5]).fork(64), (local(&[4]), None), "an empty page is not worth a copy");
-        assert_eq!(local(&[4]).fork(0), (Latents::new(), None));
-        let (forked, partial) = moved().fork(200);
-        assert_eq!((forked.local_pages().collect::<Vec<_>>(), partial), (vec![7], Some(8)));
-        assert_eq!(forked.capacity(), 192);
-    }
-
-    #[test]
-    fn parking_keeps_the_shape() {
-        let mut latents = moved();
-        assert_eq!(latents.detach(), [7, 8]);
-        assert_eq!(latents.capacity(), 256);
-        latents.attach(&[1, 2]);
-        assert_eq!(latents.row_segments(256), [Segment { start: 128, end: 256, pages: vec![1, 2] }]);
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Layout, D::Error> {
+        let number = u8::deserialize(deserializer)?;
+        Layout::from_number(number).ok_or_else(|| D::Error::custom(format!("no layout of latents has number {number}")))
     }
 }
+
+#[cfg(test)]
+#[path = "latents_tests.rs"]
+mod tests;

@@ -1,10 +1,12 @@
 //! Accounts of what a replica's ranks keep for sessions: latent pages, state slots, and which of them belong to whom.
 //! Numbers only: no bytes and no device are touched here, the executor does what the accounts say.
 
+pub mod home_pages;
 pub mod latents;
 pub mod pages;
 pub mod slots;
 
+pub use home_pages::HomePages;
 pub use latents::{Home, LatentSegment, Latents};
 pub use pages::PagePool;
 pub use slots::{SlotPair, SlotPool};

@@ -2,7 +2,9 @@
 //! and the rules are in the README beside this file. It knows no device, no clock, no channel and no sampling.
 
 mod admit;
+pub mod arrivals;
 mod budget;
+pub mod moves;
 mod parking;
 mod place;
 mod task;
@@ -13,6 +15,8 @@ pub mod types;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
+pub use self::arrivals::Adopted;
+pub use self::moves::{FreezeCopies, FreezeRefused, FrozenView, Released, StateAt};
 use self::parking::ParkLedger;
 use self::task::{Place, Task};
 use self::types::Rank;
@@ -134,29 +138,34 @@ impl Scheduler {
     }
 
     /// Parking did not work: the session will be computed again.
-    pub fn park_failed(&mut self, id: TaskId) {
-        let Some(task) = self.tasks.get_mut(&id) else { return };
+    ///
+    /// # Errors
+    /// [`NeverFits`] if that is impossible: it came from elsewhere and is too long for this replica alone. It waits to be
+    /// removed then.
+    pub fn park_failed(&mut self, id: TaskId) -> Result<(), NeverFits> {
+        let Some(task) = self.tasks.get_mut(&id) else { return Ok(()) };
         if let Place::Parked { bytes, .. } = task.place {
             self.parked.give_back(bytes);
             task.place = Place::Queued;
             task.latents = Latents::new();
             task.computed = 0;
         }
+        Ok(())
     }
 
-    /// A running session's state is lost: it queues to be computed again.
+    /// A running session's state or some of its latents are lost: it queues to be computed again, with all latents here.
     ///
     /// # Errors
-    /// [`CacheError`] if the accounts are broken.
-    pub fn restart(&mut self, id: TaskId) -> Result<(), CacheError> {
-        let Some(mut task) = self.tasks.remove(&id) else { return Ok(()) };
+    /// [`CacheError`] if the accounts are broken; inside, [`NeverFits`] as for [`Self::park_failed`].
+    pub fn restart(&mut self, id: TaskId) -> Result<Result<(), NeverFits>, CacheError> {
+        let Some(mut task) = self.tasks.remove(&id) else { return Ok(Ok(())) };
         if matches!(task.place, Place::Running { .. }) {
             self.running.remove(&task.rank());
             self.strip(&mut task)?;
             self.queue.insert(task.rank());
         }
         self.tasks.insert(id, task);
-        Ok(())
+        Ok(Ok(()))
     }
 
     /// Whether any task is left.

@@ -176,6 +176,7 @@ fn row(task: &Task, slots: SlotPair, end: u64) -> PlannedRow {
         read_slot: slots.read,
         write_slot: slots.write,
         segments: task.latents.row_segments(end),
+        remote: task.latents.is_remote(),
         draws: end == task.length,
         prompt_logits_from: wants_prompt_logits.then_some(scored_from),
     }

@@ -106,6 +106,9 @@ pub struct Plan {
     pub unparks: Vec<Parking>,
     /// Sessions that lost slot and pages and will be computed again.
     pub restarts: Vec<TaskId>,
+    /// Sessions that lost slot and pages and can never be computed again here, because they came from elsewhere and are too
+    /// long for this replica alone: to be ended with an error, and removed.
+    pub evicted: Vec<(TaskId, NeverFits)>,
     /// Tasks that got slots.
     pub admitted: Vec<TaskId>,
     /// Sessions that became tasks of their own.
@@ -123,7 +126,7 @@ pub struct Plan {
 impl Plan {
     /// Whether there is nothing to run on the device.
     pub fn is_empty(&self) -> bool {
-        self.parks.is_empty() && self.unparks.is_empty() && self.rows.is_empty()
+        self.parks.is_empty() && self.unparks.is_empty() && self.evicted.is_empty() && self.rows.is_empty()
     }
 }
 
@@ -164,6 +167,8 @@ pub struct PlannedRow {
     pub write_slot: u32,
     /// Local latents up to the row's end.
     pub segments: Vec<Segment>,
+    /// Whether latents before them are elsewhere. Then the two slots differ, and the row counts only if it is advanced.
+    pub remote: bool,
     /// Whether the next token is drawn from the last position's logits.
     pub draws: bool,
     /// First position whose logits are wanted as prompt logits, if any; they go up to the row's end.
@@ -195,7 +200,7 @@ pub enum Status {
     Prefill,
     /// Running, one token a step.
     Decode,
-    /// In host memory.
+    /// In host memory, or frozen.
     Parked,
 }
 
@@ -217,10 +222,12 @@ pub struct Occupancy {
     pub running: u64,
     /// Sessions without slot that are not parked.
     pub waiting: u64,
-    /// Sessions in host memory.
+    /// Sessions in host memory, and frozen ones wherever they are.
     pub parked: u64,
     /// Known tokens that are not computed yet, decode tokens not counted.
     pub queued_tokens: u64,
+    /// Sessions that went and of which full pages are kept.
+    pub homes: u64,
     /// Free slots.
     pub slots_free: u64,
     /// Free pages.

@@ -227,10 +227,10 @@ impl Harness {
     fn carry_out(&mut self, plan: &Plan, lost_park: bool, lost_unpark: bool) {
         let mut lost = BTreeSet::new();
         for park in plan.parks.iter().filter(|_| lost_park) {
-            self.scheduler.park_failed(park.task);
+            self.scheduler.park_failed(park.task).unwrap();
         }
         for unpark in plan.unparks.iter().filter(|_| lost_unpark) {
-            self.scheduler.restart(unpark.task).unwrap();
+            self.scheduler.restart(unpark.task).unwrap().unwrap();
             lost.insert(unpark.task);
         }
         for row in plan.rows.iter().filter(|row| !lost.contains(&row.task)) {
