@@ -2,6 +2,8 @@
 //! description. A backend owns its device, its caches and its seat in the tensor-parallel group; the model owns layers and
 //! activations and never learns what device they are on.
 
+use std::sync::Arc;
+
 use crate::batch::StepBatch;
 use crate::error::{BackendError, Result};
 use crate::shapes::{CacheShape, KdaShape, MlaShape, MlpShape, MoeShape};
@@ -60,6 +62,26 @@ pub struct StatePart {
     pub first_head: u32,
     /// Number of heads.
     pub heads: u32,
+}
+
+/// Attention over latent pages for others, beside the step loop. Its user sees to it that nobody writes the pages, or
+/// throws away what came of it; it shares no lock with the step loop but, where there are any, those of single pages.
+pub trait LatentReader: Send + Sync {
+    /// Attention of queries [tokens, heads, R + r], full precision and not yet scaled, over all positions of full pages of
+    /// one MLA layer: normalised outputs [tokens, heads, R] and natural logs of the sums of exponentials [tokens, heads].
+    /// The pages lie before every query, so no mask is needed; over no pages the outputs are zero and the logs -inf.
+    ///
+    /// # Errors
+    /// There is no such layer or page, the widths do not fit, or the device failed.
+    fn attend(
+        &self,
+        layer: usize,
+        pages: &[u32],
+        heads: usize,
+        scale: f32,
+        latent: usize,
+        queries: &[f32],
+    ) -> Result<(Vec<f32>, Vec<f32>)>;
 }
 
 /// A device that runs Kimi Linear. Activations are [tokens of the step, width]; `index` counts layers of one kind from 0.
@@ -202,6 +224,11 @@ pub trait Backend: Send {
 
     // Caches.
 
+    /// A way to attend over pages while this backend steps, on other threads; none where it has no such way, or no caches
+    /// yet.
+    fn latent_reader(&self) -> Option<Arc<dyn LatentReader>> {
+        None
+    }
     /// Zeroes slots: the state of an empty sequence.
     fn clear_slots(&mut self, slots: &[u32]) -> Result<()>;
     /// Fills slots with not-a-number, so that a stale read shows.

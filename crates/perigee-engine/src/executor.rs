@@ -2,8 +2,12 @@
 //! result. The real one is a group of ranks; tests put a modelled one in its place.
 
 use perigee_backend::{StatePart, StepBatch};
+use perigee_migration::attend::AnswerStatus;
+use perigee_migration::{Digest, Geometry, PageSlice, StateSlice, TensorDigests};
 use perigee_sampling::{Draw, Sampled};
 use serde::{Deserialize, Serialize};
+
+use crate::remote::{RemoteCounts, RemotePlan};
 
 /// One step as the leader tells it to every rank: cache work first, in field order, then the forward pass.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +20,8 @@ pub struct StepPlan {
     pub copy_pages: Vec<(u32, u32)>,
     /// The forward pass; empty when only cache work is due.
     pub batch: StepBatch,
+    /// The rows of the pass whose older keys are at other replicas.
+    pub remote: RemotePlan,
 }
 
 /// What a step gave.
@@ -25,6 +31,35 @@ pub struct StepOutput {
     pub sampled: Vec<Sampled>,
     /// Logits [batch.logits.len(), vocab], where they were asked for.
     pub logits: Option<Vec<f32>>,
+    /// Rows (indices into `batch.rows`, ascending) that missed an answer on any rank: what they drew, and what they wrote
+    /// to their written slot and behind their position, must not be used.
+    pub faulty: Vec<u32>,
+    /// Rows to which a home said why it does not answer, with what it said; all of them are faulty.
+    pub refusals: Vec<(u32, AnswerStatus)>,
+    /// What asking cost.
+    pub remote: RemoteCounts,
+}
+
+/// Where a session's state is when it is exported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StateSource {
+    /// In a slot.
+    Slot(u32),
+    /// In the ranks' host memory, under this key.
+    Parked(u64),
+    /// Nowhere: the session has not begun, and its state is zero.
+    Empty,
+}
+
+/// Filled positions of a page, from its beginning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageSpan {
+    /// Number of the page.
+    pub page: u32,
+    /// Absolute position of its first latents, a multiple of [`perigee_backend::PAGE_TOKENS`].
+    pub first: u64,
+    /// How many positions; 1 to [`perigee_backend::PAGE_TOKENS`].
+    pub positions: u32,
 }
 
 /// A failed step or cache operation: which rank, and why. The replica cannot go on after `fatal`.
@@ -37,6 +72,13 @@ pub struct ExecutorError {
     pub message: String,
     /// Whether the group is broken (a rank lost, a collective failed) rather than one operation refused.
     pub fatal: bool,
+}
+
+impl ExecutorError {
+    /// The answer of an executor that has nothing of moves.
+    fn moves_nothing() -> Self {
+        Self { rank: 0, message: "this executor does not move sessions".into(), fatal: false }
+    }
 }
 
 /// Fixed sizes of a replica, agreed by all ranks.
@@ -87,4 +129,42 @@ pub trait Executor: Send {
     fn export_state(&mut self, slot: u32, part: &StatePart) -> Result<Vec<u8>, ExecutorError>;
     /// Weight bytes of every rank, in rank order.
     fn weight_bytes(&self) -> Vec<u64>;
+
+    // Moves. As provided, an executor moves nothing; none of these errors is fatal.
+
+    /// Shapes and types of a session's tensors over the whole replica; none where sessions cannot be moved.
+    fn geometry(&self) -> Option<Geometry> {
+        None
+    }
+    /// A session's state from every rank: all KDA layers, kinds and heads (counted over the whole model), each slice with
+    /// the digest that its rank took over it.
+    fn export_slot(&mut self, _from: StateSource) -> Result<Vec<StateSlice>, ExecutorError> {
+        Err(ExecutorError::moves_nothing())
+    }
+    /// Writes slices to a slot; every rank gets the part of each that lies in its heads. After an error the slot holds
+    /// anything.
+    fn import_state(&mut self, _slot: u32, _slices: &[StateSlice]) -> Result<(), ExecutorError> {
+        Err(ExecutorError::moves_nothing())
+    }
+    /// Digests over a slot as it is now, summed over the ranks; those of the latents are zero.
+    fn digest_slot(&mut self, _slot: u32) -> Result<TensorDigests, ExecutorError> {
+        Err(ExecutorError::moves_nothing())
+    }
+    /// Pages with their digests: of every page in order all MLA layers.
+    fn export_pages(&mut self, _pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {
+        Err(ExecutorError::moves_nothing())
+    }
+    /// Writes slices to the beginnings of pages, on every rank. After an error the pages hold anything.
+    fn import_pages(&mut self, _pages: &[(u32, PageSlice)]) -> Result<(), ExecutorError> {
+        Err(ExecutorError::moves_nothing())
+    }
+    /// Digests over pages as they are now, one for every MLA layer, summed over the pages. All ranks hold the same
+    /// latents; one whose digests differ is an error that names it.
+    fn digest_pages(&mut self, _pages: &[PageSpan]) -> Result<Vec<Digest>, ExecutorError> {
+        Err(ExecutorError::moves_nothing())
+    }
+    /// Fills slots and pages that were given back with not-a-number, so that a stale read shows.
+    fn poison(&mut self, _slots: &[u32], _pages: &[u32]) -> Result<(), ExecutorError> {
+        Err(ExecutorError::moves_nothing())
+    }
 }

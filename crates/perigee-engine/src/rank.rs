@@ -2,16 +2,23 @@
 //! the other, the same ones as every other rank of its replica, and decides nothing.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use perigee_backend::batch::BatchLimits;
-use perigee_backend::{Backend, BackendError, CacheShape, PAGE_TOKENS, Routing, StateKind, StatePart};
+use perigee_backend::{Backend, BackendError, CacheShape, LatentReader, PAGE_TOKENS, Routing, StateKind, StatePart};
+use perigee_migration::AttendShape;
 use perigee_model::forward::{Model, StepHooks};
 use perigee_model::{LayerKind, ModelError};
 use perigee_sampling::{Draw, Sampled, Scratch};
 
 use crate::executor::{CacheBytes, ExecutorLimits, StepPlan};
+use crate::homes::AnswerModel;
 use crate::link::{FollowerLink, LinkError};
 use crate::protocol::{RankCommand, RankReply};
+use crate::remote::{AttentionClient, RemoteAttention};
+
+/// Most tokens of a session in one question: a prefill chunk is asked about in pieces of a page.
+const QUESTION_TOKENS: u32 = 64;
 
 /// A session's cache in host memory: parts of its slot, then its pages, all as bytes.
 struct Parked {
@@ -28,6 +35,7 @@ pub struct Rank<B: Backend> {
     limits: ExecutorLimits,
     rank: usize,
     parked: HashMap<u64, Parked>,
+    attention: Option<RemoteAttention>,
 }
 
 /// Sizes of a rank that is about to run.
@@ -49,12 +57,31 @@ impl<B: Backend> Rank<B> {
     pub fn new(mut backend: B, model: Model<B>, shape: RankShape) -> Result<Self, BackendError> {
         backend.reserve_cache(&shape.cache)?;
         let RankShape { rank, cache, limits } = shape;
-        Ok(Self { backend, model, cache, limits, rank, parked: HashMap::new() })
+        Ok(Self { backend, model, cache, limits, rank, parked: HashMap::new(), attention: None })
     }
 
     /// Sizes that all ranks share.
     pub fn limits(&self) -> ExecutorLimits {
         self.limits
+    }
+
+    /// What questions of this model look like, and what answering them needs to know.
+    pub fn answer_model(&self) -> AnswerModel {
+        let shape = self.model.config().mla_shape(1);
+        let layers = self.cache.mla_layers as u32;
+        let (heads, latent, rope) = (shape.heads as u32, shape.latent as u32, shape.rope as u32);
+        let tokens = QUESTION_TOKENS;
+        AnswerModel { shape: AttendShape { layers, heads, latent, rope, tokens }, scale: shape.scale() }
+    }
+
+    /// Attention over this rank's latents beside its steps, where the backend offers that.
+    pub fn latent_reader(&self) -> Option<Arc<dyn LatentReader>> {
+        self.backend.latent_reader()
+    }
+
+    /// Lets remote rows ask through `client`; without one they are all faulty.
+    pub fn set_attention(&mut self, client: Box<dyn AttentionClient>, shape: AttendShape) {
+        self.attention = Some(RemoteAttention { client, shape });
     }
 
     /// Bytes of weights on this rank.

@@ -1,14 +1,16 @@
 //! A replica's ranks as the leader drives them: its own, and the others behind links. Every command goes to all before any
 //! answer is awaited, and every rank's answer is part of the result, so that a failed rank can never look healthy.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use perigee_backend::{Backend, Routing, StateKind, StatePart};
+use perigee_backend::{Backend, LatentReader, Routing, StateKind, StatePart};
 use perigee_model::ModelError;
 use perigee_model::forward::StepHooks;
 use perigee_sampling::{Draw, Scratch};
 
 use crate::executor::{CacheBytes, Executor, ExecutorError, ExecutorLimits, StepOutput, StepPlan};
+use crate::homes::AnswerModel;
 use crate::link::{LeaderLink, LinkError};
 use crate::protocol::{ForcedExperts, RankCommand, RankReply};
 use crate::rank::{Rank, is_fatal};
@@ -102,6 +104,17 @@ impl<B: Backend> Ranks<B> {
         Ok(bytes)
     }
 
+    /// Attention over this replica's latents beside its steps, where the backend offers that. All ranks hold the same
+    /// latents, so this one answers for all.
+    pub fn latent_reader(&self) -> Option<Arc<dyn LatentReader>> {
+        self.own.latent_reader()
+    }
+
+    /// What answering others needs to know of the model.
+    pub fn answer_model(&self) -> AnswerModel {
+        self.own.answer_model()
+    }
+
     /// Ends the other ranks; their processes exit.
     pub fn shutdown(&mut self) {
         for link in &mut self.others {
@@ -179,7 +192,7 @@ impl<B: Backend> Executor for Ranks<B> {
         self.run(plan, &ForcedExperts::new(), None)?;
         let sampled = self.own.sample(draws, &mut self.scratch).map_err(|error| local(&error.into()))?;
         let logits = want_logits.then(|| self.own.logits(rows)).transpose().map_err(|error| local(&error.into()))?;
-        Ok(StepOutput { sampled, logits })
+        Ok(StepOutput { sampled, logits, ..StepOutput::default() })
     }
 
     fn park(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ExecutorError> {
