@@ -7,6 +7,7 @@ use std::time::Instant;
 use perigee_text::Tokenizer;
 
 use crate::executor::{CacheBytes, ExecutorLimits};
+use crate::moves::MoveConfig;
 use crate::observer::{EngineObserver, Silent};
 use crate::scheduler::Limits;
 
@@ -47,6 +48,8 @@ pub struct EngineConfig {
     pub observer: Arc<dyn EngineObserver>,
     /// Tells the time.
     pub clock: Arc<dyn Clock>,
+    /// How sessions move to and from here; without it none does.
+    pub moves: Option<MoveConfig>,
 }
 
 impl Default for EngineConfig {
@@ -61,6 +64,7 @@ impl Default for EngineConfig {
             tokenizer: None,
             observer: Arc::new(Silent),
             clock: Arc::new(SystemClock),
+            moves: None,
         }
     }
 }

@@ -5,11 +5,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
+use perigee_migration::epochs::Command as MoveCommand;
+use perigee_migration::handoff::{Expected, Summary, Totals};
+use perigee_migration::{Header, Mode, Part};
 use tokio::sync::{mpsc as async_mpsc, oneshot, watch};
 
 use crate::config::{EngineConfig, StartError};
 use crate::door::Door;
 use crate::executor::Executor;
+use crate::moves::{Incoming, Prepare, Reply, Target};
 use crate::request::{EventBatch, Load, PositionLogprobs, RefusedRequest, Request, RouterId, SessionId, SessionInfo};
 use crate::step::EngineCore;
 
@@ -61,6 +65,9 @@ pub enum ScoreError {
     Failed(String),
 }
 
+/// Most bytes of a session's record: the log-probabilities of a long prompt are the largest part.
+const RECORD_LIMIT: u64 = 256 << 20;
+
 /// Answers of the loop to a score request.
 pub(crate) type ScoreReply = oneshot::Sender<Result<Scores, ScoreError>>;
 
@@ -71,7 +78,17 @@ pub(crate) enum Command {
     Detach(RouterId),
     Submit(RouterId, Box<Request>, QueuePermit),
     Score(Box<ScoreRequest>, QueuePermit, ScoreReply),
-    Abort(SessionId),
+    Abort(SessionId, u64),
+    Move(RouterId, SessionId, MoveCommand, Option<(Target, Mode)>),
+    /// The target has the header and the first tokens of a handoff from here.
+    HandoffOpened { session: SessionId, next: u64 },
+    /// How a handoff from here ended.
+    HandoffDone { session: SessionId, next: u64, result: Result<Totals, String> },
+    HandoffOffer { header: Box<Header>, reply: Reply<()> },
+    HandoffParts { session: SessionId, next: u64, parts: Vec<Part>, reply: Reply<()> },
+    HandoffVerify { session: SessionId, next: u64, summary: Box<Summary>, reply: Reply<Vec<u64>> },
+    /// A handoff to here broke off.
+    HandoffBroken { session: SessionId, next: u64 },
     Sessions(oneshot::Sender<Vec<SessionInfo>>),
     FlushCache(oneshot::Sender<u64>),
     Shutdown,
@@ -86,13 +103,15 @@ pub(crate) struct Shared {
     waiting: AtomicUsize,
     pub(crate) health: watch::Sender<EngineHealth>,
     pub(crate) load: watch::Sender<Load>,
+    /// What handoffs to here must be; none where none is taken.
+    expected: Option<Expected>,
 }
 
 impl Shared {
-    pub(crate) fn new(door: Door, queue_limit: usize, load: Load) -> Self {
+    pub(crate) fn new(door: Door, queue_limit: usize, load: Load, expected: Option<Expected>) -> Self {
         let (health, _) = watch::channel(EngineHealth::Serving);
         let (load, _) = watch::channel(load);
-        Self { door, queue_limit, waiting: AtomicUsize::new(0), health, load }
+        Self { door, queue_limit, waiting: AtomicUsize::new(0), health, load, expected }
     }
 }
 
@@ -111,6 +130,11 @@ impl QueuePermit {
             Ok(_) => Ok(Self { shared: Arc::clone(shared), held: AtomicBool::new(true) }),
             Err(waiting) => Err(RefusedRequest::Full { waiting, limit }),
         }
+    }
+
+    /// The place of a session that came from another replica: it waited there.
+    pub(crate) fn used(shared: &Arc<Shared>) -> Self {
+        Self { shared: Arc::clone(shared), held: AtomicBool::new(false) }
     }
 
     /// The request waits no longer; true the first time.
@@ -163,12 +187,19 @@ impl Engine {
             pages_total: limits.pages,
             ..Load::default()
         };
-        let shared = Arc::new(Shared::new(door, config.queue_limit, load));
+        let expected = config.moves.as_ref().zip(executor.geometry()).map(|(moves, geometry)| Expected {
+            model: moves.model.clone(),
+            geometry,
+            context: limits.max_length,
+            record: RECORD_LIMIT,
+        });
+        let shared = Arc::new(Shared::new(door, config.queue_limit, load, expected));
         // Requests hold a permit each, so their number is bounded before they come here; aborts and questions must
         // never find the channel full.
         let (commands, inbox) = mpsc::channel();
-        let core = EngineCore::new(executor, limits, config, inbox, Arc::clone(&shared));
-        Ok((core, EngineHandle { commands, shared }))
+        let core = EngineCore::new(executor, limits, config, (commands.clone(), inbox), Arc::clone(&shared));
+        let last = Arc::new(LastHandle { commands: commands.clone() });
+        Ok((core, EngineHandle { commands, shared, _last: last }))
     }
 }
 
@@ -177,6 +208,20 @@ impl Engine {
 pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
+    _last: Arc<LastHandle>,
+}
+
+/// Ends the engine with the last handle. The loop itself holds a way into its inbox, for the tasks that carry handoffs.
+#[derive(Debug)]
+struct LastHandle {
+    commands: mpsc::Sender<Command>,
+}
+
+impl Drop for LastHandle {
+    fn drop(&mut self) {
+        // The engine may have ended before.
+        let _ = self.commands.send(Command::Shutdown);
+    }
 }
 
 impl EngineHandle {
@@ -205,9 +250,36 @@ impl EngineHandle {
         self.try_send(Command::Submit(router, Box::new(request), permit))
     }
 
-    /// Ends a session, within two steps; its last event says so. Without effect if it is not here.
-    pub fn abort(&self, session: SessionId) {
-        self.send(Command::Abort(session));
+    /// Ends a session, within two steps; its last event says so. With an epoch other than 0, only in that epoch or an
+    /// earlier one. What is kept for it as a home ends too. Without effect if nothing of it is here.
+    pub fn abort(&self, session: SessionId, up_to_epoch: u64) {
+        self.send(Command::Abort(session, up_to_epoch));
+    }
+
+    /// Has a session handed over; reports follow in the events of `router`.
+    pub fn prepare(&self, router: RouterId, order: Prepare) {
+        let Prepare { session, epoch, next, target, mode } = order;
+        self.send(Command::Move(router, session, MoveCommand::Prepare { epoch, next }, Some((target, mode))));
+    }
+
+    /// Has a prepared session run. Its events go to `router` from now on.
+    pub fn start(&self, router: RouterId, session: SessionId, epoch: u64) {
+        self.send(Command::Move(router, session, MoveCommand::Start { epoch }, None));
+    }
+
+    /// Gives a session up that runs elsewhere.
+    pub fn release(&self, router: RouterId, session: SessionId, epoch: u64, owner_epoch: u64) {
+        self.send(Command::Move(router, session, MoveCommand::Release { epoch, owner_epoch }, None));
+    }
+
+    /// Takes a move back: to `next`, whose session goes on in `epoch` where it was.
+    pub fn abort_move(&self, router: RouterId, session: SessionId, next: u64, epoch: u64) {
+        self.send(Command::Move(router, session, MoveCommand::AbortMove { next, epoch }, None));
+    }
+
+    /// The target's side of one handoff.
+    pub fn incoming(&self) -> Incoming {
+        Incoming::new(self.commands.clone(), self.shared.expected.clone())
     }
 
     /// Log-probabilities of every token of a prompt but the first. Dropping the future ends the work.

@@ -3,13 +3,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use perigee_migration::epochs::PartyEvent;
 use perigee_sampling::{Sampled, SamplingParams};
 use tokio::sync::oneshot;
 
+use crate::cache::{Home, LatentSegment};
 use crate::handle::{Command, EngineHealth, QueuePermit, ScoreError, ScoreReply, ScoreRequest};
-use crate::request::{FinishReason, Request, RouterId, SessionEvent, SessionId, SessionInfo, StopRule};
+use crate::request::{FinishReason, Request, RouterId, SegmentInfo, SessionEvent, SessionId, SessionInfo, StopRule};
 use crate::scheduler::{NewTask, Status, TaskId};
-use crate::sequence::{Accepted, Sequence, SequenceError, SessionRecord, TextContext, drawn_logprobs};
+use crate::sequence::{Accepted, Sequence, SequenceError, TextContext, drawn_logprobs};
 use crate::step::{EngineCore, Fatal, Session, Sink};
 
 impl EngineCore {
@@ -19,10 +21,19 @@ impl EngineCore {
             Command::Detach(router) => self.detach(router)?,
             Command::Submit(router, request, permit) => self.take_request(router, &request, permit)?,
             Command::Score(request, permit, reply) => self.take_score(*request, permit, reply)?,
-            Command::Abort(session) => {
-                if let Some(&id) = self.names.get(&session) {
-                    self.end(id, FinishReason::Aborted, None)?;
-                }
+            Command::Abort(session, up_to) => self.take_abort(&session, up_to)?,
+            Command::Move(router, session, command, order) => self.take_move(router, session, command, order)?,
+            Command::HandoffOpened { session, next } => self.handoff_opened(&session, next)?,
+            Command::HandoffDone { session, next, result } => self.handoff_done(&session, next, result)?,
+            Command::HandoffOffer { header, reply } => self.handoff_offer(*header, reply)?,
+            Command::HandoffParts { session, next, parts, reply } => {
+                self.handoff_parts(&session, next, parts, reply)?;
+            }
+            Command::HandoffVerify { session, next, summary, reply } => {
+                self.handoff_verify(&session, next, *summary, reply)?;
+            }
+            Command::HandoffBroken { session, next } => {
+                self.drive(&session, PartyEvent::Broken { next })?;
             }
             Command::Sessions(reply) => self.answer(reply, self.session_infos()),
             // Nothing outlives its session yet, so there is nothing to drop.
@@ -30,20 +41,6 @@ impl EngineCore {
             Command::Shutdown => self.shut_down()?,
         }
         Ok(())
-    }
-
-    /// A session's record as it would travel, between steps. None if it is not here.
-    pub fn record(&self, session: &SessionId) -> Option<SessionRecord> {
-        let id = self.names.get(session)?;
-        let held = self.sessions.get(id)?;
-        let view = self.scheduler.session(*id)?;
-        let now = self.config.clock.now();
-        Some(SessionRecord {
-            sequence: held.sequence.clone(),
-            computed: view.computed,
-            time_left: held.deadline.map(|deadline| deadline.saturating_duration_since(now)),
-            latents: view.latents.clone(),
-        })
     }
 
     /// Ends sessions whose deadline passed, and scoring whose caller is gone.
@@ -57,13 +54,19 @@ impl EngineCore {
         abandoned.into_iter().try_for_each(|id| self.end(id, FinishReason::Aborted, None))
     }
 
-    /// Closes a router's stream and ends its sessions.
+    /// Closes a router's stream and ends its sessions; those that are being moved wait for it for a while.
     pub(crate) fn detach(&mut self, router: RouterId) -> Result<(), Fatal> {
         self.outbox.detach(router);
         let belongs = |session: &Session| matches!(session.sink, Sink::Router(owner) if owner == router);
-        let ids: Vec<TaskId> =
-            self.sessions.iter().filter(|(_, session)| belongs(session)).map(|(&id, _)| id).collect();
-        ids.into_iter().try_for_each(|id| self.end(id, FinishReason::Aborted, None))
+        let sessions = self.sessions.iter().filter(|(_, session)| belongs(session));
+        let ids: Vec<(TaskId, SessionId)> =
+            sessions.map(|(&id, session)| (id, session.sequence.session.clone())).collect();
+        for (id, session) in ids {
+            if !self.park_for(&session)? {
+                self.end(id, FinishReason::Aborted, None)?;
+            }
+        }
+        Ok(())
     }
 
     /// Ends every session and the engine.
@@ -87,8 +90,10 @@ impl EngineCore {
 
     /// Ends a session before its time: frees what it held and tells whoever waits for it.
     pub(crate) fn end(&mut self, id: TaskId, reason: FinishReason, error: Option<String>) -> Result<(), Fatal> {
-        if let Some(session) = self.forget(id)? {
+        if let Some(session) = self.drop_session(id)? {
+            let (name, epoch) = (session.sequence.session.clone(), session.sequence.epoch);
             self.tell_end(session, reason, error);
+            self.party_ended(&name, epoch)?;
         }
         Ok(())
     }
@@ -126,9 +131,10 @@ impl EngineCore {
             tracing::warn!(request = request.request_id, "a request of a router that is not attached was dropped");
             return Ok(());
         }
-        if request.sessions.iter().any(|session| self.names.contains_key(session)) {
-            tracing::warn!(request = request.request_id, "a request came twice; the second one was dropped");
-            return Ok(());
+        for session in &request.sessions {
+            if !self.submit_party(router, session, request.epoch)? {
+                return Ok(());
+            }
         }
         let permit = Arc::new(permit);
         let mut waiting = Vec::with_capacity(request.sessions.len());
@@ -137,13 +143,17 @@ impl EngineCore {
                 Ok((sequence, finish)) => {
                     let session = self.session(sequence, Sink::Router(router), request.deadline, &permit);
                     match finish {
-                        Some(reason) => self.tell_end(session, reason, None),
+                        Some(reason) => {
+                            self.tell_end(session, reason, None);
+                            self.party_ended(name, request.epoch)?;
+                        }
                         None => waiting.push(session),
                     }
                 }
                 Err(error) => {
                     tracing::error!(request = request.request_id, %error, "a request's text state could not be made");
                     self.refuse_late(router, request, index as u32, name, &error);
+                    self.party_ended(name, request.epoch)?;
                 }
             }
         }
@@ -198,8 +208,7 @@ impl EngineCore {
     }
 
     fn session(&self, sequence: Sequence, sink: Sink, deadline: Option<Instant>, permit: &Arc<QueuePermit>) -> Session {
-        let arrived = self.config.clock.now();
-        Session { sequence, sink, deadline, arrived, last_token: None, permit: Arc::clone(permit) }
+        Session::new(sequence, sink, deadline, self.config.clock.now(), Arc::clone(permit))
     }
 
     /// Queues the sessions of a request as one task.
@@ -232,8 +241,18 @@ impl EngineCore {
         Ok(())
     }
 
-    /// Takes a session out of every table and frees what it held.
+    /// A session is over: takes it out of every table and frees what it held.
     fn forget(&mut self, id: TaskId) -> Result<Option<Session>, Fatal> {
+        let session = self.drop_session(id)?;
+        if let Some(session) = &session {
+            let (name, epoch) = (session.sequence.session.clone(), session.sequence.epoch);
+            self.party_ended(&name, epoch)?;
+        }
+        Ok(session)
+    }
+
+    /// Takes a session out of the tables of what runs here and frees what it held.
+    pub(crate) fn drop_session(&mut self, id: TaskId) -> Result<Option<Session>, Fatal> {
         let removed = self.scheduler.remove(id)?.unwrap_or_default();
         if let Some(heir) = removed.heir {
             self.copy_prompt_logprobs(id, heir);
@@ -294,7 +313,7 @@ impl EngineCore {
     }
 
     /// Whoever asked may be gone by now; then the answer is of no use to anybody.
-    fn answer<T>(&self, reply: oneshot::Sender<T>, value: T) {
+    pub(crate) fn answer<T>(&self, reply: oneshot::Sender<T>, value: T) {
         if reply.send(value).is_err() {
             tracing::debug!("nobody waits for an answer any more");
         }
@@ -304,7 +323,7 @@ impl EngineCore {
         let info = |(id, session): (&TaskId, &Session)| {
             let view = self.scheduler.session(*id)?;
             let sequence = &session.sequence;
-            let segments = view.latents.segments().iter().map(|segment| segment.positions(view.computed));
+            let segments = view.latents.segments().iter().map(|segment| segment_info(segment, view.computed));
             Some(SessionInfo {
                 session: sequence.session.clone(),
                 request_id: sequence.request_id.clone(),
@@ -316,11 +335,20 @@ impl EngineCore {
                     Status::Parked => "parked",
                 },
                 context: sequence.length(),
-                segments: segments.filter(|(_, positions)| *positions > 0).collect(),
+                segments: segments.filter(|segment| segment.tokens > 0).collect(),
             })
         };
         self.sessions.iter().filter_map(info).collect()
     }
+}
+
+fn segment_info(segment: &LatentSegment, computed: u64) -> SegmentInfo {
+    let (first, tokens) = segment.positions(computed);
+    let (home, incarnation) = match &segment.home {
+        Home::Local { .. } => (String::new(), String::new()),
+        Home::Remote { replica, incarnation, .. } => (replica.clone(), incarnation.clone()),
+    };
+    SegmentInfo { home, incarnation, first, tokens }
 }
 
 /// An event of a session with what every event has; the first one takes the prompt's log-probabilities along.

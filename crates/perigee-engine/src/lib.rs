@@ -9,6 +9,7 @@ pub mod handle;
 pub mod homes;
 mod intake;
 pub mod link;
+pub mod moves;
 pub mod observer;
 mod outbox;
 pub mod protocol;

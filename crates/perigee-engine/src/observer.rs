@@ -3,7 +3,11 @@
 
 use std::time::Duration;
 
-use crate::request::FinishReason;
+use perigee_migration::Mode;
+
+use crate::moves::MoveFacts;
+use crate::remote::RemoteCounts;
+use crate::request::{FinishReason, SessionId};
 
 /// What a step was made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +38,28 @@ pub enum TokenKind {
     Completion,
 }
 
+/// How a move ended at its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MoveResult {
+    /// The session is another replica's.
+    Moved,
+    /// The target did not take it.
+    Failed,
+    /// The router took it back.
+    Aborted,
+}
+
+/// A move that is over at its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MoveRecord {
+    /// What went along.
+    pub mode: Mode,
+    /// How it ended.
+    pub result: MoveResult,
+    /// What it came to, where the target had verified everything.
+    pub facts: Option<MoveFacts>,
+}
+
 /// Takes the engine's measurements. Every method does nothing by default.
 pub trait EngineObserver: Send + Sync {
     /// A request got its slots for the first time, so long after it came.
@@ -50,6 +76,10 @@ pub trait EngineObserver: Send + Sync {
     fn tokens(&self, _kind: TokenKind, _count: u64) {}
     /// A session ended.
     fn finished(&self, _reason: FinishReason) {}
+    /// A session left, or did not.
+    fn moved(&self, _session: &SessionId, _record: &MoveRecord) {}
+    /// A step asked homes for attention.
+    fn asked(&self, _counts: &RemoteCounts) {}
 }
 
 /// Nobody keeps metrics.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::moves::Reported;
 use crate::request::{EventBatch, Load, RouterId, SessionEvent};
 
 /// A router without events gets the load at least this often: a little more than twice a second.
@@ -15,6 +16,7 @@ pub(crate) const LOAD_INTERVAL: Duration = Duration::from_millis(400);
 struct Stream {
     sender: UnboundedSender<EventBatch>,
     events: Vec<SessionEvent>,
+    reports: Vec<Reported>,
     last_sent: Option<Instant>,
 }
 
@@ -26,8 +28,9 @@ pub(crate) struct Outbox {
 impl Outbox {
     /// A router's events leave by `sender` from now on; it gets the load with the next flush.
     pub(crate) fn attach(&mut self, router: RouterId, sender: UnboundedSender<EventBatch>) {
-        let events = self.streams.remove(&router).map(|stream| stream.events).unwrap_or_default();
-        self.streams.insert(router, Stream { sender, events, last_sent: None });
+        let (events, reports) =
+            self.streams.remove(&router).map(|stream| (stream.events, stream.reports)).unwrap_or_default();
+        self.streams.insert(router, Stream { sender, events, reports, last_sent: None });
     }
 
     pub(crate) fn detach(&mut self, router: RouterId) {
@@ -49,19 +52,28 @@ impl Outbox {
         }
     }
 
+    /// Keeps a report for the next flush, behind the events kept so far.
+    pub(crate) fn report(&mut self, router: RouterId, mut report: Reported) {
+        if let Some(stream) = self.streams.get_mut(&router) {
+            report.before = stream.events.len();
+            stream.reports.push(report);
+        }
+    }
+
     /// Sends every router its events, and the load alone where that is due. Returns routers that are gone.
     pub(crate) fn flush(&mut self, now: Instant, load: Load) -> Vec<RouterId> {
         let mut gone = Vec::new();
         for (router, stream) in &mut self.streams {
             let is_due = stream.last_sent.is_none_or(|sent| now.saturating_duration_since(sent) >= LOAD_INTERVAL);
-            if stream.events.is_empty() && !is_due {
+            if stream.events.is_empty() && stream.reports.is_empty() && !is_due {
                 if stream.sender.is_closed() {
                     gone.push(*router);
                 }
                 continue;
             }
             stream.last_sent = Some(now);
-            let batch = EventBatch { events: std::mem::take(&mut stream.events), load };
+            let (events, reports) = (std::mem::take(&mut stream.events), std::mem::take(&mut stream.reports));
+            let batch = EventBatch { events, reports, load };
             if stream.sender.send(batch).is_err() {
                 gone.push(*router);
             }

@@ -4,6 +4,8 @@
 use perigee_sampling::SamplingParams;
 use serde::{Deserialize, Serialize};
 
+use crate::moves::Reported;
+
 /// A session's name, unique in the cluster; the router makes it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SessionId(pub String);
@@ -134,6 +136,8 @@ pub struct SessionEvent {
 pub struct EventBatch {
     /// Events, in order.
     pub events: Vec<SessionEvent>,
+    /// What was said of moves, in order; each names its place among the events.
+    pub reports: Vec<Reported>,
     /// Load after the step.
     pub load: Load,
 }
@@ -161,6 +165,8 @@ pub struct Load {
     pub step_ms: f32,
     /// Steps done since the start.
     pub steps: u64,
+    /// Sessions that run elsewhere and have latents here.
+    pub homes: u32,
 }
 
 /// A session as operators see it.
@@ -176,8 +182,21 @@ pub struct SessionInfo {
     pub status: &'static str,
     /// Tokens in its context.
     pub context: u64,
-    /// Where its latents are: (first position, positions), all local until sessions move.
-    pub segments: Vec<(u64, u64)>,
+    /// Where its latents are, in order of position.
+    pub segments: Vec<SegmentInfo>,
+}
+
+/// A run of positions whose latents one replica holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SegmentInfo {
+    /// The replica; empty for the one that answers.
+    pub home: String,
+    /// Which run of it.
+    pub incarnation: String,
+    /// First position.
+    pub first: u64,
+    /// Number of positions.
+    pub tokens: u64,
 }
 
 /// A request that was refused at the door.

@@ -1,13 +1,10 @@
 //! A session's record: its tokens, how it is sampled, and what its text and log-probabilities are so far. Everything in
 //! it serialises, because it moves with the session; slots, pages and queue places are the scheduler's affair.
 
-use std::time::Duration;
-
 use perigee_sampling::{SampleError, Sampled, SamplingParams, TokenCounts};
 use perigee_text::{DetokenizeStream, StopError, StopMatcher, TextError, Tokenizer};
 use serde::{Deserialize, Serialize};
 
-use crate::cache::Latents;
 use crate::request::{FinishReason, PositionLogprobs, Request, SessionId, StopRule, TokenLogprob, Usage};
 
 /// A session as it is between steps, without what only makes sense where it runs.
@@ -82,19 +79,6 @@ impl PromptLogprobs {
         self.positions.push(Some(position(token, reported.logprob, &reported.top)));
         Ok(())
     }
-}
-
-/// A session together with what the scheduler knows of it: what a handoff sends ahead of state and pages.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct SessionRecord {
-    /// The session.
-    pub sequence: Sequence,
-    /// Tokens that its state and latents cover.
-    pub computed: u64,
-    /// How long the client still waits.
-    pub time_left: Option<Duration>,
-    /// Where its latents are.
-    pub latents: Latents,
 }
 
 /// What a model and its tokenizer mean for every session.

@@ -12,6 +12,7 @@ use crate::cache::CacheError;
 use crate::config::EngineConfig;
 use crate::executor::{Executor, ExecutorError, StepOutput, StepPlan};
 use crate::handle::{Command, EngineHealth, QueuePermit, ScoreReply, Shared};
+use crate::moves::{Arriving, Seats};
 use crate::observer::{Preemption, StepPhase, TokenKind};
 use crate::outbox::{LOAD_INTERVAL, Outbox};
 use crate::request::{FinishReason, Load, RouterId, SessionId};
@@ -55,6 +56,22 @@ pub(crate) struct Session {
     pub(crate) last_token: Option<Instant>,
     /// Shared by the sessions of a request.
     pub(crate) permit: Arc<QueuePermit>,
+    /// Steps in a row that missed an answer of a home.
+    pub(crate) misses: u32,
+    /// When it steps again after that.
+    pub(crate) retry_at: Option<Instant>,
+}
+
+impl Session {
+    pub(crate) fn new(
+        sequence: Sequence,
+        sink: Sink,
+        deadline: Option<Instant>,
+        arrived: Instant,
+        permit: Arc<QueuePermit>,
+    ) -> Self {
+        Self { sequence, sink, deadline, arrived, last_token: None, permit, misses: 0, retry_at: None }
+    }
 }
 
 /// An engine without its thread: [`EngineCore::turn`] by [`EngineCore::turn`].
@@ -68,6 +85,12 @@ pub struct EngineCore {
     pub(crate) next_task: u64,
     pub(crate) ended: bool,
     pub(crate) shared: Arc<Shared>,
+    /// Sessions as far as moves are concerned.
+    pub(crate) seats: Seats,
+    /// The handoff that is being offered, until its party takes it.
+    pub(crate) offered: Option<Box<Arriving>>,
+    /// The way in for tasks that carry handoffs.
+    pub(crate) commands: mpsc::Sender<Command>,
     inbox: mpsc::Receiver<Command>,
     vocab: usize,
     steps: u64,
@@ -79,7 +102,7 @@ impl EngineCore {
         executor: Box<dyn Executor>,
         limits: Limits,
         config: EngineConfig,
-        inbox: mpsc::Receiver<Command>,
+        (commands, inbox): (mpsc::Sender<Command>, mpsc::Receiver<Command>),
         shared: Arc<Shared>,
     ) -> Self {
         Self {
@@ -93,6 +116,9 @@ impl EngineCore {
             next_task: 0,
             ended: false,
             shared,
+            seats: Seats::new(),
+            offered: None,
+            commands,
             inbox,
             steps: 0,
             step_ms: 0.0,
@@ -149,6 +175,7 @@ impl EngineCore {
             pages_free: count(occupancy.pages_free),
             pages_total: limits.pages,
             parked: count(occupancy.parked),
+            homes: count(occupancy.homes),
             step_ms: self.step_ms,
             steps: self.steps,
         }
@@ -156,11 +183,13 @@ impl EngineCore {
 
     /// Blocks until a command comes, or until routers are due to hear of the load.
     fn wait(&mut self) {
-        let nobody_listens = self.outbox.is_empty() && self.sessions.is_empty();
+        let nobody_listens = self.outbox.is_empty() && self.sessions.is_empty() && self.seats.is_empty();
         let command = if nobody_listens {
             self.inbox.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected)
         } else {
-            self.inbox.recv_timeout(LOAD_INTERVAL)
+            let now = self.config.clock.now();
+            let due = self.next_due().map_or(LOAD_INTERVAL, |due| due.saturating_duration_since(now));
+            self.inbox.recv_timeout(due.min(LOAD_INTERVAL))
         };
         let done = match command {
             Ok(command) => self.handle(command),
@@ -187,7 +216,10 @@ impl EngineCore {
         if self.ended {
             return Ok(false);
         }
-        self.end_what_is_due(self.config.clock.now())?;
+        let now = self.config.clock.now();
+        self.end_what_is_due(now)?;
+        self.mind_moves(now)?;
+        self.end_pauses(now);
         self.step()
     }
 
@@ -239,10 +271,15 @@ impl EngineCore {
         for _ in &plan.restarts {
             self.config.observer.preempted(Preemption::Recomputed);
         }
+        for &(id, never) in &plan.evicted {
+            self.end_never_fits(id, never)?;
+        }
         for park in &plan.parks {
             let done = self.executor.park(park.key, park.slot, &park.pages);
             if self.refused(done, "a session could not be parked; it will be computed again")? {
-                self.scheduler.park_failed(park.task);
+                if let Err(never) = self.scheduler.park_failed(park.task) {
+                    self.end_never_fits(park.task, never)?;
+                }
                 self.config.observer.preempted(Preemption::Recomputed);
             } else {
                 self.config.observer.preempted(Preemption::Parked);
@@ -251,7 +288,9 @@ impl EngineCore {
         for unpark in &plan.unparks {
             let done = self.executor.unpark(unpark.key, unpark.slot, &unpark.pages);
             if self.refused(done, "a session could not be brought back; it will be computed again")? {
-                self.scheduler.restart(unpark.task)?;
+                if let Err(never) = self.scheduler.restart(unpark.task)? {
+                    self.end_never_fits(unpark.task, never)?;
+                }
                 lost.insert(unpark.task);
             }
             self.drop_parked(unpark.key)?;
@@ -326,6 +365,7 @@ impl EngineCore {
             clear_slots: plan.clear_slots.clone(),
             copy_slots: plan.copy_slots.clone(),
             copy_pages: plan.copy_pages.clone(),
+            remote: self.remote_plan(rows),
             batch,
         };
         let output = self.executor.step(&step, &draws, wants_logits)?;
@@ -339,19 +379,28 @@ impl EngineCore {
 
     /// Takes a step's results into sessions and scheduler.
     fn apply(&mut self, rows: &[&PlannedRow], output: StepOutput, now: Instant) -> Result<(), Fatal> {
+        if output.remote.tokens > 0 {
+            self.config.observer.asked(&output.remote);
+        }
+        let missed = self.take_misses(rows, &output, now)?;
         let logits = output.logits.unwrap_or_default();
         let mut logits = logits.chunks_exact(self.vocab);
         let mut sampled = output.sampled.into_iter();
         for row in rows {
-            self.scheduler.advance(row.task, row.tokens);
+            let counts = !missed.contains(&row.task);
+            if counts {
+                self.scheduler.advance(row.task, row.tokens);
+            }
             if row.draws {
                 logits.next();
-                if let Some(sampled) = sampled.next() {
+                if let Some(sampled) = sampled.next().filter(|_| counts) {
                     self.take_token(row.task, &sampled, now)?;
                 }
             } else if let Some(from) = row.prompt_logits_from {
                 let positions: Vec<&[f32]> = logits.by_ref().take((row.end() - from) as usize).collect();
-                self.take_prompt_logits(row, from, &positions)?;
+                if counts {
+                    self.take_prompt_logits(row, from, &positions)?;
+                }
             }
         }
         Ok(())

@@ -14,7 +14,7 @@ pub mod segments;
 #[cfg(test)]
 mod testing;
 
-pub use attend::{AnswerBatch, AttendError, AttendShape, QueryBatch, attention_bytes};
+pub use attend::{AnswerBatch, AnswerStatus, AttendError, AttendShape, QueryBatch, attention_bytes};
 pub use codec::{Crc, FieldError};
 pub use digest::{Digest, DigestMismatch, TensorDigests};
 pub use epochs::{Coordinator, Party};

@@ -95,7 +95,7 @@ fn a_full_queue_refuses_and_empties_as_requests_start() {
     assert_eq!(refused, RefusedRequest::Full { waiting: 6, limit: 6 });
     driver.turn();
     driver.submit(&greedy_request("seventh", vec![1], 3));
-    driver.handle.abort(SessionId("seventh".into()));
+    driver.handle.abort(SessionId("seventh".into()), 0);
     driver.finish();
     for name in 10..16 {
         driver.submit(&greedy_request(&name.to_string(), vec![1], 3));

@@ -94,13 +94,13 @@ fn an_abort_takes_effect_at_once_and_frees_everything() {
         driver.turn();
     }
     let held = driver.core.load();
-    driver.handle.abort(SessionId("aborted".into()));
+    driver.handle.abort(SessionId("aborted".into()), 0);
     driver.turn();
     let answer = driver.answer("aborted");
     assert_eq!(answer.reason(), FinishReason::Aborted);
     let load = driver.core.load();
     assert_eq!((load.slots_free, load.pages_free), (held.slots_free + 1, held.pages_free + 2));
-    driver.handle.abort(SessionId("unknown".into()));
+    driver.handle.abort(SessionId("unknown".into()), 0);
     driver.finish();
     assert_eq!(driver.answer("kept").tokens.len(), 50);
     driver.assert_nothing_is_held();

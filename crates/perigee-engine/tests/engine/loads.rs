@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use perigee_engine::observer::{EngineObserver, Preemption, StepPhase, TokenKind};
 use perigee_engine::request::{FinishReason, RouterId, SessionId};
-use perigee_engine::sequence::SessionRecord;
 use perigee_engine::testing::{ManualClock, ModelExecutor, ModelSizes, greedy_request};
 use perigee_engine::{Clock, EngineConfig, Turn};
 
@@ -86,26 +85,6 @@ async fn sessions_are_listed_with_their_places() {
     assert_eq!(brief[1].3[0].1 % 64, 0, "chunks end at pages");
     assert_eq!(brief[2], ("waits", "waiting", 10, &[][..]));
     assert_eq!(flushed, 0);
-}
-
-#[test]
-fn a_record_serialises_whole() {
-    let (mut driver, _) = timed(ModelSizes::default(), config());
-    let mut request = greedy_request("s", vec![65; 80], 50);
-    request.text = true;
-    request.stop.stop = vec!["never".into()];
-    request.sampling.repetition_penalty = 1.2;
-    request.prompt_logprobs = Some(1);
-    driver.submit(&request);
-    for _ in 0..4 {
-        driver.turn();
-    }
-    let record = driver.core.record(&SessionId("s".into())).unwrap();
-    assert_eq!((record.computed, record.sequence.length()), (81, 82));
-    assert_eq!(record.latents.local_page_count(), 2);
-    let bytes = postcard::to_stdvec(&record).unwrap();
-    assert_eq!(postcard::from_bytes::<SessionRecord>(&bytes).unwrap(), record);
-    assert_eq!(driver.core.record(&SessionId("other".into())), None);
 }
 
 #[derive(Default)]

@@ -109,7 +109,7 @@ fn run(seed: u64, seen: &mut Seen) {
             if numbers.one_in(40) {
                 let open: Vec<SessionId> = driver.delivered.keys().cloned().collect();
                 let victim = open[numbers.below(open.len() as u64) as usize].clone();
-                driver.handle.abort(victim.clone());
+                driver.handle.abort(victim.clone(), 0);
                 cancelled.insert(victim);
             }
         }

@@ -65,7 +65,7 @@ async fn a_failure_closes_the_streams_after_the_last_events() {
     }
     assert_eq!(last.unwrap().finish, Some(FinishReason::Error));
     assert!(matches!(&*handle.health().borrow(), EngineHealth::Failed { .. }));
-    handle.abort(SessionId("s".into()));
+    handle.abort(SessionId("s".into()), 0);
     assert!(timeout(PATIENCE, handle.attach(ROUTER).recv()).await.unwrap().is_none());
 }
 

@@ -116,7 +116,8 @@ impl HandoffEncoder {
         std::iter::from_fn(|| self.next_chunk())
     }
 
-    fn geometry(&self) -> &Geometry {
+    /// The geometry that the header names.
+    pub fn geometry(&self) -> &Geometry {
         self.ledger.geometry()
     }
 

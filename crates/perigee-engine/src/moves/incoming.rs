@@ -1,0 +1,124 @@
+//! The target's side of one handoff, outside the step loop: bytes come from the source, parts go to the engine as soon as
+//! they are whole. What is reserved for them and whether they are taken is the engine's decision.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc;
+
+use perigee_migration::handoff::{Expected, Frozen, Summary};
+use perigee_migration::{HandoffDecoder, Header, Part, SegmentTable};
+use tokio::sync::oneshot;
+
+use super::HandoffRefused;
+use super::record::Record;
+use crate::cache::SlotPair;
+use crate::executor::PageSpan;
+use crate::handle::Command;
+use crate::request::SessionId;
+use crate::scheduler::TaskId;
+
+/// A session that arrived and is held, without being stepped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepared {
+    /// The session.
+    pub session: String,
+    /// Its epoch, once it is started.
+    pub epoch: u64,
+    /// Digests over the slot and the pages here, as numbers, in the order of the handoff.
+    pub digests: Vec<u64>,
+}
+
+/// A handoff on its way in. Dropped before [`Self::finish`] it is a handoff that broke off, and nothing of it stays.
+pub struct Incoming {
+    commands: mpsc::Sender<Command>,
+    decoder: Option<HandoffDecoder>,
+    /// Session and epoch, once the header is here.
+    offered: Option<(SessionId, u64)>,
+}
+
+impl Incoming {
+    /// A handoff of which nothing has arrived; without `expected` none is taken.
+    pub(crate) fn new(commands: mpsc::Sender<Command>, expected: Option<Expected>) -> Self {
+        // The engine judges epochs itself, with the session's whole story.
+        let decoder = expected.map(|expected| HandoffDecoder::new(expected, |_| 0));
+        Self { commands, decoder, offered: None }
+    }
+
+    /// Takes the next bytes, cut anywhere. Returns once they are where they belong, so that a source cannot send faster.
+    ///
+    /// # Errors
+    /// The handoff is refused: nothing more should be sent.
+    pub async fn push(&mut self, bytes: &[u8]) -> Result<(), HandoffRefused> {
+        let decoder = self.decoder.as_mut().ok_or(HandoffRefused::NotOffered)?;
+        let mut parts = decoder.push(bytes)?;
+        if self.offered.is_none()
+            && let Some(Part::Header(header)) = parts.first().cloned()
+        {
+            parts.remove(0);
+            let (session, next) = (SessionId(header.session.clone()), header.next_epoch);
+            self.ask(|reply| Command::HandoffOffer { header: Box::new(header), reply }).await?;
+            self.offered = Some((session, next));
+        }
+        if parts.is_empty() {
+            return Ok(());
+        }
+        let (session, next) = self.offered.clone().ok_or(HandoffRefused::NotOffered)?;
+        self.ask(|reply| Command::HandoffParts { session, next, parts, reply }).await
+    }
+
+    /// The stream ended in order: verifies what is in slot and pages now.
+    ///
+    /// # Errors
+    /// The handoff is refused.
+    pub async fn finish(mut self) -> Result<Prepared, HandoffRefused> {
+        let summary = self.decoder.take().ok_or(HandoffRefused::NotOffered)?.finish()?;
+        let (session, next) = self.offered.clone().ok_or(HandoffRefused::NotOffered)?;
+        let name = session.0.clone();
+        let digests = self.ask(|reply| Command::HandoffVerify { session, next, summary: Box::new(summary), reply }).await?;
+        // From here on the router decides.
+        self.offered = None;
+        Ok(Prepared { session: name, epoch: next, digests })
+    }
+
+    async fn ask<T>(&self, question: impl FnOnce(Reply<T>) -> Command) -> Result<T, HandoffRefused> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(question(reply)).map_err(|_| HandoffRefused::Stopped)?;
+        answer.await.unwrap_or(Err(HandoffRefused::Stopped))
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        if let Some((session, next)) = self.offered.take()
+            && self.commands.send(Command::HandoffBroken { session, next }).is_err()
+        {
+            tracing::debug!("a handoff outlived its engine");
+        }
+    }
+}
+
+impl std::fmt::Debug for Incoming {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Incoming").field("offered", &self.offered).finish_non_exhaustive()
+    }
+}
+
+/// An answer to a part of a handoff.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, HandoffRefused>>;
+
+/// What is here of a session that arrives.
+#[derive(Debug)]
+pub(crate) struct Arriving {
+    pub(crate) task: TaskId,
+    pub(crate) slots: SlotPair,
+    pub(crate) header: Header,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) frozen: Option<Frozen>,
+    pub(crate) record: Option<Record>,
+    /// Segments that stay elsewhere.
+    pub(crate) table: SegmentTable,
+    /// Pages by number: position / 64. Those that came back are the home entry's.
+    pub(crate) pages: BTreeMap<u64, u32>,
+    /// What arrived in pages.
+    pub(crate) spans: Vec<PageSpan>,
+    pub(crate) summary: Option<Summary>,
+}

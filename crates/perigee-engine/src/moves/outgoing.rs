@@ -1,0 +1,155 @@
+//! The source's side of one handoff, outside the step loop: parts come from the engine, chunks leave for the target. It
+//! encodes, and holds the target's answer against the digests of what was sent.
+
+use std::sync::mpsc;
+
+use perigee_migration::handoff::{CHUNK_BYTES, Frozen, Summary, Totals};
+use perigee_migration::{HandoffEncoder, HandoffError, Header, PageSlice, SegmentTable, StateSlice, TensorDigests};
+use tokio::sync::mpsc as async_mpsc;
+
+use crate::handle::Command;
+use crate::request::SessionId;
+
+/// What the engine hands in, in this order.
+#[derive(Debug)]
+pub(crate) enum SourcePart {
+    /// Token ids, in one run before the freeze and another after it.
+    Tokens(Vec<u32>),
+    /// The record, and where latents are that do not come along.
+    Frozen(Frozen, SegmentTable),
+    /// State.
+    State(Vec<StateSlice>),
+    /// Pages.
+    Pages(Vec<PageSlice>),
+    /// That was all.
+    End,
+}
+
+/// A handoff on its way out. Whoever carries it takes chunks until there are none and then says what the target answered;
+/// one that is dropped before is a handoff that failed.
+#[derive(Debug)]
+pub struct Outgoing {
+    session: SessionId,
+    next: u64,
+    commands: mpsc::Sender<Command>,
+    parts: async_mpsc::UnboundedReceiver<SourcePart>,
+    encoder: HandoffEncoder,
+    summary: Option<Summary>,
+    stage: Stage,
+    failure: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Header and first tokens are on their way.
+    Opening,
+    /// The engine was told that the session may be frozen.
+    Opened,
+    /// The engine knows how it ended.
+    Answered,
+}
+
+impl Outgoing {
+    /// A handoff with this header, and the way to hand parts in. Dropping that way cancels it.
+    ///
+    /// # Errors
+    /// The header contradicts itself.
+    pub(crate) fn new(
+        header: Header,
+        commands: mpsc::Sender<Command>,
+    ) -> Result<(Self, async_mpsc::UnboundedSender<SourcePart>), HandoffError> {
+        let (sender, parts) = async_mpsc::unbounded_channel();
+        let (session, next) = (SessionId(header.session.clone()), header.next_epoch);
+        let encoder = HandoffEncoder::new(header, CHUNK_BYTES)?;
+        let stage = Stage::Opening;
+        Ok((Self { session, next, commands, parts, encoder, summary: None, stage, failure: None }, sender))
+    }
+
+    /// The session that is handed over.
+    pub fn session(&self) -> &SessionId {
+        &self.session
+    }
+
+    /// The next bytes for the target. None when that was all, or when the handoff is off: see [`Self::is_cancelled`].
+    pub async fn next_chunk(&mut self) -> Option<Vec<u8>> {
+        loop {
+            if let Some(chunk) = self.encoder.next_chunk() {
+                return Some(chunk);
+            }
+            if self.summary.is_some() || self.failure.is_some() {
+                return None;
+            }
+            let Some(part) = self.parts.recv().await else {
+                self.failure = Some("it was called off".into());
+                return None;
+            };
+            if let Err(error) = self.encode(part) {
+                self.failure = Some(error.to_string());
+                return None;
+            }
+        }
+    }
+
+    /// Whether the handoff is off. The call to the target must then break, not end: what arrived is no session.
+    pub fn is_cancelled(&self) -> bool {
+        self.summary.is_none() && (self.failure.is_some() || self.parts.is_closed())
+    }
+
+    /// What the target answered: the digests over its slot and pages, or why it refused.
+    pub fn answer(mut self, answer: Result<Vec<u64>, String>) {
+        let result = answer.and_then(|numbers| self.compare(&numbers));
+        self.tell(result);
+    }
+
+    fn encode(&mut self, part: SourcePart) -> Result<(), HandoffError> {
+        match part {
+            SourcePart::Tokens(tokens) => {
+                self.encoder.tokens(&tokens)?;
+                if self.stage == Stage::Opening {
+                    self.stage = Stage::Opened;
+                    let (session, next) = (self.session.clone(), self.next);
+                    self.send(Command::HandoffOpened { session, next });
+                }
+            }
+            SourcePart::Frozen(frozen, table) => self.encoder.freeze(&frozen, &table)?,
+            SourcePart::State(slices) => slices.iter().try_for_each(|slice| self.encoder.state(slice))?,
+            SourcePart::Pages(slices) => slices.iter().try_for_each(|slice| self.encoder.page(slice))?,
+            SourcePart::End => self.summary = Some(self.encoder.finish()?),
+        }
+        self.encoder.flush();
+        Ok(())
+    }
+
+    fn compare(&self, numbers: &[u64]) -> Result<Totals, String> {
+        let Some(summary) = &self.summary else {
+            let reason = self.failure.as_deref().unwrap_or("it ended early");
+            return Err(format!("the handoff was not complete: {reason}"));
+        };
+        let found = TensorDigests::from_numbers(self.encoder.geometry(), numbers).map_err(|error| error.to_string())?;
+        summary.digests.compare(&found).map_err(|error| error.to_string())?;
+        Ok(summary.totals)
+    }
+
+    fn tell(&mut self, result: Result<Totals, String>) {
+        if self.stage == Stage::Answered {
+            return;
+        }
+        self.stage = Stage::Answered;
+        // Why it could not be sent says more than what the target makes of half a handoff.
+        let result = result.map_err(|message| self.failure.take().unwrap_or(message));
+        let (session, next) = (self.session.clone(), self.next);
+        self.send(Command::HandoffDone { session, next, result });
+    }
+
+    fn send(&self, command: Command) {
+        if self.commands.send(command).is_err() {
+            tracing::debug!("a handoff outlived its engine");
+        }
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        self.tell(Err("the connection to the target broke".into()));
+    }
+}

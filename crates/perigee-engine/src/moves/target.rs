@@ -1,0 +1,373 @@
+//! The target's side of a move inside the engine: room is reserved, parts go to slot and pages as they come, digests are
+//! taken over what was written, and at the router's word the session runs.
+
+use std::collections::BTreeMap;
+
+use perigee_migration::epochs::{Failure, PartyEvent};
+use perigee_migration::handoff::Summary;
+use perigee_migration::{
+    Digest, Header, Mode, PAGE_POSITIONS, PageSlice, Part, SegmentTable, StateSlice, Tensor, TensorDigests,
+};
+
+use super::incoming::{Arriving, Reply};
+use super::party::Then;
+use super::record::{Record, RecordError};
+use super::source::non_fatal;
+use super::HandoffRefused;
+use crate::cache::{HomePages, Latents};
+use crate::executor::PageSpan;
+use crate::handle::QueuePermit;
+use crate::request::SessionId;
+use crate::scheduler::{Adopted, TaskId};
+use crate::step::{EngineCore, Fatal, Session, Sink};
+
+/// A refusal, or that the ranks are broken.
+enum Stop {
+    Refused(HandoffRefused),
+    Fatal(Fatal),
+}
+
+impl<E: Into<HandoffRefused>> From<E> for Stop {
+    fn from(error: E) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
+impl EngineCore {
+    /// A handoff's header arrived.
+    pub(crate) fn handoff_offer(&mut self, header: Header, reply: Reply<()>) -> Result<(), Fatal> {
+        let session = SessionId(header.session.clone());
+        let (epoch, next) = (header.epoch, header.next_epoch);
+        let seat = self.seats.entry(session.clone()).or_default();
+        seat.has_moved = true;
+        let task = TaskId(self.next_task);
+        self.next_task += 1;
+        // A session with latents elsewhere needs a slot to read and one to write.
+        let slots = self.scheduler.reserve(task, header.mode == Mode::Split);
+        let answer = self.drive_offer(&session, header, (task, slots), PartyEvent::Offer {
+            epoch,
+            next,
+            has_room: slots.is_some(),
+        })?;
+        self.answer(reply, answer.map_err(HandoffRefused::from));
+        Ok(())
+    }
+
+    fn drive_offer(
+        &mut self,
+        session: &SessionId,
+        header: Header,
+        (task, slots): (TaskId, Option<crate::cache::SlotPair>),
+        offer: PartyEvent,
+    ) -> Result<Result<(), Failure>, Fatal> {
+        self.offered = slots.map(|slots| {
+            Box::new(Arriving {
+                task,
+                slots,
+                header,
+                tokens: Vec::new(),
+                frozen: None,
+                record: None,
+                table: SegmentTable::new(),
+                pages: BTreeMap::new(),
+                spans: Vec::new(),
+                summary: None,
+            })
+        });
+        let answer = self.drive(session, offer)?;
+        if self.offered.take().is_some() {
+            // It was not taken.
+            self.scheduler.cancel_reserve(task)?;
+        }
+        Ok(answer.unwrap_or(Ok(())))
+    }
+
+    /// The party takes the handoff that was just offered.
+    pub(super) fn reserve(&mut self, session: &SessionId) -> Result<Then, Fatal> {
+        let Some(seat) = self.seats.get_mut(session) else { return Ok(Then::Nothing) };
+        match self.offered.take() {
+            Some(arriving) => {
+                seat.arriving = Some(arriving);
+                Ok(Then::Nothing)
+            }
+            // What was held made room in the party's eyes; the next handoff finds it.
+            None => Ok(Then::Event(PartyEvent::Broken { next: seat.party.target().holding().unwrap_or_default() })),
+        }
+    }
+
+    pub(super) fn free_reserved(&mut self, session: &SessionId) -> Result<(), Fatal> {
+        let Some(arriving) = self.seats.get_mut(session).and_then(|seat| seat.arriving.take()) else { return Ok(()) };
+        let released = self.scheduler.cancel_reserve(arriving.task)?;
+        self.poison(&released.slots, &released.pages)
+    }
+
+    /// More of a handoff arrived.
+    pub(crate) fn handoff_parts(
+        &mut self,
+        session: &SessionId,
+        next: u64,
+        parts: Vec<Part>,
+        reply: Reply<()>,
+    ) -> Result<(), Fatal> {
+        let answer = match self.take_parts(session, next, parts) {
+            Ok(()) => {
+                self.drive(session, PartyEvent::Part { next })?;
+                Ok(())
+            }
+            Err(Stop::Refused(refused)) => {
+                self.drive(session, PartyEvent::Broken { next })?;
+                Err(refused)
+            }
+            Err(Stop::Fatal(fatal)) => return Err(fatal),
+        };
+        self.answer(reply, answer);
+        Ok(())
+    }
+
+    /// All of it arrived: what is in slot and pages now?
+    pub(crate) fn handoff_verify(
+        &mut self,
+        session: &SessionId,
+        next: u64,
+        summary: Summary,
+        reply: Reply<Vec<u64>>,
+    ) -> Result<(), Fatal> {
+        let answer = match self.verify(session, next, summary) {
+            Ok(digests) => match self.drive(session, PartyEvent::Verified { next })? {
+                Some(Err(failure)) => Err(failure.into()),
+                _ => Ok(digests.numbers()),
+            },
+            Err(Stop::Refused(refused)) => {
+                self.drive(session, PartyEvent::Broken { next })?;
+                Err(refused)
+            }
+            Err(Stop::Fatal(fatal)) => return Err(fatal),
+        };
+        self.answer(reply, answer);
+        Ok(())
+    }
+
+    /// The session's handoff, if it is still this one.
+    fn arriving(&mut self, session: &SessionId, next: u64) -> Result<&mut Arriving, HandoffRefused> {
+        let seat = self.seats.get_mut(session).ok_or(HandoffRefused::Failure(Failure::NotHere))?;
+        let known = seat.party.known_epoch();
+        let arriving = seat.arriving.as_deref_mut().filter(|arriving| arriving.header.next_epoch == next);
+        arriving.ok_or(HandoffRefused::Failure(Failure::Stale { known }))
+    }
+
+    fn take_parts(&mut self, session: &SessionId, next: u64, parts: Vec<Part>) -> Result<(), Stop> {
+        let (mut slices, mut pages) = (Vec::new(), Vec::new());
+        for part in parts {
+            match part {
+                Part::Header(_) | Part::End(_) => {}
+                Part::Tokens(tokens) => self.arriving(session, next)?.tokens.extend(tokens),
+                Part::Frozen(frozen) => {
+                    let record = Record::decode(&frozen.record)?;
+                    check(&record, session, &frozen)?;
+                    let arriving = self.arriving(session, next)?;
+                    arriving.record = Some(record);
+                    arriving.frozen = Some(frozen);
+                }
+                Part::Segments(table) => self.take_table(session, next, table)?,
+                Part::State(slice) => slices.push(slice),
+                Part::Page(slice) => pages.push(slice),
+            }
+        }
+        self.import_state(session, next, &slices)?;
+        self.import_pages(session, next, pages)
+    }
+
+    /// Where the session's latents are; pages that came back are the home entry's, others are reserved.
+    fn take_table(&mut self, session: &SessionId, next: u64, table: SegmentTable) -> Result<(), Stop> {
+        let place = self.place().ok_or(HandoffRefused::NotOffered)?;
+        let home = self.seats.get(session).and_then(|seat| seat.home);
+        let mut kept = BTreeMap::new();
+        if let Some(key) = home
+            && let Some(pages) = self.scheduler.take_home(key)
+        {
+            kept.extend(pages.numbered());
+            self.scheduler.keep_home(key, pages);
+        }
+        let (task, context) = {
+            let arriving = self.arriving(session, next)?;
+            (arriving.task, arriving.frozen.as_ref().map_or(0, |frozen| frozen.context))
+        };
+        let arrival = table.arrive(&place);
+        let mut pages = BTreeMap::new();
+        let mut lost: u64 = arrival.lost.iter().map(|range| range.end - range.start).sum();
+        for number in arrival.returned.iter().flat_map(|range| range.start / PAGE_POSITIONS..range.end / PAGE_POSITIONS) {
+            match kept.get(&number) {
+                Some(&page) => drop(pages.insert(number, page)),
+                // The entry ran out.
+                None => lost += PAGE_POSITIONS,
+            }
+        }
+        if lost > 0 {
+            return Err(HandoffRefused::Lost { positions: lost }.into());
+        }
+        let due: Vec<u64> = arrival
+            .table
+            .gaps(context)
+            .into_iter()
+            .flat_map(|gap| gap.start / PAGE_POSITIONS..gap.end.div_ceil(PAGE_POSITIONS))
+            .filter(|number| !pages.contains_key(number))
+            .collect();
+        if !arrival.table.is_empty() {
+            self.need_shadow(session, next)?;
+        }
+        let reserved = self.scheduler.reserve_pages(task, due.len());
+        let reserved = reserved.ok_or(HandoffRefused::Failure(Failure::Full))?;
+        pages.extend(due.into_iter().zip(reserved));
+        let arriving = self.arriving(session, next)?;
+        arriving.table = arrival.table;
+        arriving.pages = pages;
+        Ok(())
+    }
+
+    /// A session that moves whole may still have latents elsewhere.
+    fn need_shadow(&mut self, session: &SessionId, next: u64) -> Result<(), Stop> {
+        let arriving = self.arriving(session, next)?;
+        if arriving.slots.read != arriving.slots.write {
+            return Ok(());
+        }
+        let task = arriving.task;
+        // Nothing has been written yet.
+        self.scheduler.cancel_reserve(task).map_err(|error| Stop::Fatal(error.into()))?;
+        let slots = self.scheduler.reserve(task, true).ok_or(HandoffRefused::Failure(Failure::Full))?;
+        self.arriving(session, next)?.slots = slots;
+        Ok(())
+    }
+
+    fn import_state(&mut self, session: &SessionId, next: u64, slices: &[StateSlice]) -> Result<(), Stop> {
+        if slices.is_empty() {
+            return Ok(());
+        }
+        let slot = self.arriving(session, next)?.slots.read;
+        self.executor.import_state(slot, slices).map_err(stop)
+    }
+
+    fn import_pages(&mut self, session: &SessionId, next: u64, slices: Vec<PageSlice>) -> Result<(), Stop> {
+        let arriving = self.arriving(session, next)?;
+        let mut pages = Vec::with_capacity(slices.len());
+        for slice in slices {
+            // The ledger has let through only what is due.
+            let page = arriving.pages.get(&(slice.first / PAGE_POSITIONS)).copied();
+            let page = page.ok_or(HandoffRefused::Failure(Failure::Handoff))?;
+            let span = PageSpan { page, first: slice.first, positions: slice.positions };
+            if !arriving.spans.contains(&span) {
+                arriving.spans.push(span);
+            }
+            pages.push((page, slice));
+        }
+        if pages.is_empty() { Ok(()) } else { self.executor.import_pages(&pages).map_err(stop) }
+    }
+
+    /// Digests over slot and pages, which must be the source's.
+    fn verify(&mut self, session: &SessionId, next: u64, summary: Summary) -> Result<TensorDigests, Stop> {
+        let arriving = self.arriving(session, next)?;
+        let (slot, spans) = (arriving.slots.read, arriving.spans.clone());
+        let mut digests = self.executor.digest_slot(slot).map_err(stop)?;
+        let latents: Vec<Digest> =
+            if spans.is_empty() { Vec::new() } else { self.executor.digest_pages(&spans).map_err(stop)? };
+        for (layer, digest) in (0..).zip(latents) {
+            digests.add(Tensor::Latents { layer }, digest);
+        }
+        summary.digests.compare(&digests)?;
+        self.arriving(session, next)?.summary = Some(summary);
+        Ok(digests)
+    }
+
+    /// The router said so: the session is this replica's.
+    pub(super) fn run_prepared(&mut self, session: &SessionId, epoch: u64) -> Result<Then, Fatal> {
+        let Some(seat) = self.seats.get_mut(session) else { return Ok(Then::Nothing) };
+        let (arriving, home) = (seat.arriving.take(), seat.home.take());
+        let Some(router) = seat.router else { return Ok(Then::Nothing) };
+        if let Some(config) = &self.config.moves {
+            config.homes.withdraw(&session.0);
+        }
+        let home = home.and_then(|key| self.scheduler.take_home(key));
+        let Some(Arriving { task, tokens, frozen: Some(frozen), record: Some(record), table, pages, .. }) =
+            arriving.map(|arriving| *arriving)
+        else {
+            tracing::error!(session = session.0, epoch, "a session was started of which nothing is here");
+            return Ok(Then::Event(PartyEvent::Ended { epoch }));
+        };
+        let endpoint = |place: &perigee_migration::Place| {
+            let named = record.homes.iter().find(|home| {
+                home.replica == place.replica && home.incarnation == place.incarnation
+            });
+            named.map(|home| home.endpoint.clone()).unwrap_or_default()
+        };
+        let latents = Latents::assemble(&table, endpoint, &pages, frozen.context);
+        self.adopt(session, epoch, Arrived { task, tokens, record, latents, home, router })
+    }
+
+    fn adopt(&mut self, session: &SessionId, epoch: u64, arrived: Arrived) -> Result<Then, Fatal> {
+        let Arrived { task, tokens, record, latents, home, router } = arrived;
+        let now = self.config.clock.now();
+        let mut sequence = record.sequence;
+        sequence.tokens = tokens;
+        sequence.epoch = epoch;
+        let deadline = record.time_left.map(|left| now + left);
+        let adopted = Adopted {
+            priority: sequence.priority,
+            deadline,
+            length: sequence.length(),
+            most: (sequence.prompt_length + u64::from(sequence.stop.max_tokens)).saturating_sub(1),
+            computed: record.computed,
+            scored: record.scored,
+            prompt_logits: record.prompt_logits,
+            latents: latents.unwrap_or_default(),
+            home,
+        };
+        if let Err(never) = self.scheduler.adopt(task, adopted)? {
+            tracing::error!(session = session.0, epoch, ?never, "a session was started that can never fit");
+            let released = self.scheduler.cancel_reserve(task)?;
+            self.poison(&released.slots, &released.pages)?;
+            return Ok(Then::Event(PartyEvent::Ended { epoch }));
+        }
+        self.scheduler.thaw(task);
+        let permit = QueuePermit::used(&self.shared).into();
+        let sink = Sink::Router(router);
+        let has_tokens = sequence.completion() > 0;
+        let held = Session { last_token: has_tokens.then_some(now), ..Session::new(sequence, sink, deadline, now, permit) };
+        self.sessions.insert(task, held);
+        self.names.insert(session.clone(), task);
+        Ok(Then::Nothing)
+    }
+}
+
+/// What becomes a session.
+struct Arrived {
+    task: TaskId,
+    tokens: Vec<u32>,
+    record: Record,
+    latents: Option<Latents>,
+    home: Option<HomePages>,
+    router: crate::request::RouterId,
+}
+
+fn stop(error: crate::executor::ExecutorError) -> Stop {
+    match non_fatal(error) {
+        Ok(message) => Stop::Refused(HandoffRefused::Ranks(message)),
+        Err(fatal) => Stop::Fatal(fatal),
+    }
+}
+
+/// The record must be of what came with it.
+fn check(record: &Record, session: &SessionId, frozen: &perigee_migration::handoff::Frozen) -> Result<(), RecordError> {
+    let contradiction = |what, expected, found| Err(RecordError::Contradiction { what, expected, found });
+    if record.sequence.session != *session {
+        return Err(RecordError::Malformed(format!("it is session {}'s", record.sequence.session.0)));
+    }
+    if record.computed != frozen.context {
+        return contradiction("computed positions", frozen.context, record.computed);
+    }
+    if record.sequence.prompt_length > frozen.tokens {
+        return contradiction("prompt tokens", frozen.tokens, record.sequence.prompt_length);
+    }
+    if record.computed >= frozen.tokens {
+        return contradiction("computed positions below its tokens", frozen.tokens, record.computed);
+    }
+    Ok(())
+}
