@@ -1225,10 +1225,12 @@ pub struct SegmentInfo {
 /// A session and where to move it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MigrateRequest {
-    /// The session. NOT_FOUND where it does not run.
+    /// The session. NOT_FOUND where it does not run; FAILED_PRECONDITION where it waits for a replica; ABORTED where it is
+    /// moving already.
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
-    /// Name of the replica to move to. NOT_FOUND where it is not known, FAILED_PRECONDITION where it is not ready.
+    /// Name of the replica to move to. NOT_FOUND where it is not known, FAILED_PRECONDITION where it is not ready, serves
+    /// another model, or runs the session already.
     #[prost(string, tag = "2")]
     pub to: ::prost::alloc::string::String,
     /// What moves. Default: the router chooses.
@@ -1256,6 +1258,28 @@ pub struct MigrateResponse {
     /// Time between the source's last token and the target's first, in milliseconds.
     #[prost(double, tag = "6")]
     pub stall_ms: f64,
+    /// How long each phase took.
+    #[prost(message, optional, tag = "7")]
+    pub phases: ::core::option::Option<MigratePhases>,
+}
+/// Times of a move, in milliseconds, as the router saw them.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct MigratePhases {
+    /// From the order until the target had verified everything. Until frozen_ms before its end the source went on.
+    #[prost(double, tag = "1")]
+    pub prepare_ms: f64,
+    /// Of these, from the freeze on.
+    #[prost(double, tag = "2")]
+    pub frozen_ms: f64,
+    /// Of these, taking the state off the source's device.
+    #[prost(double, tag = "3")]
+    pub export_ms: f64,
+    /// From the commit until the target ran the session.
+    #[prost(double, tag = "4")]
+    pub start_ms: f64,
+    /// From the commit until the source had let go of it.
+    #[prost(double, tag = "5")]
+    pub release_ms: f64,
 }
 /// A replica to empty.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1463,7 +1487,10 @@ pub mod cluster_client {
                 .insert(GrpcMethod::new("perigee.v1.Cluster", "ListSessions"));
             self.inner.unary(req, path, codec).await
         }
-        /// Moves a running session to another replica. Answers UNIMPLEMENTED in this version.
+        /// Moves a running session to another replica and answers when its client has the first token from there. Only the
+        /// router that holds the client's stream can: FAILED_PRECONDITION where that is another one. ABORTED where the session
+        /// stayed where it is, ended on the way, or is replayed elsewhere; google.rpc.ErrorInfo tells owner, epoch and cause.
+        /// Dropping the call before the session moved takes the move back.
         pub async fn migrate(
             &mut self,
             request: impl tonic::IntoRequest<super::MigrateRequest>,
@@ -1563,7 +1590,10 @@ pub mod cluster_server {
             tonic::Response<super::ListSessionsResponse>,
             tonic::Status,
         >;
-        /// Moves a running session to another replica. Answers UNIMPLEMENTED in this version.
+        /// Moves a running session to another replica and answers when its client has the first token from there. Only the
+        /// router that holds the client's stream can: FAILED_PRECONDITION where that is another one. ABORTED where the session
+        /// stayed where it is, ended on the way, or is replayed elsewhere; google.rpc.ErrorInfo tells owner, epoch and cause.
+        /// Dropping the call before the session moved takes the move back.
         async fn migrate(
             &self,
             request: tonic::Request<super::MigrateRequest>,
