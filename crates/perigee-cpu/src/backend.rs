@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{
-    Backend, BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Partials, Precision, Result,
-    Routing, StatePart, StepBatch, TensorSlice,
+    Backend, BackendError, CacheShape, DType, KdaShape, LatentReader, MlaShape, MlpShape, MoeShape, Partials,
+    Precision, Result, Routing, StatePart, StepBatch, TensorSlice,
 };
 use perigee_collectives::Collective;
 
@@ -90,11 +90,6 @@ impl CpuBackend {
     #[cfg(feature = "planted-faults")]
     pub fn router_gaps(&mut self) -> Vec<f32> {
         self.router_gaps.replace(Vec::new()).unwrap_or_default()
-    }
-
-    /// The latent pool, shared with whoever answers attention for other replicas.
-    pub fn latent_slab(&self) -> Result<Arc<LatentSlab>> {
-        self.latents.clone().ok_or_else(no_cache)
     }
 
     fn rounded(&self) -> bool {
@@ -394,6 +389,11 @@ impl Backend for CpuBackend {
         tensor.head_mut(rows)?.copy_from_slice(values);
         tensor.settle(rows);
         Ok(())
+    }
+
+    fn latent_reader(&self) -> Option<Arc<dyn LatentReader>> {
+        let slab = self.latents.clone()?;
+        Some(slab)
     }
 
     fn clear_slots(&mut self, slots: &[u32]) -> Result<()> {

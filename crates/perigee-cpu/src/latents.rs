@@ -3,7 +3,7 @@
 //! time and returns normalised outputs with the log-sum-exp of the scores; ranges are then merged exactly.
 
 use parking_lot::RwLock;
-use perigee_backend::{BackendError, CacheShape, DType, PAGE_TOKENS, Result, Segment};
+use perigee_backend::{BackendError, CacheShape, DType, LatentReader, PAGE_TOKENS, Result, Segment};
 
 use crate::matrix::{View, matmul};
 use crate::simd;
@@ -94,6 +94,29 @@ impl LatentSlab {
         let mut page = self.page(layer as usize, page)?.write();
         let positions = bytes.len() / row;
         from_bytes("latent page", &mut page[..positions * self.width], self.dtype, bytes)
+    }
+}
+
+impl LatentReader for LatentSlab {
+    fn attend(
+        &self,
+        layer: usize,
+        pages: &[u32],
+        heads: usize,
+        scale: f32,
+        latent: usize,
+        queries: &[f32],
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        if heads == 0 || latent > self.width || !queries.len().is_multiple_of(heads * self.width) {
+            let found = [queries.len(), heads, latent];
+            return Err(BackendError::shape("queries of others", &[heads * self.width, heads, self.width], &found));
+        }
+        let end = (pages.len() * PAGE_TOKENS) as u64;
+        let segment = Segment { start: 0, end, pages: pages.to_vec() };
+        // Behind all keys, so that every query sees all of them.
+        let part =
+            attend_segment(self, layer, &segment, &Queries { values: queries, heads, position: end, scale, latent })?;
+        Ok((part.output, part.lse))
     }
 }
 

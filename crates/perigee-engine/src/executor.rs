@@ -150,7 +150,7 @@ pub trait Executor: Send {
     fn digest_slot(&mut self, _slot: u32) -> Result<TensorDigests, ExecutorError> {
         Err(ExecutorError::moves_nothing())
     }
-    /// Pages with their digests: of every page in order all MLA layers.
+    /// Pages with their digests, of every page in order all MLA layers; from the leader, since all ranks hold the same.
     fn export_pages(&mut self, _pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {
         Err(ExecutorError::moves_nothing())
     }

@@ -12,7 +12,8 @@ use serde::de::DeserializeOwned;
 
 use crate::protocol::{RankCommand, RankReply};
 
-/// Largest frame: a step plan of a million-token session is under 1 MB, a parked state never crosses.
+/// Largest frame: a step plan of a million-token session is under 1 MB. A state that moves crosses as a whole, tens of MB;
+/// pages cross in pieces.
 const MAX_FRAME: usize = 256 << 20;
 
 /// A broken connection between ranks.

@@ -4,13 +4,36 @@
 use perigee_backend::StatePart;
 use serde::{Deserialize, Serialize};
 
-use crate::executor::StepPlan;
+use crate::executor::{PageSpan, StateSource, StepPlan};
+use crate::remote::StepReport;
 
 /// Version of this protocol; ranks of different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Experts that the mixture-of-experts layers use in a step instead of their own selection.
 pub type ForcedExperts = Vec<(u32, Vec<u32>)>;
+
+/// Bytes of a part of a slot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateBytes {
+    /// Which; whether heads are counted on the rank or over the model is said where this is used.
+    pub part: StatePart,
+    /// [heads, D, D] or [heads, D, W - 1], little-endian.
+    #[serde(with = "serde_bytes")]
+    pub bytes: Vec<u8>,
+}
+
+/// Bytes of the first positions of a page in one MLA layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageBytes {
+    /// Number of the page.
+    pub page: u32,
+    /// Index among the MLA layers.
+    pub layer: u32,
+    /// [positions, R + r], little-endian.
+    #[serde(with = "serde_bytes")]
+    pub bytes: Vec<u8>,
+}
 
 /// One command.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +75,40 @@ pub enum RankCommand {
         /// The part.
         part: StatePart,
     },
+    /// Answer with this rank's part of a session's state, heads counted over the whole model, and the digest of each.
+    ExportSlot {
+        /// A slot or a parked session; what has not begun has nothing to export.
+        from: StateSource,
+    },
+    /// Overwrite parts of a slot.
+    ImportState {
+        /// The slot.
+        slot: u32,
+        /// Heads counted on this rank.
+        parts: Vec<StateBytes>,
+    },
+    /// Answer with the digests of this rank's part of a slot.
+    DigestSlot {
+        /// The slot.
+        slot: u32,
+    },
+    /// Overwrite the beginnings of pages.
+    ImportPages {
+        /// What goes where.
+        pages: Vec<PageBytes>,
+    },
+    /// Answer with the digests of pages, one for every MLA layer.
+    DigestPages {
+        /// The pages.
+        pages: Vec<PageSpan>,
+    },
+    /// Fill slots and pages with not-a-number.
+    Poison {
+        /// Slots.
+        slots: Vec<u32>,
+        /// Pages.
+        pages: Vec<u32>,
+    },
     /// Answer with the bytes of weights that this rank holds, as a little-endian u64.
     WeightBytes,
     /// End cleanly, without an answer: the leader does not wait for one.
@@ -64,7 +121,13 @@ pub enum RankReply {
     /// Done, nothing to say.
     Done,
     /// Done, with bytes.
-    Bytes(Vec<u8>),
+    Bytes(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// A step is done.
+    Stepped(StepReport),
+    /// Parts of a slot, each with its digest.
+    State(Vec<(StateBytes, u64)>),
+    /// Digests, in the order of the tensors.
+    Digests(Vec<u64>),
     /// Not done.
     Failed {
         /// Why.

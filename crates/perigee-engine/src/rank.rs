@@ -1,31 +1,27 @@
 //! One rank: a backend, the model's shard on it and the sessions parked in its host memory. It executes commands one after
 //! the other, the same ones as every other rank of its replica, and decides nothing.
 
+mod caches;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use perigee_backend::batch::BatchLimits;
-use perigee_backend::{Backend, BackendError, CacheShape, LatentReader, PAGE_TOKENS, Routing, StateKind, StatePart};
+use perigee_backend::{Backend, BackendError, CacheShape, DType, LatentReader, PAGE_TOKENS, Routing};
 use perigee_migration::AttendShape;
 use perigee_model::forward::{Model, StepHooks};
 use perigee_model::{LayerKind, ModelError};
 use perigee_sampling::{Draw, Sampled, Scratch};
 
+use self::caches::{Parked, storage_type};
 use crate::executor::{CacheBytes, ExecutorLimits, StepPlan};
 use crate::homes::AnswerModel;
 use crate::link::{FollowerLink, LinkError};
 use crate::protocol::{RankCommand, RankReply};
-use crate::remote::{AttentionClient, RemoteAttention};
+use crate::remote::{AttentionClient, RemoteAttention, RemoteHooks, RemoteStep, Seat, StepReport};
 
 /// Most tokens of a session in one question: a prefill chunk is asked about in pieces of a page.
 const QUESTION_TOKENS: u32 = 64;
-
-/// A session's cache in host memory: parts of its slot, then its pages, all as bytes.
-struct Parked {
-    state: Vec<(StatePart, Vec<u8>)>,
-    /// [pages][MLA layers].
-    pages: Vec<Vec<Vec<u8>>>,
-}
 
 /// One rank of a replica.
 pub struct Rank<B: Backend> {
@@ -35,6 +31,8 @@ pub struct Rank<B: Backend> {
     limits: ExecutorLimits,
     rank: usize,
     parked: HashMap<u64, Parked>,
+    /// In which latents and tails are kept, where that is known.
+    dtype: Option<DType>,
     attention: Option<RemoteAttention>,
 }
 
@@ -55,9 +53,10 @@ impl<B: Backend> Rank<B> {
     /// # Errors
     /// The device has no room for them.
     pub fn new(mut backend: B, model: Model<B>, shape: RankShape) -> Result<Self, BackendError> {
-        backend.reserve_cache(&shape.cache)?;
         let RankShape { rank, cache, limits } = shape;
-        Ok(Self { backend, model, cache, limits, rank, parked: HashMap::new(), attention: None })
+        backend.reserve_cache(&cache)?;
+        let dtype = storage_type(&mut backend, &cache)?;
+        Ok(Self { backend, model, cache, limits, rank, parked: HashMap::new(), dtype, attention: None })
     }
 
     /// Sizes that all ranks share.
@@ -89,17 +88,18 @@ impl<B: Backend> Rank<B> {
         self.backend.weight_bytes()
     }
 
-    /// Runs a step.
+    /// Runs a step; its remote rows ask through this rank's client, and what became of that is the result.
     ///
     /// # Errors
-    /// The plan contradicts itself or an op failed.
-    pub fn step(&mut self, plan: &StepPlan, hooks: &mut dyn StepHooks) -> Result<(), ModelError> {
+    /// The plan contradicts itself or an op failed. A missing answer is not an error.
+    pub fn step(&mut self, plan: &StepPlan, hooks: &mut dyn StepHooks) -> Result<StepReport, ModelError> {
         plan.batch.validate(&BatchLimits {
             tokens: self.limits.step_tokens,
             vocab: self.limits.vocab,
             slots: self.limits.slots,
             pages: self.limits.pages,
         })?;
+        plan.remote.validate(&plan.batch)?;
         self.backend.clear_slots(&plan.clear_slots)?;
         for &(from, to) in &plan.copy_slots {
             self.backend.copy_slot(from, to)?;
@@ -107,7 +107,16 @@ impl<B: Backend> Rank<B> {
         for &(from, to) in &plan.copy_pages {
             self.backend.copy_page(from, to)?;
         }
-        self.model.step(&mut self.backend, &plan.batch, hooks)
+        if plan.remote.rows.is_empty() {
+            self.model.step(&mut self.backend, &plan.batch, hooks)?;
+            return Ok(StepReport::default());
+        }
+        let seat = Seat { rank: self.rank, dtype: self.dtype.unwrap_or(DType::Fp32) };
+        let mut asking = RemoteStep::new(plan, self.attention.as_mut(), seat);
+        let done =
+            self.model.step(&mut self.backend, &plan.batch, &mut RemoteHooks { inner: hooks, asking: &mut asking });
+        let report = asking.finish();
+        done.map(|()| report)
     }
 
     /// The first `rows` rows of the last step's logits, [rows, V].
@@ -131,15 +140,21 @@ impl<B: Backend> Rank<B> {
         let result = match command {
             RankCommand::Step { plan, forced } => {
                 let mut hooks = ForcedRouting { forced };
-                self.step(plan, &mut hooks).map(|()| RankReply::Done)
+                self.step(plan, &mut hooks).map(RankReply::Stepped)
             }
-            RankCommand::Park { key, slot, pages } => self.park(*key, *slot, pages).map(|()| RankReply::Done),
-            RankCommand::Unpark { key, slot, pages } => self.unpark(*key, *slot, pages).map(|()| RankReply::Done),
+            RankCommand::Park { key, slot, pages } => self.park(*key, *slot, pages),
+            RankCommand::Unpark { key, slot, pages } => self.unpark(*key, *slot, pages),
             RankCommand::DropParked { key } => {
                 self.parked.remove(key);
                 Ok(RankReply::Done)
             }
-            RankCommand::ExportState { slot, part } => self.export(*slot, part),
+            RankCommand::ExportState { slot, part } => self.export_part(*slot, part),
+            RankCommand::ExportSlot { from } => self.export_slot(*from),
+            RankCommand::ImportState { slot, parts } => self.import_state(*slot, parts),
+            RankCommand::DigestSlot { slot } => self.digest_slot(*slot),
+            RankCommand::ImportPages { pages } => self.import_pages(pages),
+            RankCommand::DigestPages { pages } => self.digest_pages(pages),
+            RankCommand::Poison { slots, pages } => self.poison(slots, pages),
             RankCommand::WeightBytes => Ok(RankReply::Bytes(self.weight_bytes().to_le_bytes().to_vec())),
             RankCommand::Shutdown => Ok(RankReply::Done),
         };
@@ -163,57 +178,6 @@ impl<B: Backend> Rank<B> {
             }
         }
         Ok(())
-    }
-
-    fn state_parts(&self) -> Vec<StatePart> {
-        let kinds = [StateKind::Recurrent, StateKind::ConvQ, StateKind::ConvK, StateKind::ConvV];
-        let heads = self.cache.kda_heads as u32;
-        (0..self.cache.kda_layers as u32)
-            .flat_map(|layer| kinds.map(|kind| StatePart { layer, kind, first_head: 0, heads }))
-            .collect()
-    }
-
-    fn park(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ModelError> {
-        let mut state = Vec::new();
-        for part in self.state_parts() {
-            state.push((part, self.backend.export_state(slot, &part)?));
-        }
-        let mut parked = Vec::with_capacity(pages.len());
-        for &page in pages {
-            let layers = 0..self.cache.mla_layers as u32;
-            parked.push(layers.map(|layer| self.backend.export_page(page, layer)).collect::<Result<_, _>>()?);
-        }
-        self.parked.insert(key, Parked { state, pages: parked });
-        Ok(())
-    }
-
-    fn unpark(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ModelError> {
-        let Some(parked) = self.parked.get(&key) else {
-            return Err(BackendError::Batch(format!("no parked session {key}")).into());
-        };
-        if parked.pages.len() != pages.len() {
-            return Err(BackendError::shape("pages of a parked session", &[parked.pages.len()], &[pages.len()]).into());
-        }
-        for (part, bytes) in &parked.state {
-            self.backend.import_state(slot, part, bytes)?;
-        }
-        for (&page, layers) in pages.iter().zip(&parked.pages) {
-            for (layer, bytes) in (0..).zip(layers) {
-                self.backend.import_page(page, layer, bytes)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Bytes of a part if its heads are this rank's, else nothing.
-    fn export(&mut self, slot: u32, part: &StatePart) -> Result<RankReply, ModelError> {
-        let mine = self.cache.kda_heads as u32;
-        let first = self.rank as u32 * mine;
-        if part.first_head < first || part.first_head + part.heads > first + mine {
-            return Ok(RankReply::Done);
-        }
-        let local = StatePart { first_head: part.first_head - first, ..*part };
-        Ok(RankReply::Bytes(self.backend.export_state(slot, &local)?))
     }
 
     /// KDA heads on each rank.

@@ -1,19 +1,25 @@
 //! A replica's ranks as the leader drives them: its own, and the others behind links. Every command goes to all before any
 //! answer is awaited, and every rank's answer is part of the result, so that a failed rank can never look healthy.
 
+mod moves;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use perigee_backend::{Backend, LatentReader, Routing, StateKind, StatePart};
+use perigee_migration::{Digest, Geometry, PageSlice, StateSlice, TensorDigests};
 use perigee_model::ModelError;
 use perigee_model::forward::StepHooks;
 use perigee_sampling::{Draw, Scratch};
 
-use crate::executor::{CacheBytes, Executor, ExecutorError, ExecutorLimits, StepOutput, StepPlan};
+use crate::executor::{
+    CacheBytes, Executor, ExecutorError, ExecutorLimits, PageSpan, StateSource, StepOutput, StepPlan,
+};
 use crate::homes::AnswerModel;
 use crate::link::{LeaderLink, LinkError};
 use crate::protocol::{ForcedExperts, RankCommand, RankReply};
 use crate::rank::{Rank, is_fatal};
+use crate::remote::{Refusal, StepReport};
 
 /// What a traced step shows: values that are the same on every rank.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -83,7 +89,12 @@ impl<B: Backend> Ranks<B> {
     }
 
     /// Runs a step on every rank and leaves the logits where they are.
-    fn run(&mut self, plan: &StepPlan, forced: &ForcedExperts, trace: Option<&mut Trace>) -> Result<(), ExecutorError> {
+    fn run(
+        &mut self,
+        plan: &StepPlan,
+        forced: &ForcedExperts,
+        trace: Option<&mut Trace>,
+    ) -> Result<StepReport, ExecutorError> {
         self.send(&RankCommand::Step { plan: plan.clone(), forced: forced.clone() })?;
         let mut hooks = LeaderHooks { forced, trace };
         let own = self.own.step(plan, &mut hooks);
@@ -134,7 +145,13 @@ impl<B: Backend> Ranks<B> {
     /// Every rank executes a command; answers in rank order.
     fn tell(&mut self, command: &RankCommand) -> Result<Vec<RankReply>, ExecutorError> {
         self.send(command)?;
-        let mut replies = vec![self.own.execute(command)];
+        let own = self.own.execute(command);
+        self.gather(own)
+    }
+
+    /// The other ranks' answers behind this one's.
+    fn gather(&mut self, own: RankReply) -> Result<Vec<RankReply>, ExecutorError> {
+        let mut replies = vec![own];
         for (index, link) in self.others.iter_mut().enumerate() {
             replies.push(link.receive(self.timeout).map_err(|error| lost(index + 1, &error))?);
         }
@@ -148,12 +165,12 @@ impl<B: Backend> Ranks<B> {
 
     /// Collects the other ranks' answers to a step after this rank's own result. Where the exchange broke, the rank that
     /// went missing is named rather than the ones that noticed.
-    fn settle(&mut self, own: Result<(), ModelError>) -> Result<(), ExecutorError> {
+    fn settle(&mut self, own: Result<StepReport, ModelError>) -> Result<StepReport, ExecutorError> {
         let patience = if own.as_ref().is_err_and(is_fatal) { Duration::from_millis(200) } else { self.timeout };
-        let mut failures = Vec::new();
+        let (mut reports, mut failures) = (Vec::new(), Vec::new());
         for (index, link) in self.others.iter_mut().enumerate() {
             match link.receive(patience) {
-                Ok(RankReply::Done) => {}
+                Ok(RankReply::Stepped(report)) => reports.push(report),
                 Ok(RankReply::Failed { message, fatal }) => {
                     failures.push((false, ExecutorError { rank: index + 1, message, fatal }));
                 }
@@ -165,11 +182,12 @@ impl<B: Backend> Ranks<B> {
         if let Some(index) = first_lost {
             return Err(failures.swap_remove(index).1);
         }
-        own.map_err(|error| local(&error))?;
-        match failures.into_iter().next() {
-            Some((_, error)) => Err(error),
-            None => Ok(()),
+        let mut whole = own.map_err(|error| local(&error))?;
+        if let Some((_, error)) = failures.into_iter().next() {
+            return Err(error);
         }
+        reports.into_iter().for_each(|report| whole.join(report));
+        Ok(whole)
     }
 }
 
@@ -189,10 +207,12 @@ impl<B: Backend> Executor for Ranks<B> {
             let message = format!("{} draws from {rows} rows of logits", draws.len());
             return Err(ExecutorError { rank: 0, message, fatal: false });
         }
-        self.run(plan, &ForcedExperts::new(), None)?;
+        let report = self.run(plan, &ForcedExperts::new(), None)?;
         let sampled = self.own.sample(draws, &mut self.scratch).map_err(|error| local(&error.into()))?;
         let logits = want_logits.then(|| self.own.logits(rows)).transpose().map_err(|error| local(&error.into()))?;
-        Ok(StepOutput { sampled, logits, ..StepOutput::default() })
+        let StepReport { faulty, refusals, counts } = report;
+        let refusals = refusals.into_iter().map(|Refusal { row, status }| (row, status)).collect();
+        Ok(StepOutput { sampled, logits, faulty, refusals, remote: counts })
     }
 
     fn park(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ExecutorError> {
@@ -222,6 +242,38 @@ impl<B: Backend> Executor for Ranks<B> {
 
     fn weight_bytes(&self) -> Vec<u64> {
         self.weight_bytes.clone()
+    }
+
+    fn geometry(&self) -> Option<Geometry> {
+        self.own.geometry()
+    }
+
+    fn export_slot(&mut self, from: StateSource) -> Result<Vec<StateSlice>, ExecutorError> {
+        self.slices(from)
+    }
+
+    fn import_state(&mut self, slot: u32, slices: &[StateSlice]) -> Result<(), ExecutorError> {
+        self.write_slot(slot, slices)
+    }
+
+    fn digest_slot(&mut self, slot: u32) -> Result<TensorDigests, ExecutorError> {
+        self.slot_digests(slot)
+    }
+
+    fn export_pages(&mut self, pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {
+        self.page_slices(pages)
+    }
+
+    fn import_pages(&mut self, pages: &[(u32, PageSlice)]) -> Result<(), ExecutorError> {
+        self.write_pages(pages)
+    }
+
+    fn digest_pages(&mut self, pages: &[PageSpan]) -> Result<Vec<Digest>, ExecutorError> {
+        self.page_digests(pages)
+    }
+
+    fn poison(&mut self, slots: &[u32], pages: &[u32]) -> Result<(), ExecutorError> {
+        self.tell(&RankCommand::Poison { slots: slots.to_vec(), pages: pages.to_vec() }).map(drop)
     }
 }
 
