@@ -79,7 +79,7 @@ impl Incoming {
         Ok(Prepared { session: name, epoch: next, digests })
     }
 
-    async fn ask<T>(&self, question: impl FnOnce(Reply<T>) -> Command) -> Result<T, HandoffRefused> {
+    async fn ask<T>(&mut self, question: impl FnOnce(Reply<T>) -> Command) -> Result<T, HandoffRefused> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(question(reply)).map_err(|_| HandoffRefused::Stopped)?;
         answer.await.unwrap_or(Err(HandoffRefused::Stopped))

@@ -121,6 +121,7 @@ impl EngineCore {
                 self.drive(&session, PartyEvent::Query { epoch })?;
             }
         }
+        self.renew_homes(now);
         let mut due = Vec::new();
         for (session, seat) in &mut self.seats {
             while let Some((side, timer)) = seat.expired(now) {

@@ -55,6 +55,7 @@ impl EngineCore {
             let Some(held) = self.sessions.get_mut(&row.task) else { continue };
             if !is_faulty(index) {
                 held.misses = 0;
+                held.renewed_at = Some(now);
                 continue;
             }
             missed.insert(row.task);
@@ -77,6 +78,33 @@ impl EngineCore {
             }
         }
         Ok(missed)
+    }
+
+    /// Tells homes of sessions that do not ask at the moment, before their entries run out.
+    pub(crate) fn renew_homes(&mut self, now: Instant) {
+        let Some(config) = self.config.moves.clone() else { return };
+        let mut due: Vec<(RemoteHome, Vec<(String, u64)>)> = Vec::new();
+        for (id, held) in &mut self.sessions {
+            let is_due = held.renewed_at.is_none_or(|at| now.saturating_duration_since(at) > config.grace / 4);
+            let Some(view) = self.scheduler.session(*id).filter(|view| is_due && view.latents.is_remote()) else {
+                continue;
+            };
+            held.renewed_at = Some(now);
+            for (home, _) in view.latents.remote_ranges() {
+                let Home::Remote { replica, incarnation, endpoint, .. } = home else { continue };
+                let (replica, incarnation) = (replica.clone(), incarnation.clone());
+                let home = RemoteHome { replica, incarnation, endpoint: endpoint.clone() };
+                let name = (held.sequence.session.0.clone(), held.sequence.epoch);
+                match due.iter_mut().find(|(known, _)| *known == home) {
+                    Some((_, sessions)) if sessions.contains(&name) => {}
+                    Some((_, sessions)) => sessions.push(name),
+                    None => due.push((home, vec![name])),
+                }
+            }
+        }
+        for (home, sessions) in due {
+            config.connector.renew(&home, &sessions);
+        }
     }
 
     /// Sessions whose pause is over step again.

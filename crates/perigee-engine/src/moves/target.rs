@@ -16,7 +16,7 @@ use super::source::non_fatal;
 use super::HandoffRefused;
 use crate::cache::{HomePages, Latents};
 use crate::executor::PageSpan;
-use crate::handle::QueuePermit;
+use crate::handle::{EngineHealth, QueuePermit};
 use crate::request::SessionId;
 use crate::scheduler::{Adopted, TaskId};
 use crate::step::{EngineCore, Fatal, Session, Sink};
@@ -43,7 +43,8 @@ impl EngineCore {
         let task = TaskId(self.next_task);
         self.next_task += 1;
         // A session with latents elsewhere needs a slot to read and one to write.
-        let slots = self.scheduler.reserve(task, header.mode == Mode::Split);
+        let serves = *self.shared.health.borrow() == EngineHealth::Serving;
+        let slots = if serves { self.scheduler.reserve(task, header.mode == Mode::Split) } else { None };
         let answer = self.drive_offer(&session, header, (task, slots), PartyEvent::Offer {
             epoch,
             next,

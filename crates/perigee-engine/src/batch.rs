@@ -1,0 +1,142 @@
+//! A plan's rows as a batch for the ranks, and what the batch gave back to sessions and scheduler. When steps run, and
+//! which rows there are, is decided elsewhere.
+
+use std::time::Instant;
+
+use perigee_backend::{Row, StepBatch};
+use perigee_sampling::{Draw, Sampled};
+
+use crate::executor::{ExecutorError, StepOutput, StepPlan};
+use crate::request::FinishReason;
+use crate::scheduler::{Plan, PlannedRow, TaskId};
+use crate::sequence::Sequence;
+use crate::step::{EngineCore, Fatal, Sink};
+
+impl EngineCore {
+    /// Runs rows, those that draw first, as the plan has them.
+    pub(crate) fn execute(&mut self, plan: &Plan, rows: &[&PlannedRow]) -> Result<StepOutput, ExecutorError> {
+        let mut batch = StepBatch::default();
+        let mut draws = Vec::new();
+        let mut wants_logits = false;
+        for row in rows {
+            let Some(session) = self.sessions.get(&row.task) else {
+                return Err(defect(format!("a row of session {} which does not exist", row.task.0)));
+            };
+            let sequence = &session.sequence;
+            let Some(tokens) = sequence.tokens.get(row.position as usize..row.end() as usize) else {
+                return Err(defect(format!("a row up to {} of {} tokens", row.end(), sequence.length())));
+            };
+            let first = batch.tokens.len() as u64;
+            if let Some(from) = row.prompt_logits_from {
+                wants_logits = true;
+                batch.logits.extend((from - row.position..row.tokens).map(|offset| (first + offset) as u32));
+            }
+            if row.draws {
+                batch.logits.push((first + row.tokens - 1) as u32);
+                draws.push(draw(sequence));
+            }
+            batch.tokens.extend_from_slice(tokens);
+            batch.rows.push(Row {
+                tokens: row.tokens as u32,
+                position: row.position,
+                read_slot: row.read_slot,
+                write_slot: row.write_slot,
+                segments: row.segments.clone(),
+            });
+        }
+        let positions = batch.logits.len();
+        let step = StepPlan {
+            clear_slots: plan.clear_slots.clone(),
+            copy_slots: plan.copy_slots.clone(),
+            copy_pages: plan.copy_pages.clone(),
+            remote: self.remote_plan(rows),
+            batch,
+        };
+        let vocab = self.executor.limits().vocab;
+        let output = self.executor.step(&step, &draws, wants_logits)?;
+        let got = output.logits.as_ref().map_or(0, Vec::len);
+        if output.sampled.len() != draws.len() || (wants_logits && got != positions * vocab) {
+            let drawn = output.sampled.len();
+            return Err(defect(format!("{drawn} of {} draws, {got} logits for {positions} positions", draws.len())));
+        }
+        Ok(output)
+    }
+
+    /// Takes a step's results into sessions and scheduler.
+    pub(crate) fn apply(&mut self, rows: &[&PlannedRow], output: StepOutput, now: Instant) -> Result<(), Fatal> {
+        if output.remote.tokens > 0 {
+            self.config.observer.asked(&output.remote);
+        }
+        let missed = self.take_misses(rows, &output, now)?;
+        let vocab = self.executor.limits().vocab;
+        let logits = output.logits.unwrap_or_default();
+        let mut logits = logits.chunks_exact(vocab);
+        let mut sampled = output.sampled.into_iter();
+        for row in rows {
+            let counts = !missed.contains(&row.task);
+            if counts {
+                self.scheduler.advance(row.task, row.tokens);
+            }
+            if row.draws {
+                logits.next();
+                if let Some(sampled) = sampled.next().filter(|_| counts) {
+                    self.take_token(row.task, &sampled, now)?;
+                }
+            } else if let Some(from) = row.prompt_logits_from {
+                let positions: Vec<&[f32]> = logits.by_ref().take((row.end() - from) as usize).collect();
+                if counts {
+                    self.take_prompt_logits(row, from, &positions)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn take_token(&mut self, id: TaskId, sampled: &Sampled, now: Instant) -> Result<(), Fatal> {
+        let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
+        let observer = &self.config.observer;
+        match session.last_token.replace(now) {
+            None => observer.first_token(now.saturating_duration_since(session.arrived)),
+            Some(last) => observer.next_token(now.saturating_duration_since(last)),
+        }
+        match session.sequence.accept(sampled.token, self.config.tokenizer.as_deref()) {
+            Ok(accepted) => {
+                if accepted.finish.is_none() {
+                    self.scheduler.append(id);
+                }
+                self.emit_token(id, sampled, accepted)
+            }
+            Err(error) => self.end(id, FinishReason::Error, Some(error.to_string())),
+        }
+    }
+
+    fn take_prompt_logits(&mut self, row: &PlannedRow, from: u64, positions: &[&[f32]]) -> Result<(), Fatal> {
+        let Some(session) = self.sessions.get_mut(&row.task) else { return Ok(()) };
+        let sequence = &mut session.sequence;
+        let Some(prompt) = &mut sequence.prompt_logprobs else { return Ok(()) };
+        let predicted = sequence.tokens.get(from as usize + 1..).unwrap_or_default();
+        for (logits, token) in positions.iter().zip(predicted) {
+            if let Err(error) = prompt.record(logits, *token) {
+                return self.end(row.task, FinishReason::Error, Some(error.to_string()));
+            }
+        }
+        let complete = prompt.positions.len() as u64 == sequence.prompt_length;
+        if complete && matches!(session.sink, Sink::Score(_)) { self.finish_score(row.task) } else { Ok(()) }
+    }
+}
+
+fn draw(sequence: &Sequence) -> Draw<'_> {
+    Draw {
+        params: &sequence.sampling,
+        choice: sequence.choice,
+        position: sequence.length(),
+        counts: &sequence.counts,
+        banned: sequence.banned(),
+        allowed: None,
+    }
+}
+
+/// Something that engine and executor disagree on: nothing after it can be trusted.
+fn defect(message: String) -> ExecutorError {
+    ExecutorError { rank: 0, message: format!("engine and executor disagree: {message}"), fatal: true }
+}
