@@ -61,3 +61,73 @@ fn parking_keeps_the_shape() {
     latents.attach(&[1, 2]);
     assert_eq!(latents.row_segments(256), [Segment { start: 128, end: 256, pages: vec![1, 2] }]);
 }
+
+/// A place by its name alone.
+fn place(replica: &str) -> Place {
+    Place { replica: replica.into(), incarnation: "1".into(), ranks: 2, layout: Layout::Replicated }
+}
+
+fn remote(replica: &str, pages: std::ops::Range<u64>) -> RemoteSegment {
+    RemoteSegment { home: place(replica), first: pages.start * 64, tokens: (pages.end - pages.start) * 64 }
+}
+
+#[test]
+fn an_arrival_is_put_together_and_tells_its_table() {
+    let table = SegmentTable::from_segments([remote("a", 0..2), remote("b", 3..4)]).unwrap();
+    let local = BTreeMap::from([(2, 9), (4, 5), (5, 6)]);
+    let endpoint = |place: &Place| format!("{}:1", place.replica);
+    let latents = Latents::assemble(&table, endpoint, &local, 300).unwrap();
+    assert_eq!(latents.capacity(), 320, "a page that is not needed is left out");
+    assert_eq!(latents.numbered_local_pages().collect::<Vec<_>>(), [(2, 9), (4, 5)]);
+    assert_eq!(latents.table(), table);
+    assert!(latents.is_remote());
+    assert_eq!(latents.remote_positions(), 192);
+    let ranges: Vec<_> = latents
+        .remote_ranges()
+        .map(|(home, range)| match home {
+            Home::Remote { replica, endpoint, .. } => (replica.as_str(), endpoint.as_str(), range),
+            Home::Local { .. } => panic!("a local segment among the remote ones"),
+        })
+        .collect();
+    assert_eq!(ranges, [("a", "a:1", 0..128), ("b", "b:1", 192..256)]);
+    assert_eq!(
+        latents.row_segments(290),
+        [Segment { start: 128, end: 192, pages: vec![9] }, Segment { start: 256, end: 290, pages: vec![5] }],
+        "the gaps are the homes'"
+    );
+    assert_eq!(Latents::from_segments(latents.segments().to_vec()), latents);
+}
+
+#[test]
+fn an_arrival_without_all_pages_is_none() {
+    let table = SegmentTable::from_segments([remote("a", 0..2)]).unwrap();
+    let assemble = |table: &SegmentTable, local: &[(u64, u32)], context| {
+        Latents::assemble(table, |_| String::new(), &local.iter().copied().collect(), context)
+    };
+    assert_eq!(assemble(&table, &[(2, 9)], 200), None, "page 3 is missing");
+    assert_eq!(assemble(&table, &[], 128).map(|latents| latents.capacity()), Some(128));
+    assert_eq!(assemble(&table, &[(2, 9)], 127), None, "a segment with the unfilled page");
+    assert_eq!(assemble(&SegmentTable::new(), &[(0, 3), (1, 4)], 65), Some(local(&[3, 4])));
+    assert!(!local(&[3, 4]).is_remote() && local(&[3, 4]).table().is_empty());
+}
+
+#[test]
+fn full_local_pages_stay_as_a_home() {
+    assert_eq!(local(&[4, 5, 6]).home_pages(130).pages, [(0, vec![4, 5])], "the last page is not full");
+    assert_eq!(local(&[4, 5]).home_pages(128).pages, [(0, vec![4, 5])]);
+    assert!(local(&[4]).home_pages(63).is_empty());
+    assert_eq!(moved().home_pages(256).pages, [(2, vec![7, 8])]);
+    assert!(moved().home_pages(130).is_empty());
+    let mut parked = moved();
+    parked.detach();
+    assert!(parked.home_pages(256).is_empty(), "they are in host memory");
+}
+
+#[test]
+fn a_layout_is_its_number_on_the_wire() {
+    let json = serde_json::to_string(&moved()).unwrap();
+    assert!(json.contains(r#""layout":0"#), "{json}");
+    assert_eq!(serde_json::from_str::<Latents>(&json).unwrap(), moved());
+    let error = serde_json::from_str::<Latents>(&json.replace(r#""layout":0"#, r#""layout":9"#)).unwrap_err();
+    assert!(error.to_string().contains("number 9"), "{error}");
+}

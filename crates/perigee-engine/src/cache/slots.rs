@@ -1,5 +1,5 @@
-//! State slots: a session that runs holds one, and reads and writes it in every step. A second, shadow slot will make a
-//! step a transaction; the pair is kept apart for that. It does not know what a slot holds.
+//! State slots: a session that runs holds one, and reads and writes it in every step. One with latents elsewhere has a
+//! second, shadow slot, which makes its steps transactions. It does not know what a slot holds.
 
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +28,16 @@ impl SlotPool {
             *used = true;
         }
         Some(slot)
+    }
+
+    /// The slots of a session, two if its steps are transactions; none if there are too few.
+    pub fn allocate_pair(&mut self, shadow: bool) -> Option<SlotPair> {
+        if self.free() < 1 + usize::from(shadow) {
+            return None;
+        }
+        let read = self.allocate()?;
+        let write = if shadow { self.allocate()? } else { read };
+        Some(SlotPair { read, write })
     }
 
     /// Frees a slot.
@@ -104,9 +114,14 @@ impl SlotPair {
         std::mem::swap(&mut self.read, &mut self.write);
     }
 
+    /// Whether it has a shadow, so that a step counts only once it is committed.
+    pub fn has_shadow(&self) -> bool {
+        self.read != self.write
+    }
+
     /// Every slot of the pair, once.
     pub fn slots(&self) -> impl Iterator<Item = u32> + use<> {
-        let shadow = (self.write != self.read).then_some(self.write);
+        let shadow = self.has_shadow().then_some(self.write);
         std::iter::once(self.read).chain(shadow)
     }
 }
@@ -129,9 +144,19 @@ mod tests {
     }
 
     #[test]
+    fn a_pair_is_given_whole_or_not_at_all() {
+        let mut pool = SlotPool::new(4);
+        assert_eq!(pool.allocate_pair(false), Some(SlotPair::in_place(0)));
+        assert_eq!(pool.allocate_pair(true), Some(SlotPair { read: 1, write: 2 }));
+        assert_eq!((pool.allocate_pair(true), pool.free()), (None, 1));
+        assert_eq!(pool.allocate_pair(false), Some(SlotPair::in_place(3)));
+    }
+
+    #[test]
     fn a_transaction_swaps_and_an_update_in_place_does_not() {
         let mut pair = SlotPair { read: 3, write: 5 };
         assert_eq!(pair.slots().collect::<Vec<_>>(), [3, 5]);
+        assert!(pair.has_shadow() && !SlotPair::in_place(3).has_shadow());
         pair.commit();
         assert_eq!(pair, SlotPair { read: 5, write: 3 });
         let mut single = SlotPair::in_place(4);

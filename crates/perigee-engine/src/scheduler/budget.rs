@@ -8,6 +8,10 @@ use super::Scheduler;
 use super::task::Task;
 use super::types::Rank;
 
+/// Most tokens of a row whose earlier latents are elsewhere: queries go to a home in blocks of a page's length, so that
+/// neither side has to hold more at once.
+pub(super) const REMOTE_ROW_TOKENS: u64 = PAGE_TOKENS as u64;
+
 /// A running task's part of the step, in order of rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Share {
@@ -57,7 +61,8 @@ impl Scheduler {
 
 /// Most tokens that a prefill can use in this step; takes the logits which that needs beyond the task's own one.
 fn wanted(task: &Task, logits_left: &mut u64) -> u64 {
-    let left = task.stop() - task.computed;
+    let at_most = if task.latents.is_remote() { REMOTE_ROW_TOKENS } else { u64::MAX };
+    let left = (task.stop() - task.computed).min(at_most);
     if !task.prompt_logits || task.stop() == task.length {
         return left;
     }

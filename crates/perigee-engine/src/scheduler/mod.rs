@@ -3,6 +3,7 @@
 
 mod admit;
 pub mod arrivals;
+mod audit;
 mod budget;
 pub mod moves;
 mod parking;
@@ -16,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 pub use self::arrivals::Adopted;
+use self::arrivals::Reservation;
 pub use self::moves::{FreezeCopies, FreezeRefused, FrozenView, Released, StateAt};
 use self::parking::ParkLedger;
 use self::task::{Place, Task};
@@ -23,7 +25,7 @@ use self::types::Rank;
 pub use self::types::{
     Fork, Limits, NeverFits, NewTask, Occupancy, Parking, Plan, PlannedRow, Removed, SessionView, Status, TaskId,
 };
-use crate::cache::{CacheError, Latents, PagePool, SlotPool};
+use crate::cache::{CacheError, HomePages, PagePool, SlotPool};
 
 /// The tasks of a replica and the accounts of its slots, pages and park memory.
 #[derive(Debug)]
@@ -37,6 +39,11 @@ pub struct Scheduler {
     leaders: BTreeMap<TaskId, TaskId>,
     running: BTreeSet<Rank>,
     queue: BTreeSet<Rank>,
+    /// Sessions that get no row for now; a task of several stands still while one of them is here.
+    held: BTreeSet<TaskId>,
+    reservations: BTreeMap<TaskId, Reservation>,
+    /// Pages of sessions that went, by the key of the entry.
+    homes: BTreeMap<u64, HomePages>,
     deadlines: BTreeSet<(Instant, TaskId)>,
     arrivals: u64,
 }
@@ -53,6 +60,9 @@ impl Scheduler {
             leaders: BTreeMap::new(),
             running: BTreeSet::new(),
             queue: BTreeSet::new(),
+            held: BTreeSet::new(),
+            reservations: BTreeMap::new(),
+            homes: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             arrivals: 0,
         }
@@ -86,12 +96,13 @@ impl Scheduler {
     /// # Errors
     /// [`CacheError`] if the accounts are broken.
     pub fn remove(&mut self, id: TaskId) -> Result<Option<Removed>, CacheError> {
+        self.held.remove(&id);
         if let Some(leader) = self.leaders.remove(&id) {
             self.remove_follower(leader, id)?;
             return Ok(Some(Removed::default()));
         }
         let Some(mut task) = self.tasks.remove(&id) else { return Ok(None) };
-        self.unlist(&task);
+        self.unlist(task.rank());
         self.forget_deadline(task.deadline, id);
         if !task.followers.is_empty() {
             return self.hand_down(task).map(Some);
@@ -144,13 +155,11 @@ impl Scheduler {
     /// removed then.
     pub fn park_failed(&mut self, id: TaskId) -> Result<(), NeverFits> {
         let Some(task) = self.tasks.get_mut(&id) else { return Ok(()) };
-        if let Place::Parked { bytes, .. } = task.place {
-            self.parked.give_back(bytes);
-            task.place = Place::Queued;
-            task.latents = Latents::new();
-            task.computed = 0;
-        }
-        Ok(())
+        let Place::Parked { bytes, .. } = task.place else { return Ok(()) };
+        self.parked.give_back(bytes);
+        let outcome = task.lose_everything(&self.limits);
+        self.list(id);
+        outcome
     }
 
     /// A running session's state or some of its latents are lost: it queues to be computed again, with all latents here.
@@ -159,13 +168,16 @@ impl Scheduler {
     /// [`CacheError`] if the accounts are broken; inside, [`NeverFits`] as for [`Self::park_failed`].
     pub fn restart(&mut self, id: TaskId) -> Result<Result<(), NeverFits>, CacheError> {
         let Some(mut task) = self.tasks.remove(&id) else { return Ok(Ok(())) };
-        if matches!(task.place, Place::Running { .. }) {
-            self.running.remove(&task.rank());
-            self.strip(&mut task)?;
-            self.queue.insert(task.rank());
-        }
+        let outcome = match task.place {
+            Place::Running { .. } => {
+                self.unlist(task.rank());
+                self.start_over(&mut task)?
+            }
+            _ => Ok(()),
+        };
         self.tasks.insert(id, task);
-        Ok(Ok(()))
+        self.list(id);
+        Ok(outcome)
     }
 
     /// Whether any task is left.
@@ -184,132 +196,114 @@ impl Scheduler {
         let mut counts = Occupancy {
             slots_free: self.slots.free() as u64,
             pages_free: self.pages.free() as u64,
+            homes: self.homes.len() as u64,
             ..Occupancy::default()
         };
         for task in self.tasks.values() {
+            if task.frozen {
+                counts.parked += 1;
+                continue;
+            }
             let left = task.length - task.computed;
             counts.queued_tokens += if left > 1 { left } else { 0 };
             match task.place {
                 Place::Running { .. } => counts.running += task.sessions(),
-                Place::Queued => counts.waiting += task.sessions(),
+                Place::Queued | Place::Evicted => counts.waiting += task.sessions(),
                 Place::Parked { .. } => counts.parked += task.sessions(),
             }
         }
         counts
     }
 
-    /// Checks every account against every task.
-    ///
-    /// # Errors
-    /// [`CacheError`] says what does not add up.
-    pub fn audit(&self) -> Result<(), CacheError> {
-        let on_device = || self.tasks.values().filter(|task| !matches!(task.place, Place::Parked { .. }));
-        self.pages.audit(on_device().flat_map(|task| task.latents.local_pages()))?;
-        self.slots.audit(self.tasks.values().flat_map(|task| match &task.place {
-            Place::Running { slots, reserved } => slots.slots().chain(reserved.iter().copied()).collect(),
-            _ => Vec::new(),
-        }))?;
-        let parked_bytes: u64 = self
-            .tasks
-            .values()
-            .map(|task| match task.place {
-                Place::Parked { bytes, .. } => bytes,
-                _ => 0,
-            })
-            .sum();
-        self.parked.audit(parked_bytes)?;
-        let ranks = |running| {
-            let listed = move |task: &&Task| matches!(task.place, Place::Running { .. }) == running;
-            self.tasks.values().filter(listed).map(Task::rank).collect::<BTreeSet<Rank>>()
-        };
-        if ranks(true) != self.running || ranks(false) != self.queue {
-            return Err(CacheError::Unbalanced("the queue and the running set differ from the tasks".into()));
-        }
-        let unreserved = |task: &&Task| match &task.place {
-            Place::Running { reserved, .. } => reserved.len() != task.followers.len(),
-            _ => false,
-        };
-        if let Some(task) = self.tasks.values().find(unreserved) {
-            return Err(CacheError::Unbalanced(format!("task {} has not a slot for every follower", task.id.0)));
-        }
-        let followers: BTreeMap<TaskId, TaskId> =
-            self.tasks.values().flat_map(|task| task.followers.iter().map(|&follower| (follower, task.id))).collect();
-        if followers != self.leaders {
-            return Err(CacheError::Unbalanced("followers differ from their tasks'".into()));
-        }
-        Ok(())
-    }
-
     fn remove_follower(&mut self, leader: TaskId, id: TaskId) -> Result<(), CacheError> {
         let Some(task) = self.tasks.get_mut(&leader) else { return Ok(()) };
         task.followers.retain(|&follower| follower != id);
-        let slot = match &mut task.place {
-            Place::Running { reserved, .. } => reserved.pop(),
-            _ => None,
-        };
-        let deadline = task.deadline;
+        let (slot, deadline) = (task.take_reserved(), task.deadline);
         self.forget_deadline(deadline, id);
-        slot.map_or(Ok(()), |slot| self.slots.release(slot))
+        self.list(leader);
+        self.release_slots(slot.into_iter())
     }
 
     /// The first follower takes the place of a removed session that was prefilled for it too.
-    fn hand_down(&mut self, mut task: Task) -> Result<Removed, CacheError> {
+    fn hand_down(&mut self, task: Task) -> Result<Removed, CacheError> {
+        let heir = self.enthrone_heir(task);
+        let slot = self.tasks.get_mut(&heir).and_then(Task::take_reserved);
+        self.list(heir);
+        self.release_slots(slot.into_iter())?;
+        Ok(Removed { parked: None, heir: Some(heir) })
+    }
+
+    /// The first follower leads the task from now on, which is back among the tasks but in no list. Its former leader's
+    /// reserved slot is one too many.
+    fn enthrone_heir(&mut self, mut task: Task) -> TaskId {
         let heir = task.followers.remove(0);
         task.id = heir;
         self.leaders.remove(&heir);
         for follower in &task.followers {
             self.leaders.insert(*follower, heir);
         }
-        let slot = match &mut task.place {
-            Place::Running { reserved, .. } => reserved.pop(),
-            _ => None,
-        };
-        match task.place {
-            Place::Running { .. } => self.running.insert(task.rank()),
-            _ => self.queue.insert(task.rank()),
-        };
         self.tasks.insert(heir, task);
-        slot.map_or(Ok(()), |slot| self.slots.release(slot))?;
-        Ok(Removed { parked: None, heir: Some(heir) })
+        heir
     }
 
-    /// Takes everything from a task that is in no list: slots, pages, park memory; it is queued and uncomputed then.
-    /// Returns the key of its copy in host memory.
+    /// Takes everything from a task that is in no list, for good: slots, pages, park memory. Returns the key of its copy in
+    /// host memory.
     fn strip(&mut self, task: &mut Task) -> Result<Option<u64>, CacheError> {
         let latents = std::mem::take(&mut task.latents);
-        task.computed = 0;
         match std::mem::replace(&mut task.place, Place::Queued) {
-            Place::Queued => Ok(None),
+            Place::Queued | Place::Evicted => Ok(None),
             Place::Parked { key, bytes } => {
                 self.parked.give_back(bytes);
                 Ok(Some(key))
             }
             Place::Running { slots, reserved } => {
-                self.release_device(latents.local_pages(), slots.slots().chain(reserved))?;
+                self.release_pages(latents.local_pages())?;
+                self.release_slots(slots.slots().chain(reserved))?;
                 Ok(None)
             }
         }
     }
 
-    fn release_device(
-        &mut self,
-        pages: impl Iterator<Item = u32>,
-        slots: impl Iterator<Item = u32>,
-    ) -> Result<(), CacheError> {
-        for page in pages {
-            self.pages.release(page)?;
-        }
-        for slot in slots {
-            self.slots.release(slot)?;
-        }
-        Ok(())
+    /// Takes slots and pages from a running task that is in no list, to compute it again if that is possible.
+    fn start_over(&mut self, task: &mut Task) -> Result<Result<(), NeverFits>, CacheError> {
+        self.release_pages(task.latents.local_pages())?;
+        self.release_slots(task.slots())?;
+        Ok(task.lose_everything(&self.limits))
     }
 
-    fn unlist(&mut self, task: &Task) {
+    /// Drops references; returned are the pages that are free now.
+    fn release_pages(&mut self, pages: impl Iterator<Item = u32>) -> Result<Vec<u32>, CacheError> {
+        let mut freed = Vec::new();
+        for page in pages {
+            if self.pages.release(page)? {
+                freed.push(page);
+            }
+        }
+        Ok(freed)
+    }
+
+    fn release_slots(&mut self, mut slots: impl Iterator<Item = u32>) -> Result<(), CacheError> {
+        slots.try_for_each(|slot| self.slots.release(slot))
+    }
+
+    /// Whether a task gets no row and is left alone.
+    fn stands_still(&self, task: &Task) -> bool {
+        task.frozen || task.session_ids().any(|id| self.held.contains(&id))
+    }
+
+    /// Puts a task into the list in which it belongs, if any; it is in no other.
+    fn list(&mut self, id: TaskId) {
+        let Some(task) = self.tasks.get(&id).filter(|task| !self.stands_still(task)) else { return };
         match task.place {
-            Place::Running { .. } => self.running.remove(&task.rank()),
-            _ => self.queue.remove(&task.rank()),
+            Place::Running { .. } => self.running.insert(task.rank()),
+            Place::Queued | Place::Parked { .. } => self.queue.insert(task.rank()),
+            Place::Evicted => false,
         };
+    }
+
+    fn unlist(&mut self, rank: Rank) {
+        self.running.remove(&rank);
+        self.queue.remove(&rank);
     }
 
     fn forget_deadline(&mut self, deadline: Option<Instant>, id: TaskId) {

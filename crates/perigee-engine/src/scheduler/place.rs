@@ -78,7 +78,8 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Takes slots and pages from a running task: to host memory while there is room for it, else to nowhere.
+    /// Takes slots and pages from a running task: to host memory while there is room for it, else to nowhere. The old slot
+    /// of a transaction is the one that counts.
     fn preempt(&mut self, rank: Rank, plan: &mut Plan) -> Result<(), CacheError> {
         let Some(mut task) = self.tasks.remove(&rank.id) else { return Ok(()) };
         self.running.remove(&rank);
@@ -87,17 +88,18 @@ impl Scheduler {
             (Some((key, bytes)), Place::Running { slots, reserved }) => {
                 let (slots, reserved) = (*slots, reserved.clone());
                 let pages = task.latents.detach();
-                self.release_device(pages.iter().copied(), slots.slots().chain(reserved))?;
+                self.release_pages(pages.iter().copied())?;
+                self.release_slots(slots.slots().chain(reserved))?;
                 plan.parks.push(Parking { task: rank.id, key, slot: slots.read, pages });
                 task.place = Place::Parked { key, bytes };
             }
-            _ => {
-                self.strip(&mut task)?;
-                plan.restarts.push(rank.id);
-            }
+            _ => match self.start_over(&mut task)? {
+                Ok(()) => plan.restarts.push(rank.id),
+                Err(never) => plan.evicted.push((rank.id, never)),
+            },
         }
-        self.queue.insert(rank);
         self.tasks.insert(rank.id, task);
+        self.list(rank.id);
         Ok(())
     }
 

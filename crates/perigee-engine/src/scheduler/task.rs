@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::time::Instant;
 
-use super::types::{NewTask, Rank, Status, TaskId};
+use super::types::{Limits, NeverFits, NewTask, Rank, Status, TaskId};
 use crate::cache::{Latents, SlotPair};
 
 /// Where a task stands.
@@ -15,6 +15,8 @@ pub(crate) enum Place {
     Running { slots: SlotPair, reserved: Vec<u32> },
     /// In the queue, with its state and latents in host memory.
     Parked { key: u64, bytes: u64 },
+    /// With nothing, and too long to be computed again here: it waits to be removed.
+    Evicted,
 }
 
 #[derive(Debug, Clone)]
@@ -24,8 +26,12 @@ pub(crate) struct Task {
     pub(crate) priority: i32,
     pub(crate) arrival: u64,
     pub(crate) deadline: Option<Instant>,
+    /// Whether it stands still because it moves; then it has no followers.
+    pub(crate) frozen: bool,
     /// Tokens known.
     pub(crate) length: u64,
+    /// Most positions that it may ever compute.
+    pub(crate) most: u64,
     /// Tokens covered by state and latents.
     pub(crate) computed: u64,
     /// Position of the last prompt token where a row must end before it: a fork, or the end of prompt logits.
@@ -50,7 +56,9 @@ impl Task {
             priority: new.priority,
             arrival,
             deadline: new.deadline,
+            frozen: false,
             length: new.length,
+            most: new.most,
             computed: 0,
             barrier,
             prompt_logits: new.prompt_logits,
@@ -76,6 +84,13 @@ impl Task {
         }
     }
 
+    /// A session that leaves before the prefill is done: with a copy of what is computed, or with nothing. It still wants
+    /// the prompt logits that are to come.
+    pub(crate) fn split(&self, id: TaskId, computed: u64, latents: Latents, place: Place) -> Self {
+        let barrier = self.barrier.filter(|_| self.prompt_logits);
+        Self { barrier, prompt_logits: self.prompt_logits, ..self.fork(id, computed, latents, place) }
+    }
+
     pub(crate) fn rank(&self) -> Rank {
         Rank { priority: Reverse(self.priority), arrival: self.arrival, id: self.id }
     }
@@ -83,6 +98,63 @@ impl Task {
     /// Sessions in the task, its own and the followers'.
     pub(crate) fn sessions(&self) -> u64 {
         1 + self.followers.len() as u64
+    }
+
+    /// The sessions: its own and the followers'.
+    pub(crate) fn session_ids(&self) -> impl Iterator<Item = TaskId> + '_ {
+        std::iter::once(self.id).chain(self.followers.iter().copied())
+    }
+
+    /// A slot that was reserved for a follower which left.
+    pub(crate) fn take_reserved(&mut self) -> Option<u32> {
+        match &mut self.place {
+            Place::Running { reserved, .. } => reserved.pop(),
+            _ => None,
+        }
+    }
+
+    /// State and latents are gone, wherever they were: all of it is to be computed again, here.
+    ///
+    /// # Errors
+    /// [`NeverFits`] if that is impossible; it is evicted then.
+    pub(crate) fn lose_everything(&mut self, limits: &Limits) -> Result<(), NeverFits> {
+        let possible = limits.check(self.sessions(), self.most);
+        self.latents = Latents::new();
+        self.computed = 0;
+        self.place = if possible.is_ok() { Place::Queued } else { Place::Evicted };
+        possible
+    }
+
+    /// Slots that it holds while it runs: one for each session, and a shadow where steps are transactions.
+    pub(crate) fn slots_needed(&self) -> u64 {
+        self.sessions() + u64::from(self.latents.is_remote())
+    }
+
+    /// Pages that it must get to be admitted, because its latents are in host memory.
+    pub(crate) fn parked_pages(&self) -> u64 {
+        match self.place {
+            Place::Parked { .. } => self.latents.local_page_count() as u64,
+            _ => 0,
+        }
+    }
+
+    /// Pages that it must get, once in the queue, to compute every token it knows; those of followers apart.
+    pub(crate) fn queued_pages(&self) -> u64 {
+        self.parked_pages() + self.latents.missing_for(self.length) as u64
+    }
+
+    /// Its slots while it runs, none else.
+    pub(crate) fn slots(&self) -> impl Iterator<Item = u32> + '_ {
+        let held = match &self.place {
+            Place::Running { slots, reserved } => Some(slots.slots().chain(reserved.iter().copied())),
+            _ => None,
+        };
+        held.into_iter().flatten()
+    }
+
+    /// Whether prompt logits are still to come.
+    pub(crate) fn wants_prompt_logits(&self) -> bool {
+        self.prompt_logits && self.barrier.is_some_and(|barrier| self.scored < barrier)
     }
 
     /// Where rows must end next: the barrier as long as it matters, else the last token known.
@@ -122,7 +194,8 @@ impl Task {
 
     pub(crate) fn status(&self) -> Status {
         match self.place {
-            Place::Queued => Status::Waiting,
+            _ if self.frozen => Status::Parked,
+            Place::Queued | Place::Evicted => Status::Waiting,
             Place::Parked { .. } => Status::Parked,
             Place::Running { .. } if self.decodes() => Status::Decode,
             Place::Running { .. } => Status::Prefill,
