@@ -1,6 +1,6 @@
-//! What tests share: golden cases and the comparison that judges them, ranks that run as threads of the test, checkpoints
-//! with odd shapes or damage, whole clusters of real processes, and processes that are watched to their end. It is a
-//! dev-dependency only and no part of a shipped binary.
+//! What tests share: golden cases and the comparison that judges them, ranks that run as threads of the test, undisturbed
+//! runs, checkpoints with odd shapes or damage, whole clusters of real processes, and processes that are watched to their
+//! end. It is a dev-dependency only and no part of a shipped binary.
 
 pub mod checkpoints;
 pub mod compare;
@@ -9,6 +9,7 @@ pub mod golden;
 pub mod in_process;
 pub mod numbers;
 pub mod processes;
+pub mod reference;
 pub mod sandbox;
 pub mod solo;
 pub mod tensors;

@@ -3,6 +3,7 @@
 //! test failed.
 
 mod clients;
+mod fleet;
 mod parts;
 mod process;
 
@@ -16,6 +17,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 pub use clients::{Clients, HealthCheckRequest, eventually, metric};
+pub use fleet::{Fleet, FleetReplica, FleetSpec};
 pub use parts::{Parts, PartsSpec};
 pub use process::Started;
 

@@ -82,16 +82,20 @@ fn start_router(spec: &PartsSpec, registry: &str, folder: &Path) -> Result<(Sock
     command.arg(format!("--model={}", spec.model));
     let mut router = Started::spawn("perigee router", command, folder)?;
     let line = router.first_line(START)?;
+    Ok((router_address(&line)?, router))
+}
+
+/// The gRPC address that a router's first line names.
+pub(super) fn router_address(line: &str) -> Result<SocketAddr> {
     let address = line.split([' ', ',']).find_map(|word| word.parse().ok());
-    let address = address.ok_or_else(|| TestkitError::Process {
+    address.ok_or_else(|| TestkitError::Process {
         what: "perigee router".into(),
         message: format!("no address in its first line {line:?}"),
-    })?;
-    Ok((address, router))
+    })
 }
 
 /// An address that nobody listens at; each is given out once by this process, and processes begin at different ones.
-fn free_port() -> Result<SocketAddr> {
+pub(super) fn free_port() -> Result<SocketAddr> {
     static GIVEN: AtomicU16 = AtomicU16::new(0);
     let own = (std::process::id() as usize).wrapping_mul(97);
     for _ in PORTS {
