@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use perigee_backend::DType;
 
+use crate::move_options::MoveOptions;
+
 /// A device as the command line names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Device {
@@ -213,6 +215,9 @@ pub struct WorkerConfig {
     /// What to run.
     #[command(flatten)]
     pub engine: EngineOptions,
+    /// How sessions move.
+    #[command(flatten)]
+    pub moves: MoveOptions,
 }
 
 fn loopback() -> SocketAddr {
@@ -223,6 +228,7 @@ impl WorkerConfig {
     /// All faults that can be seen before anything starts.
     pub fn faults(&self) -> Vec<String> {
         let mut faults = self.engine.faults();
+        faults.extend(self.moves.faults(self.step_timeout()));
         if self.tp == 0 || self.rank >= self.tp {
             faults.push(format!("--rank: expected below --tp ({}), found {}", self.tp, self.rank));
         }

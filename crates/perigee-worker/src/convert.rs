@@ -7,8 +7,10 @@ use perigee_engine::request::{
     EventBatch, FinishReason, Load, PositionLogprobs, RefusedRequest, Request, SessionEvent, SessionId, SessionInfo,
     StopRule, TokenLogprob,
 };
-use perigee_proto::internal;
+use perigee_proto::internal::{self, replica_message::Body};
 use perigee_sampling::SamplingParams;
+
+use crate::move_report;
 
 /// A deadline ten years away is none; adding one might leave what the clock can tell.
 const FAR_MS: u64 = 10 * 365 * 24 * 3_600_000;
@@ -86,12 +88,23 @@ fn public_field(field: &str) -> String {
     }
 }
 
-/// What one step did, for one router.
-pub(crate) fn batch(batch: EventBatch, draining: bool) -> internal::EventBatch {
-    internal::EventBatch {
-        events: batch.events.into_iter().map(event).collect(),
-        load: Some(load(batch.load, draining)),
+/// What one step did, for one router: its events, with the reports on moves at their places among them. The load comes
+/// last.
+pub(crate) fn messages(batch: EventBatch, draining: bool) -> Vec<Body> {
+    let mut messages = Vec::with_capacity(1 + 2 * batch.reports.len());
+    let mut events = batch.events.into_iter().map(event);
+    let mut said = 0;
+    for reported in batch.reports {
+        let before: Vec<_> = events.by_ref().take(reported.before.saturating_sub(said)).collect();
+        said += before.len();
+        if !before.is_empty() {
+            messages.push(Body::Batch(internal::EventBatch { events: before, load: None }));
+        }
+        messages.push(Body::MoveReport(move_report::report(reported)));
     }
+    let load = Some(load(batch.load, draining));
+    messages.push(Body::Batch(internal::EventBatch { events: events.collect(), load }));
+    messages
 }
 
 /// How busy the replica is.
@@ -107,7 +120,7 @@ pub(crate) fn load(load: Load, draining: bool) -> internal::Load {
         parked: load.parked,
         step_ms: load.step_ms,
         steps: load.steps,
-        homes: 0,
+        homes: load.homes,
         draining,
     }
 }
@@ -157,10 +170,11 @@ fn position(position: PositionLogprobs) -> internal::Position {
 /// A session as operators see it.
 pub(crate) fn session(info: SessionInfo) -> internal::Session {
     // An empty home is the replica that answers.
-    let segments = info.segments.into_iter().map(|(first, tokens)| internal::Segment {
-        first,
-        tokens,
-        ..internal::Segment::default()
+    let segments = info.segments.into_iter().map(|segment| internal::Segment {
+        home: segment.home,
+        incarnation: segment.incarnation,
+        first: segment.first,
+        tokens: segment.tokens,
     });
     internal::Session {
         session: info.session.0,

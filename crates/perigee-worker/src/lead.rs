@@ -14,15 +14,19 @@ use perigee_registry::ReplicaStatus;
 use perigee_telemetry::Metrics;
 use perigee_text::{GenerationConfig, Tokenizer};
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use crate::announce::Announcer;
 use crate::config::WorkerConfig;
 use crate::error::{Result, WorkerError};
 use crate::events::{ReadyEvent, WorkerEvent, emit};
+use crate::handoff::GrpcConnector;
 use crate::identity::ReplicaIdentity;
 use crate::load::{Opened, tokenizer};
 use crate::metrics::WorkerMetrics;
+use crate::moving::{self, LeaderPlace};
+use crate::peers::Peers;
 use crate::serve::{LeaderListeners, LeaderParts, serve};
 
 /// How long a failing step may take to tell its sessions, once a rank is lost.
@@ -77,19 +81,6 @@ async fn lead<B: Backend + 'static>(
     let worker_metrics =
         WorkerMetrics::register(&metrics).map_err(|error| WorkerError::Serve(format!("metrics: {error}")))?;
     let generation = generation_config(opened, tokenizer.as_deref());
-    let engine = Engine::start(
-        Box::new(ranks),
-        EngineConfig {
-            token_budget: config.engine.token_budget,
-            max_batch: config.engine.max_batch,
-            eos_token_ids: generation.eos_token_ids.clone(),
-            tokenizer: tokenizer.clone(),
-            observer: Arc::new(worker_metrics.clone()),
-            ..EngineConfig::default()
-        },
-    )
-    .map_err(|error| WorkerError::Serve(error.to_string()))?;
-
     let address = |listener: &TcpListener| listener.local_addr().map_err(WorkerError::io("reading an address"));
     let ready = ReadyEvent {
         replica: config.replica.clone(),
@@ -106,6 +97,30 @@ async fn lead<B: Backend + 'static>(
         pages: opened.limits.pages,
         max_model_len: opened.limits.max_model_len,
     };
+    let place = LeaderPlace {
+        replica: ready.replica.clone(),
+        incarnation: ready.incarnation.clone(),
+        tp: ready.tp,
+        endpoint: ready.internal.to_string(),
+        digest: ready.digest.clone(),
+    };
+    let model = opened.source.config();
+    let connector = GrpcConnector::new(Handle::current(), Peers::default(), moving::attend_shape(model));
+    let (moves, homes) = moving::set_up(place, model, &config.moves, Arc::new(connector), ranks.latent_reader());
+    let engine = Engine::start(
+        Box::new(ranks),
+        EngineConfig {
+            token_budget: config.engine.token_budget,
+            max_batch: config.engine.max_batch,
+            eos_token_ids: generation.eos_token_ids.clone(),
+            tokenizer: tokenizer.clone(),
+            observer: Arc::new(worker_metrics.clone()),
+            moves: Some(moves),
+            ..EngineConfig::default()
+        },
+    )
+    .map_err(|error| WorkerError::Serve(error.to_string()))?;
+
     let identity = ReplicaIdentity {
         replica: ready.replica.clone(),
         incarnation: ready.incarnation.clone(),
@@ -132,7 +147,7 @@ async fn lead<B: Backend + 'static>(
     tracing::info!(replica = config.replica, "serving");
 
     let grace = Duration::from_secs(config.grace);
-    let parts = LeaderParts { engine, identity, metrics, worker_metrics, grace };
+    let parts = LeaderParts { engine, identity, metrics, worker_metrics, grace, homes };
     let shutdown = async {
         told_to_end().await;
         // The registry has taken this replica, so there is no refusal to hear of.

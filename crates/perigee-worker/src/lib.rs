@@ -2,15 +2,22 @@
 //! business, the step loop is the engine's.
 
 mod announce;
+pub mod attend;
+pub mod attention;
 pub mod config;
 mod convert;
 pub mod error;
 pub mod events;
 pub mod group;
+pub mod handoff;
 pub mod identity;
 mod lead;
 pub mod load;
 pub mod metrics;
+pub mod move_options;
+mod move_report;
+pub mod moving;
+pub mod peers;
 mod public;
 pub mod run;
 pub mod score;
@@ -22,4 +29,5 @@ pub use error::WorkerError;
 pub use events::{ReadyEvent, WorkerEvent};
 pub use identity::ReplicaIdentity;
 pub use metrics::WorkerMetrics;
+pub use move_options::MoveOptions;
 pub use run::run;

@@ -3,8 +3,10 @@
 
 use std::time::Duration;
 
-use perigee_engine::observer::{EngineObserver, Preemption, StepPhase, TokenKind};
-use perigee_engine::request::Load;
+use perigee_engine::observer::{EngineObserver, MoveRecord, MoveResult, Preemption, StepPhase, TokenKind};
+use perigee_engine::remote::RemoteCounts;
+use perigee_engine::request::{Load, SessionId};
+use perigee_migration::Mode;
 use perigee_telemetry::metrics::{
     self as table, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Metrics, MetricsError,
 };
@@ -20,18 +22,19 @@ pub struct WorkerMetrics {
     slots: IntGaugeVec,
     pages: IntGaugeVec,
     preemptions: IntCounter,
+    moves: IntCounterVec,
+    stalls: Histogram,
+    moved_bytes: IntCounterVec,
+    asking: Histogram,
 }
 
 impl WorkerMetrics {
-    /// Registers them. Those of other replicas' queries and of cached prefixes are registered too, at zero until there
-    /// are such.
+    /// Registers them. That of cached prefixes is registered too, at zero until there are such.
     ///
     /// # Errors
     /// [`MetricsError`] where they are registered already.
     pub fn register(metrics: &Metrics) -> Result<Self, MetricsError> {
-        metrics.histogram(&table::REMOTE_ATTENTION_SECONDS)?;
         metrics.counters(&table::PREFIX_TOKENS_TOTAL)?;
-        metrics.counters(&table::MIGRATION_BYTES_TOTAL)?;
         Ok(Self {
             queue: metrics.histogram(&table::QUEUE_SECONDS)?,
             steps: metrics.histograms(&table::STEP_SECONDS_BY_PHASE)?,
@@ -41,6 +44,10 @@ impl WorkerMetrics {
             slots: metrics.gauges(&table::STATE_SLOTS)?,
             pages: metrics.gauges(&table::LATENT_PAGES)?,
             preemptions: metrics.counter(&table::PREEMPTIONS_TOTAL)?,
+            moves: metrics.counters(&table::MIGRATIONS_TOTAL)?,
+            stalls: metrics.histogram(&table::MIGRATION_STALL_SECONDS)?,
+            moved_bytes: metrics.counters(&table::MIGRATION_BYTES_TOTAL)?,
+            asking: metrics.histogram(&table::REMOTE_ATTENTION_SECONDS)?,
         })
     }
 
@@ -82,10 +89,55 @@ impl EngineObserver for WorkerMetrics {
         };
         self.tokens.with_label_values(&[kind]).inc_by(count);
     }
+
+    /// Counts a move where it began, and tells it as the one event that has everything which is known here. The stall is
+    /// the source's share of it: from the freeze until the target had verified everything.
+    fn moved(&self, session: &SessionId, record: &MoveRecord) {
+        let mode = match record.mode {
+            Mode::Split => "split",
+            Mode::Whole => "whole",
+        };
+        let result = match record.result {
+            MoveResult::Moved => "done",
+            MoveResult::Failed => "failed",
+            MoveResult::Aborted => "aborted",
+        };
+        self.moves.with_label_values(&[mode, result]).inc();
+        let Some(facts) = &record.facts else {
+            tracing::info!(session = session.0, mode, result, "session not moved");
+            return;
+        };
+        let bytes = &facts.bytes;
+        for (kind, count) in [("state", bytes.state()), ("page", bytes.pages), ("token", bytes.tokens)] {
+            self.moved_bytes.with_label_values(&[kind]).inc_by(count);
+        }
+        self.stalls.observe(facts.frozen.as_secs_f64());
+        let millis = |time: Duration| time.as_secs_f64() * 1e3;
+        tracing::info!(
+            session = session.0,
+            mode,
+            result,
+            state_bytes = bytes.state(),
+            page_bytes = bytes.pages,
+            token_bytes = bytes.tokens,
+            record_bytes = bytes.record,
+            frozen_ms = millis(facts.frozen),
+            export_ms = millis(facts.export),
+            transfer_ms = millis(facts.frozen.saturating_sub(facts.export)),
+            "session moved"
+        );
+    }
+
+    fn asked(&self, counts: &RemoteCounts) {
+        self.asking.observe(counts.wait.as_secs_f64());
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use perigee_engine::moves::MoveFacts;
+    use perigee_migration::handoff::Totals;
+
     use super::*;
 
     #[test]
@@ -96,6 +148,13 @@ mod tests {
         worker.stepped(StepPhase::Mixed, Duration::from_millis(20));
         worker.preempted(Preemption::Parked);
         worker.tokens(TokenKind::Completion, 7);
+        let bytes = Totals { recurrent: 40, tails: 5, partial_pages: 3, pages: 600, tokens: 28, record: 90 };
+        let (frozen, export) = (Duration::from_millis(30), Duration::from_millis(10));
+        let facts = Some(MoveFacts { bytes, frozen, export, mode: Mode::Split });
+        let session = SessionId("s".to_owned());
+        worker.moved(&session, &MoveRecord { mode: Mode::Split, result: MoveResult::Moved, facts });
+        worker.moved(&session, &MoveRecord { mode: Mode::Whole, result: MoveResult::Failed, facts: None });
+        worker.asked(&RemoteCounts { tokens: 1, wait: Duration::from_millis(2), ..RemoteCounts::default() });
         worker.show(&Load { slots_free: 3, slots_total: 8, running: 5, waiting: 1, parked: 1, ..Load::default() });
         let text = metrics.text().expect("written");
         for line in [
@@ -108,6 +167,14 @@ mod tests {
             "perigee_requests_running 5",
             "perigee_requests_waiting 2",
             "perigee_prefix_tokens_total{result=\"hit\"} 0",
+            "perigee_migrations_total{mode=\"split\",result=\"done\"} 1",
+            "perigee_migrations_total{mode=\"whole\",result=\"failed\"} 1",
+            "perigee_migration_bytes_total{kind=\"state\"} 48",
+            "perigee_migration_bytes_total{kind=\"page\"} 600",
+            "perigee_migration_bytes_total{kind=\"token\"} 28",
+            "perigee_migration_stall_seconds_count 1",
+            "perigee_migration_stall_seconds_sum 0.03",
+            "perigee_remote_attention_seconds_count 1",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is missing in {text}");
         }

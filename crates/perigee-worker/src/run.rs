@@ -11,6 +11,8 @@ use crate::events;
 use crate::group::{Control, Group, form};
 use crate::lead;
 use crate::load::{Opened, cpu_backend, open};
+use crate::moving;
+use crate::peers::Peers;
 use crate::score;
 
 /// Runs a worker until it is told to end.
@@ -66,6 +68,7 @@ fn run_rank<B: Backend + 'static>(
 ) -> Result<()> {
     announcer.tell(ReplicaStatus::Loading)?;
     let mut rank = opened.load(config, backend)?;
+    moving::let_ask(&mut rank, opened.source.config(), Peers::default())?;
     match group.control {
         Control::Follower(mut link) => Ok(rank.follow(link.as_mut())?),
         Control::Leader { links, lost } => {

@@ -17,14 +17,15 @@ use tonic::service::RoutesBuilder;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
+use crate::attend::{AttendPool, HomeParts};
 use crate::error::{Result, WorkerError};
 use crate::identity::ReplicaIdentity;
 use crate::metrics::WorkerMetrics;
 use crate::public::PublicService;
 use crate::service::ReplicaService;
 
-/// Largest message from a router: the longest prompt with room to spare.
-const MAX_INTERNAL_BYTES: usize = 32 << 20;
+/// Largest message from a router or a replica: the longest prompt, or a layer's queries of a whole batch.
+const MAX_INTERNAL_BYTES: usize = 64 << 20;
 /// Largest message from anybody else.
 const MAX_PUBLIC_BYTES: usize = 64 << 10;
 /// Names under which health is reported, beside the empty one.
@@ -56,6 +57,8 @@ pub struct LeaderParts {
     pub worker_metrics: WorkerMetrics,
     /// How long running sessions may go on after the order to shut down.
     pub grace: Duration,
+    /// What other replicas' questions are answered from; none where the device cannot.
+    pub homes: Option<HomeParts>,
 }
 
 /// Serves until `shutdown` completes, then drains: no new requests, and the grace time for running ones.
@@ -82,7 +85,9 @@ pub async fn serve(
     tasks.spawn(follow_health(engine.health(), serving_sender));
 
     let mut internal = RoutesBuilder::default();
-    let replica = ReplicaService::new(engine.clone(), identity.clone());
+    let attend = parts.homes.map(AttendPool::start).transpose();
+    let attend = attend.map_err(WorkerError::io("starting the threads that answer other replicas"))?;
+    let replica = ReplicaService::new(engine.clone(), identity.clone(), attend);
     internal.add_service(ReplicaServer::new(replica).max_decoding_message_size(MAX_INTERNAL_BYTES));
     let mut public = RoutesBuilder::default();
     public.add_service(InferenceServer::new(PublicService { identity }).max_decoding_message_size(MAX_PUBLIC_BYTES));
@@ -161,7 +166,7 @@ async fn run_to_end(engine: &EngineHandle, shutdown: impl Future<Output = ()>, g
 
 fn is_idle(engine: &EngineHandle) -> bool {
     let load = engine.load();
-    load.running == 0 && load.waiting == 0 && load.parked == 0
+    load.running == 0 && load.waiting == 0 && load.parked == 0 && load.homes == 0
 }
 
 async fn follow_health(mut health: watch::Receiver<EngineHealth>, serving: watch::Sender<bool>) {

@@ -10,8 +10,8 @@ use perigee_engine::request::{RouterId, SessionId};
 use perigee_engine::{EngineHandle, EngineHealth};
 use perigee_proto::internal::replica_server::Replica;
 use perigee_proto::internal::{
-    AttendAnswer, AttendQuery, EventBatch, Flushed, HandoffChunk, HandoffResult, Hello, MovePhase, MoveReport,
-    ReplicaMessage, RouterMessage, Sessions, Submit, replica_message, router_message,
+    AttendAnswer, AttendQuery, EventBatch, Flushed, HandoffChunk, HandoffResult, Hello, Prepare, ReplicaMessage,
+    RouterMessage, Sessions, Submit, replica_message, router_message,
 };
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_proto::{PROTOCOL_VERSION, ids};
@@ -20,8 +20,9 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::convert;
+use crate::attend::{AttendPool, answer_channel};
 use crate::identity::ReplicaIdentity;
+use crate::{convert, handoff, move_report};
 
 /// How long a router may take to say hello.
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
@@ -34,16 +35,18 @@ const SHORTEST_LEASE_MS: u32 = 100;
 const LONGEST_LEASE_MS: u32 = 3_600_000;
 
 /// The service of one leader.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct ReplicaService {
     engine: EngineHandle,
     identity: Arc<ReplicaIdentity>,
+    /// None where this replica cannot answer other replicas' questions.
+    attend: Option<AttendPool>,
     next_stream: Arc<AtomicU64>,
 }
 
 impl ReplicaService {
-    pub(crate) fn new(engine: EngineHandle, identity: Arc<ReplicaIdentity>) -> Self {
-        Self { engine, identity, next_stream: Arc::default() }
+    pub(crate) fn new(engine: EngineHandle, identity: Arc<ReplicaIdentity>, attend: Option<AttendPool>) -> Self {
+        Self { engine, identity, attend, next_stream: Arc::default() }
     }
 }
 
@@ -74,17 +77,28 @@ impl Replica for ReplicaService {
         Ok(Response::new(ReceiverStream::new(out)))
     }
 
-    async fn handoff(&self, _: Request<Streaming<HandoffChunk>>) -> Result<Response<HandoffResult>, Status> {
-        Err(unimplemented("Handoff").into())
+    async fn handoff(&self, request: Request<Streaming<HandoffChunk>>) -> Result<Response<HandoffResult>, Status> {
+        handoff::receive(&self.engine, &self.identity, request).await.map(Response::new)
     }
 
-    async fn attend(&self, _: Request<Streaming<AttendQuery>>) -> Result<Response<Self::AttendStream>, Status> {
-        Err(unimplemented("Attend").into())
+    async fn attend(&self, request: Request<Streaming<AttendQuery>>) -> Result<Response<Self::AttendStream>, Status> {
+        let Some(pool) = self.attend.clone() else {
+            let message = "this replica's device keeps no latents for other replicas";
+            return Err(WireError::new(ErrorKind::Unimplemented, message).into());
+        };
+        let (answers, out) = answer_channel();
+        let mut health = self.engine.health();
+        tokio::spawn(async move {
+            let has_ended =
+                |health: &EngineHealth| matches!(health, EngineHealth::Stopped | EngineHealth::Failed { .. });
+            let ended = async {
+                // An error means that the engine's thread is gone.
+                let _ = health.wait_for(has_ended).await;
+            };
+            pool.serve(request.into_inner(), answers, ended).await;
+        });
+        Ok(Response::new(ReceiverStream::new(out)))
     }
-}
-
-fn unimplemented(what: &str) -> WireError {
-    WireError::new(ErrorKind::Unimplemented, format!("{what} is not offered by this version"))
 }
 
 async fn read_hello(messages: &mut Streaming<RouterMessage>) -> Result<Hello, Status> {
@@ -143,7 +157,7 @@ impl RouterStream {
                 batch = events.recv() => match batch {
                     Some(batch) => {
                         told = Instant::now();
-                        self.send(replica_message::Body::Batch(convert::batch(batch, self.draining())))
+                        convert::messages(batch, self.draining()).into_iter().try_for_each(|body| self.send(body))
                     }
                     None => Err("the engine ended"),
                 },
@@ -178,7 +192,7 @@ impl RouterStream {
             Some(Body::Submit(submit)) => self.submit(submit),
             Some(Body::Abort(abort)) => {
                 for session in abort.sessions {
-                    self.engine.abort(SessionId(session));
+                    self.engine.abort(SessionId(session), abort.epoch);
                 }
                 Ok(())
             }
@@ -201,10 +215,19 @@ impl RouterStream {
                 });
                 Ok(())
             }
-            Some(Body::Prepare(prepare)) => self.refuse_move(prepare.session, prepare.epoch),
-            Some(Body::Start(start)) => self.refuse_move(start.session, start.epoch),
-            Some(Body::Release(release)) => self.refuse_move(release.session, release.epoch),
-            Some(Body::AbortMove(abort)) => self.refuse_move(abort.session, abort.epoch),
+            Some(Body::Prepare(prepare)) => self.prepare(prepare),
+            Some(Body::Start(start)) => {
+                self.engine.start(self.id, SessionId(start.session), start.epoch);
+                Ok(())
+            }
+            Some(Body::Release(release)) => {
+                self.engine.release(self.id, SessionId(release.session), release.epoch, release.owner_epoch);
+                Ok(())
+            }
+            Some(Body::AbortMove(abort)) => {
+                self.engine.abort_move(self.id, SessionId(abort.session), abort.next_epoch, abort.epoch);
+                Ok(())
+            }
         }
     }
 
@@ -218,16 +241,14 @@ impl RouterStream {
         }
     }
 
-    fn refuse_move(&self, session: String, epoch: u64) -> Result<(), Ended> {
-        let error = unimplemented("moving a session");
-        self.send(replica_message::Body::MoveReport(MoveReport {
-            session,
-            epoch,
-            phase: MovePhase::Failed.into(),
-            code: error.kind.grpc_code() as i32,
-            message: error.message,
-            ..MoveReport::default()
-        }))
+    fn prepare(&self, prepare: Prepare) -> Result<(), Ended> {
+        match move_report::order(prepare) {
+            Ok(order) => {
+                self.engine.prepare(self.id, order);
+                Ok(())
+            }
+            Err(refused) => self.send(replica_message::Body::MoveReport(*refused)),
+        }
     }
 }
 

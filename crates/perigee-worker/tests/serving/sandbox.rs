@@ -85,7 +85,9 @@ impl Leader {
             (bind().await, bind().await, bind().await);
         let listeners = LeaderListeners { internal: internal_port, public: public_port, http: http_port };
         let grace = Duration::from_secs(5);
-        let parts = LeaderParts { engine: engine.clone(), identity, metrics: metrics.clone(), worker_metrics, grace };
+        let (engine_handle, metrics_handle) = (engine.clone(), metrics.clone());
+        let parts =
+            LeaderParts { engine: engine_handle, identity, metrics: metrics_handle, worker_metrics, grace, homes: None };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
             serve(parts, listeners, async {

@@ -10,7 +10,7 @@ use anyhow::Context;
 use perigee_registry::{InProcessRegistry, ReplicaRecord};
 use perigee_router::{Router, RouterListeners, RouterParts};
 use perigee_worker::events::{ReadyEvent, WorkerEvent};
-use perigee_worker::{Device, EngineOptions};
+use perigee_worker::{Device, EngineOptions, MoveOptions};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
@@ -49,6 +49,8 @@ pub(crate) struct UpArgs {
     router: RouterOptions,
     #[command(flatten)]
     engine: EngineOptions,
+    #[command(flatten)]
+    moves: MoveOptions,
 }
 
 /// What the starting threads tell.
@@ -129,7 +131,8 @@ fn start_replica(args: &UpArgs, replica: usize, notices: mpsc::UnboundedSender<P
     if engine.device == Device::Cpu && engine.threads.is_none() {
         engine.threads = Some(engine.threads(args.tp * args.replicas));
     }
-    let leader_arguments = vec![format!("--grace={}", args.router.grace)];
+    let mut leader_arguments = vec![format!("--grace={}", args.router.grace)];
+    leader_arguments.extend(args.moves.to_arguments());
     let launch = ReplicaLaunch { replica: format!("replica-{replica}"), tp: args.tp, engine, leader_arguments };
     let work = move || {
         let follow = || -> anyhow::Result<()> {

@@ -1,0 +1,241 @@
+//! Handoffs over the wire: the source's side, a task for each that carries chunks to the target and brings back its
+//! answer, and the target's side, one call. What is in the chunks is perigee-migration's business, and whether a session
+//! moves at all the engine's.
+
+use std::future::Future;
+use std::time::Duration;
+
+use perigee_engine::EngineHandle;
+use perigee_engine::moves::{HandoffConnector, HandoffRefused, Outgoing, Target};
+use perigee_engine::remote::RemoteHome;
+use perigee_migration::attend::{HeadRange, QueryValues, SessionQuery};
+use perigee_migration::{AttendShape, PAGE_POSITIONS, QueryBatch};
+use perigee_proto::internal::{AttendQuery, HandoffChunk, HandoffResult};
+use perigee_proto::status::{ErrorKind, WireError};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::{AsciiMetadataValue, MetadataMap};
+use tonic::{Code, Request, Status, Streaming};
+
+use crate::identity::ReplicaIdentity;
+use crate::move_report;
+use crate::peers::Peers;
+
+/// Chunks between the encoder and the connection: enough to keep it busy, little enough that no session is in memory twice.
+const CHUNKS_IN_FLIGHT: usize = 4;
+/// While the connection takes nothing, a handoff that is called off is noticed that soon.
+const CANCEL_CHECK: Duration = Duration::from_millis(20);
+/// A source that sends nothing for that long is gone. The engine gives the session up before; this ends the call.
+const CHUNK_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a home may take to hear that sessions are alive.
+const RENEW_PATIENCE: Duration = Duration::from_secs(2);
+/// For which run of which replica a handoff is. An address alone may belong to another one by now.
+const TARGET_REPLICA: &str = "perigee-target";
+const TARGET_INCARNATION: &str = "perigee-target-incarnation";
+
+/// Carries handoffs to other replicas over gRPC.
+#[derive(Debug, Clone)]
+pub struct GrpcConnector {
+    runtime: Handle,
+    peers: Peers,
+    shape: AttendShape,
+}
+
+impl GrpcConnector {
+    /// Tasks run on `runtime`; `shape` is what this model's attention queries look like.
+    pub fn new(runtime: Handle, peers: Peers, shape: AttendShape) -> Self {
+        Self { runtime, peers, shape }
+    }
+}
+
+impl HandoffConnector for GrpcConnector {
+    fn open(&self, target: Target, mut outgoing: Outgoing) {
+        let peers = self.peers.clone();
+        self.runtime.spawn(async move {
+            match carry(&peers, &target, &mut outgoing).await {
+                Some(answer) => outgoing.answer(answer),
+                // Nobody waits for an answer to what was called off.
+                None => drop(outgoing),
+            }
+        });
+    }
+
+    fn renew(&self, home: &RemoteHome, sessions: &[(String, u64)]) {
+        let message = match alive(&self.shape, sessions).encode(&self.shape) {
+            Ok(message) => message,
+            Err(error) => {
+                tracing::error!(%error, "sessions cannot be named to a home");
+                return;
+            }
+        };
+        let (peers, home) = (self.peers.clone(), home.clone());
+        self.runtime.spawn(async move {
+            let told = tokio::time::timeout(RENEW_PATIENCE, tell_alive(&peers, &home.endpoint, message)).await;
+            if let Err(why) = told.unwrap_or_else(|_| Err(format!("no answer within {RENEW_PATIENCE:?}"))) {
+                tracing::debug!(home = home.replica, why, "a home was not told of sessions that are alive");
+            }
+        });
+    }
+}
+
+/// Queries of one head over one page whose answers nobody needs: any query renews a home entry.
+fn alive(shape: &AttendShape, sessions: &[(String, u64)]) -> QueryBatch {
+    let heads = HeadRange { layer: 0, first_head: 0, heads: 1, latent: shape.latent, rope: shape.rope };
+    let values = vec![0.0; heads.query_width() as usize];
+    let dtype = perigee_backend::DType::Bf16;
+    let query = |(session, epoch): &(String, u64)| SessionQuery {
+        session: session.clone(),
+        epoch: *epoch,
+        ranges: std::iter::once(0..PAGE_POSITIONS).collect(),
+        tokens: 1,
+        values: QueryValues::from_f32(&values, dtype),
+    };
+    QueryBatch { heads, dtype, sessions: sessions.iter().map(query).collect() }
+}
+
+async fn tell_alive(peers: &Peers, endpoint: &str, data: Vec<u8>) -> Result<(), String> {
+    let mut client = peers.connect(endpoint).await?;
+    let question = tokio_stream::once(AttendQuery { call: 0, data });
+    let told = |status: Status| status.message().to_owned();
+    let mut answers = client.attend(question).await.map_err(told)?.into_inner();
+    answers.message().await.map_err(told).map(drop)
+}
+
+/// Sends what the engine hands out and returns the target's answer, or why there is none. None: the handoff was called off,
+/// and so was the call.
+async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Option<Result<Vec<u64>, String>> {
+    // The call ends with the body's None only. If this task gives up before, the body waits until the call is reset, so that
+    // the target can take half a handoff for a whole one under no circumstances.
+    let (chunks, body) = mpsc::channel::<Option<HandoffChunk>>(CHUNKS_IN_FLIGHT);
+    let body = ReceiverStream::new(body).chain(tokio_stream::pending()).map_while(|chunk| chunk);
+    let call = async {
+        let mut client = peers.connect(&target.endpoint).await?;
+        let mut request = Request::new(body);
+        address(request.metadata_mut(), target)?;
+        let answered = client.handoff(request).await;
+        answered.map(|result| result.into_inner()).map_err(|status| refusal(target, &status))
+    };
+    let session = outgoing.session().0.clone();
+    let answer = {
+        tokio::pin!(call);
+        let early = tokio::select! {
+            answer = &mut call => Some(answer),
+            sent = send(outgoing, &chunks) => {
+                sent?;
+                None
+            }
+        };
+        match early {
+            Some(answer) => answer,
+            None => call.await,
+        }
+    };
+    Some(answer.and_then(|result| match result.session == session {
+        true => Ok(result.digests),
+        false => Err(format!("{} answered for session {}", target.replica, result.session)),
+    }))
+}
+
+/// Everything that is to be sent, then the mark of a good end. None if it was called off.
+async fn send(outgoing: &mut Outgoing, chunks: &mpsc::Sender<Option<HandoffChunk>>) -> Option<()> {
+    while let Some(data) = outgoing.next_chunk().await {
+        room(outgoing, chunks).await?.send(Some(HandoffChunk { data }));
+    }
+    if outgoing.is_cancelled() {
+        return None;
+    }
+    room(outgoing, chunks).await?.send(None);
+    Some(())
+}
+
+/// Waits until the connection takes another chunk.
+async fn room<'a>(
+    outgoing: &Outgoing,
+    chunks: &'a mpsc::Sender<Option<HandoffChunk>>,
+) -> Option<mpsc::Permit<'a, Option<HandoffChunk>>> {
+    loop {
+        match tokio::time::timeout(CANCEL_CHECK, chunks.reserve()).await {
+            Ok(Ok(permit)) => return Some(permit),
+            // The call has ended; its answer says why.
+            Ok(Err(_)) => std::future::pending().await,
+            Err(_) if outgoing.is_cancelled() => return None,
+            Err(_) => {}
+        }
+    }
+}
+
+/// Says for whom a handoff is.
+fn address(metadata: &mut MetadataMap, target: &Target) -> Result<(), String> {
+    for (key, value) in [(TARGET_REPLICA, &target.replica), (TARGET_INCARNATION, &target.incarnation)] {
+        let value = AsciiMetadataValue::try_from(escaped(value)).map_err(|error| format!("{value:?}: {error}"))?;
+        metadata.insert(key, value);
+    }
+    Ok(())
+}
+
+/// Names may have any character; headers may not.
+fn escaped(name: &str) -> String {
+    name.escape_default().to_string()
+}
+
+fn refusal(target: &Target, status: &Status) -> String {
+    let who = &target.replica;
+    match status.code() {
+        Code::Unavailable | Code::Cancelled | Code::Unknown => format!("{who} was lost: {}", status.message()),
+        code => format!("{who} refused the session ({code:?}): {}", status.message()),
+    }
+}
+
+/// The target's side of one call.
+///
+/// # Errors
+/// The status says why the session is not held here; nothing of it stays.
+pub(crate) async fn receive(
+    engine: &EngineHandle,
+    identity: &ReplicaIdentity,
+    request: Request<Streaming<HandoffChunk>>,
+) -> Result<HandoffResult, Status> {
+    check_address(identity, request.metadata())?;
+    let mut chunks = request.into_inner();
+    let mut incoming = engine.incoming();
+    let refused = |error: HandoffRefused| {
+        let status = Status::from(move_report::refused(&error));
+        tracing::warn!(code = ?status.code(), %error, "a handoff was refused");
+        status
+    };
+    while let Some(chunk) = within(chunks.message()).await? {
+        incoming.push(&chunk.data).await.map_err(refused)?;
+    }
+    let prepared = incoming.finish().await.map_err(refused)?;
+    tracing::debug!(session = prepared.session, epoch = prepared.epoch, "a session is held, prepared");
+    let digests = prepared.digests;
+    Ok(HandoffResult { session: prepared.session, epoch: prepared.epoch, digests })
+}
+
+async fn within<T>(next: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    let silent = |_| {
+        let message = format!("nothing of the handoff came for {CHUNK_PATIENCE:?}");
+        Status::from(WireError::new(ErrorKind::DeadlineExceeded, message))
+    };
+    tokio::time::timeout(CHUNK_PATIENCE, next).await.map_err(silent)?
+}
+
+/// Refuses what is meant for another replica, or for an earlier run of this one.
+fn check_address(identity: &ReplicaIdentity, metadata: &MetadataMap) -> Result<(), Status> {
+    for (key, mine) in [(TARGET_REPLICA, &identity.replica), (TARGET_INCARNATION, &identity.incarnation)] {
+        let meant = metadata.get(key).and_then(|value| value.to_str().ok());
+        if meant != Some(escaped(mine).as_str()) {
+            let meant = meant.unwrap_or("nobody");
+            let message = format!(
+                "the handoff is for {meant}, this is replica {} in run {}",
+                identity.replica, identity.incarnation
+            );
+            let error =
+                WireError { reason: Some("OTHER_REPLICA"), ..WireError::new(ErrorKind::FailedPrecondition, message) };
+            return Err(error.into());
+        }
+    }
+    Ok(())
+}
