@@ -1,14 +1,18 @@
 //! Stand-ins for tests and simulations, here and in other crates: a modelled executor, a clock that is set by hand, and
 //! plain requests. Nothing that serves uses them.
 
+mod model_cache;
 mod model_executor;
+mod model_sizes;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use perigee_sampling::SamplingParams;
 
-pub use self::model_executor::{Faults, ModelCounters, ModelExecutor, ModelSizes};
+pub use self::model_cache::ModelPages;
+pub use self::model_executor::ModelExecutor;
+pub use self::model_sizes::{Faults, ModelCounters, ModelSizes, RemoteAnswer};
 use crate::config::Clock;
 use crate::request::{Request, SessionId, StopRule};
 
@@ -56,4 +60,13 @@ pub fn greedy_request(session: &str, prompt: Vec<u32>, max_tokens: u32) -> Reque
         cache_salt: String::new(),
         text: false,
     }
+}
+
+/// The finaliser of SplitMix64 (Steele, Lea, Flood 2014) over a running hash and a value.
+fn mix(hash: u64, value: u64) -> u64 {
+    let mut mixed =
+        hash.rotate_left(23) ^ value.wrapping_add(0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
 }

@@ -2,69 +2,35 @@
 //! tokens that its pages hold. So a wrong slot, page, position or order of operations changes the tokens, while everything about a
 //! correct run depends on the session's own tokens alone. It does no arithmetic of the model.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use perigee_backend::batch::BatchLimits;
-use perigee_backend::{PAGE_TOKENS, Row, Segment, StatePart};
+use perigee_backend::{Row, StatePart};
+use perigee_migration::{AnswerStatus, Digest, Geometry, PageSlice, StateSlice, TensorDigests};
 use perigee_sampling::{Draw, Scratch};
 
-use crate::executor::{CacheBytes, Executor, ExecutorError, ExecutorLimits, StepOutput, StepPlan};
+use super::mix;
+use super::model_cache::{self, EMPTY_PAGE, GEOMETRY, ModelPages, Page, Words, page, refused};
+use super::model_sizes::{Faults, ModelCounters, ModelSizes, RemoteAnswer};
+use crate::executor::{
+    CacheBytes, Executor, ExecutorError, ExecutorLimits, PageSpan, StateSource, StepOutput, StepPlan,
+};
+use crate::remote::{RemoteHome, RemoteRow};
 
 /// State of an empty sequence.
 const EMPTY: u64 = 0x5045_5249_4745_4531;
 
-/// What a page holds for each of its positions; none where nothing was written.
-type Page = [Option<u32>; PAGE_TOKENS];
+/// What a row writes that missed an answer: whoever goes on from it is found out.
+const GARBAGE: u64 = 0x6761_7262_6167_6521;
 
-/// Sizes of a modelled replica.
-#[derive(Debug, Clone, Copy)]
-pub struct ModelSizes {
-    /// Fixed sizes as the engine sees them.
-    pub limits: ExecutorLimits,
-    /// Memory of a slot and a page in host memory.
-    pub bytes: CacheBytes,
-}
+/// Asks a home about positions of a row's session.
+type RemoteHook = Box<dyn FnMut(&RemoteHome, &RemoteRow, &Range<u64>) -> RemoteAnswer + Send>;
 
-impl Default for ModelSizes {
-    /// Roomy: 64 slots, 4096 pages, 512 tokens and 64 rows a step, sequences of 8192 over a vocabulary of 300.
-    fn default() -> Self {
-        let limits =
-            ExecutorLimits { vocab: 300, slots: 64, pages: 4096, step_tokens: 512, step_rows: 64, max_model_len: 8192 };
-        Self { limits, bytes: CacheBytes { slot: 1000, page: 100 } }
-    }
-}
-
-/// Operations that go wrong; counted from 1.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Faults {
-    /// Every so many-th park is refused.
-    pub park_every: Option<u64>,
-    /// Every so many-th unpark is refused.
-    pub unpark_every: Option<u64>,
-    /// This step is refused.
-    pub refused_step: Option<u64>,
-    /// This step breaks the replica.
-    pub fatal_step: Option<u64>,
-}
-
-/// What a modelled executor did, readable while an engine owns it.
-#[derive(Debug, Default)]
-pub struct ModelCounters {
-    /// Steps asked for.
-    pub steps: AtomicU64,
-    /// Sessions parked.
-    pub parks: AtomicU64,
-    /// Sessions brought back.
-    pub unparks: AtomicU64,
-    /// Copies in host memory now.
-    pub parked_now: AtomicU64,
-    /// Slot copies.
-    pub slot_copies: AtomicU64,
-    /// Tokens fed.
-    pub tokens: AtomicU64,
-}
+/// What homes said of a row: tokens by first position, or why not.
+type Asked = Result<BTreeMap<u64, Vec<u32>>, Option<AnswerStatus>>;
 
 /// Called before every step, for instance to let a modelled time pass.
 type StepHook = Box<dyn FnMut(&StepPlan) + Send>;
@@ -73,12 +39,13 @@ type StepHook = Box<dyn FnMut(&StepPlan) + Send>;
 pub struct ModelExecutor {
     sizes: ModelSizes,
     /// Running hash of every slot; none where nothing was started.
-    slots: Vec<Option<u64>>,
-    pages: Vec<Page>,
-    parked: HashMap<u64, (u64, Vec<Page>)>,
+    slots: Vec<Option<Words>>,
+    pages: ModelPages,
+    parked: HashMap<u64, (Words, Vec<Page>)>,
     faults: Faults,
     counters: Arc<ModelCounters>,
     on_step: Option<StepHook>,
+    remote: Option<RemoteHook>,
     scratch: Scratch,
 }
 
@@ -87,12 +54,13 @@ impl ModelExecutor {
     pub fn new(sizes: ModelSizes) -> Self {
         Self {
             slots: vec![None; sizes.limits.slots],
-            pages: vec![[None; PAGE_TOKENS]; sizes.limits.pages],
+            pages: ModelPages::new(sizes.limits.pages),
             sizes,
             parked: HashMap::new(),
             faults: Faults::default(),
             counters: Arc::default(),
             on_step: None,
+            remote: None,
             scratch: Scratch::new(),
         }
     }
@@ -109,6 +77,20 @@ impl ModelExecutor {
         self
     }
 
+    /// With homes to ask; without, every remote row misses its answers.
+    pub fn with_homes(
+        mut self,
+        ask: impl FnMut(&RemoteHome, &RemoteRow, &Range<u64>) -> RemoteAnswer + Send + 'static,
+    ) -> Self {
+        self.remote = Some(Box::new(ask));
+        self
+    }
+
+    /// Its pages, for answers in its name.
+    pub fn pages(&self) -> ModelPages {
+        self.pages.clone()
+    }
+
     /// What it did so far, and will do.
     pub fn counters(&self) -> Arc<ModelCounters> {
         Arc::clone(&self.counters)
@@ -119,6 +101,7 @@ impl ModelExecutor {
         let batch_limits =
             BatchLimits { tokens: limits.step_tokens, vocab: limits.vocab, slots: limits.slots, pages: limits.pages };
         plan.batch.validate(&batch_limits).map_err(|error| refused(error.to_string()))?;
+        plan.remote.validate(&plan.batch).map_err(|error| refused(error.to_string()))?;
         let positions = plan.batch.logits.len();
         if plan.batch.rows.len() > limits.step_rows || positions > limits.step_rows || draws > positions {
             let rows = plan.batch.rows.len();
@@ -132,61 +115,104 @@ impl ModelExecutor {
 
     fn move_caches(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         for &slot in &plan.clear_slots {
-            *self.slot(slot)? = Some(EMPTY);
+            *self.slot(slot)? = Some(Words::of(EMPTY));
         }
         for &(from, to) in &plan.copy_slots {
             let state = *self.slot(from)?;
             *self.slot(to)? = state;
             self.counters.slot_copies.fetch_add(1, Ordering::Relaxed);
         }
+        let mut pages = self.pages.lock();
         for &(from, to) in &plan.copy_pages {
-            let page = *self.page(from)?;
-            *self.page(to)? = page;
+            *page(&mut pages, to)? = *page(&mut pages, from)?;
         }
         Ok(())
     }
 
+    /// Asks the homes of a row, if it has any.
+    fn ask(&mut self, plan: &StepPlan, row: u32) -> Asked {
+        let mut found = BTreeMap::new();
+        let Some(asking) = plan.remote.rows.iter().find(|asking| asking.row == row) else { return Ok(found) };
+        self.counters.remote_rows.fetch_add(1, Ordering::Relaxed);
+        for part in &asking.parts {
+            let (Some(hook), Some(home)) = (&mut self.remote, plan.remote.homes.get(part.home as usize)) else {
+                return Err(None);
+            };
+            for range in &part.ranges {
+                match hook(home, asking, range) {
+                    RemoteAnswer::Tokens(tokens) => found.insert(range.start, tokens),
+                    RemoteAnswer::Missed => return Err(None),
+                    RemoteAnswer::Refused(status) => return Err(Some(status)),
+                };
+            }
+        }
+        Ok(found)
+    }
+
     /// Feeds a row's tokens; returns what each of the wanted ones (indices within the row, ascending) sees.
-    fn feed(&mut self, row: &Row, tokens: &[u32], wanted: &[u32]) -> Result<Vec<u64>, ExecutorError> {
-        let mut state =
-            self.slot(row.read_slot)?.ok_or_else(|| refused("a slot was read that was never set".into()))?;
+    fn feed(
+        &mut self,
+        row: &Row,
+        asked: &Asked,
+        (tokens, wanted): (&[u32], &[u32]),
+    ) -> Result<Vec<u64>, ExecutorError> {
+        let unset = || refused("a slot was read that was never set".into());
+        let mut state = self.slot(row.read_slot)?.ok_or_else(unset)?.hash();
         let mut seen = Vec::with_capacity(wanted.len());
+        let shared = self.pages();
+        let mut pages = shared.lock();
         for (offset, &token) in (0u32..).zip(tokens) {
             let position = row.position + u64::from(offset);
             let segment = row.segments.iter().find(|segment| (segment.start..segment.end).contains(&position));
             let segment = segment.ok_or_else(|| refused(format!("position {position} is in no segment")))?;
-            let (page, place) = segment.locate(position);
-            self.page(page)?[place] = Some(token);
+            let (number, place) = segment.locate(position);
+            page(&mut pages, number)?[place] = Some(token);
             state = mix(mix(state, position), u64::from(token));
             if wanted.contains(&offset) {
-                seen.push(mix(state, self.read(&row.segments, position)?));
+                let sight = match asked {
+                    Ok(remote) => read(&mut pages, row, remote, position)?,
+                    Err(_) => GARBAGE,
+                };
+                seen.push(mix(state, sight));
             }
         }
-        *self.slot(row.write_slot)? = Some(state);
+        if asked.is_err() {
+            state = GARBAGE;
+        }
+        *self.slot(row.write_slot)? = Some(Words::of(state));
         Ok(seen)
     }
 
-    /// A hash over every position up to `last` that the segments hold.
-    fn read(&mut self, segments: &[Segment], last: u64) -> Result<u64, ExecutorError> {
-        let mut hash = EMPTY;
-        for segment in segments {
-            for position in segment.start..segment.end.min(last + 1) {
-                let (page, place) = segment.locate(position);
-                let token = self.page(page)?[place];
-                let token = token.ok_or_else(|| refused(format!("position {position} was read but never written")))?;
-                hash = mix(mix(hash, position), u64::from(token));
-            }
-        }
-        Ok(hash)
-    }
-
-    fn slot(&mut self, slot: u32) -> Result<&mut Option<u64>, ExecutorError> {
+    fn slot(&mut self, slot: u32) -> Result<&mut Option<Words>, ExecutorError> {
         self.slots.get_mut(slot as usize).ok_or_else(|| refused(format!("there is no slot {slot}")))
     }
 
-    fn page(&mut self, page: u32) -> Result<&mut Page, ExecutorError> {
-        self.pages.get_mut(page as usize).ok_or_else(|| refused(format!("there is no page {page}")))
+    fn set_slot(&mut self, slot: u32) -> Result<Words, ExecutorError> {
+        self.slot(slot)?.ok_or_else(|| refused(format!("slot {slot} was never set")))
     }
+}
+
+/// A hash over every position up to `last`, whether its token is in the row's pages or came from a home.
+fn read(pages: &mut [Page], row: &Row, remote: &BTreeMap<u64, Vec<u32>>, last: u64) -> Result<u64, ExecutorError> {
+    let mut places: Vec<(u64, Vec<Option<u32>>)> = Vec::new();
+    for segment in &row.segments {
+        let mut tokens = Vec::new();
+        for position in segment.start..segment.end.min(last + 1) {
+            let (number, place) = segment.locate(position);
+            tokens.push(page(pages, number)?[place]);
+        }
+        places.push((segment.start, tokens));
+    }
+    places.extend(remote.iter().map(|(start, tokens)| (*start, tokens.iter().copied().map(Some).collect())));
+    places.sort_by_key(|(start, _)| *start);
+    let mut hash = EMPTY;
+    for (start, tokens) in places {
+        for (position, token) in (start..).zip(tokens) {
+            let token = token.ok_or_else(|| refused(format!("position {position} was read but never written")))?;
+            hash = mix(mix(hash, position), u64::from(token));
+        }
+    }
+    Ok(hash)
 }
 
 impl Executor for ModelExecutor {
@@ -215,15 +241,21 @@ impl Executor for ModelExecutor {
         let mut rest = plan.batch.tokens.as_slice();
         let mut first = 0;
         let mut seen = Vec::new();
-        for row in &plan.batch.rows {
+        let mut output = StepOutput::default();
+        for (index, row) in (0..).zip(&plan.batch.rows) {
+            let asked = self.ask(plan, index);
+            if let Err(refusal) = &asked {
+                self.counters.faulty_rows.fetch_add(1, Ordering::Relaxed);
+                output.faulty.push(index);
+                output.refusals.extend(refusal.map(|status| (index, status)));
+            }
             let (tokens, after) = rest.split_at(row.tokens as usize);
             rest = after;
             let within = plan.batch.logits.iter().filter(|index| (first..first + row.tokens).contains(index));
             let wanted: Vec<u32> = within.map(|index| index - first).collect();
-            seen.extend(self.feed(row, tokens, &wanted)?);
+            seen.extend(self.feed(row, &asked, (tokens, &wanted))?);
             first += row.tokens;
         }
-        let mut output = StepOutput::default();
         let mut all = Vec::new();
         for (index, sight) in seen.into_iter().enumerate() {
             let logits = logits(sight, self.sizes.limits.vocab);
@@ -245,10 +277,9 @@ impl Executor for ModelExecutor {
             return Err(refused("this park was to fail".into()));
         }
         let state = self.slot(slot)?.take().ok_or_else(|| refused("a slot was parked that was never set".into()))?;
-        let mut held = Vec::with_capacity(pages.len());
-        for &page in pages {
-            held.push(*self.page(page)?);
-        }
+        let mut pool = self.pages.lock();
+        let held = pages.iter().map(|&number| page(&mut pool, number).copied()).collect::<Result<Vec<_>, _>>()?;
+        drop(pool);
         if self.parked.insert(key, (state, held)).is_some() {
             return Err(refused(format!("key {key} is parked twice")));
         }
@@ -266,8 +297,9 @@ impl Executor for ModelExecutor {
             return Err(refused(format!("{} pages were parked, {} are given", held.len(), pages.len())));
         }
         *self.slot(slot)? = Some(state);
-        for (&page, content) in pages.iter().zip(held) {
-            *self.page(page)? = content;
+        let mut pool = self.pages.lock();
+        for (&number, content) in pages.iter().zip(held) {
+            *page(&mut pool, number)? = content;
         }
         Ok(())
     }
@@ -280,12 +312,71 @@ impl Executor for ModelExecutor {
 
     /// The slot's hash, whatever the part.
     fn export_state(&mut self, slot: u32, _part: &StatePart) -> Result<Vec<u8>, ExecutorError> {
-        let state = self.slot(slot)?.ok_or_else(|| refused(format!("slot {slot} was never set")))?;
-        Ok(state.to_le_bytes().to_vec())
+        Ok(self.set_slot(slot)?.hash().to_le_bytes().to_vec())
     }
 
     fn weight_bytes(&self) -> Vec<u64> {
         vec![0]
+    }
+
+    fn geometry(&self) -> Option<Geometry> {
+        Some(GEOMETRY)
+    }
+
+    fn export_slot(&mut self, from: StateSource) -> Result<Vec<StateSlice>, ExecutorError> {
+        let words = match from {
+            StateSource::Slot(slot) => self.set_slot(slot)?,
+            StateSource::Parked(key) => {
+                self.parked.get(&key).ok_or_else(|| refused(format!("nothing is parked under {key}")))?.0
+            }
+            StateSource::Empty => Words::of(EMPTY),
+        };
+        Ok(words.slices())
+    }
+
+    fn import_state(&mut self, slot: u32, slices: &[StateSlice]) -> Result<(), ExecutorError> {
+        let number = self.counters.imports.fetch_add(1, Ordering::Relaxed) + 1;
+        let is_due = |every: Option<u64>| every.is_some_and(|every| number.is_multiple_of(every));
+        if is_due(self.faults.import_every) {
+            return Err(refused("this import was to fail".into()));
+        }
+        let mut slices = slices.to_vec();
+        if is_due(self.faults.damage_every)
+            && let Some(byte) = slices.first_mut().and_then(|slice| slice.bytes.first_mut())
+        {
+            *byte ^= 1;
+        }
+        model_cache::overwrite(self.slot(slot)?, &slices)
+    }
+
+    fn digest_slot(&mut self, slot: u32) -> Result<TensorDigests, ExecutorError> {
+        Ok(self.set_slot(slot)?.digests())
+    }
+
+    fn export_pages(&mut self, pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {
+        let mut pool = self.pages.lock();
+        pages.iter().map(|span| model_cache::export_page(&mut pool, span)).collect()
+    }
+
+    fn import_pages(&mut self, pages: &[(u32, PageSlice)]) -> Result<(), ExecutorError> {
+        self.counters.pages_imported.fetch_add(pages.len() as u64, Ordering::Relaxed);
+        let mut pool = self.pages.lock();
+        pages.iter().try_for_each(|(number, slice)| model_cache::import_page(&mut pool, *number, slice))
+    }
+
+    fn digest_pages(&mut self, pages: &[PageSpan]) -> Result<Vec<Digest>, ExecutorError> {
+        Ok(vec![self.export_pages(pages)?.iter().map(|slice| slice.digest).sum()])
+    }
+
+    fn poison(&mut self, slots: &[u32], pages: &[u32]) -> Result<(), ExecutorError> {
+        for &slot in slots {
+            *self.slot(slot)? = None;
+        }
+        let mut pool = self.pages.lock();
+        for &number in pages {
+            *page(&mut pool, number)? = EMPTY_PAGE;
+        }
+        Ok(())
     }
 }
 
@@ -295,20 +386,7 @@ impl std::fmt::Debug for ModelExecutor {
     }
 }
 
-fn refused(message: String) -> ExecutorError {
-    ExecutorError { rank: 0, message, fatal: false }
-}
-
 /// Logits between -4 and 4, a function of what is seen.
 fn logits(sight: u64, vocab: usize) -> Vec<f32> {
     (0..vocab as u64).map(|token| (mix(sight, token) >> 40) as f32 / (1u32 << 21) as f32 - 4.0).collect()
-}
-
-/// The finaliser of SplitMix64 (Steele, Lea, Flood 2014) over a running hash and a value.
-fn mix(hash: u64, value: u64) -> u64 {
-    let mut mixed =
-        hash.rotate_left(23) ^ value.wrapping_add(0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ (mixed >> 31)
 }
