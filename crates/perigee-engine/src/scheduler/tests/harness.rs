@@ -5,7 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use perigee_backend::PAGE_TOKENS;
 
-use crate::scheduler::task::Place;
+use super::device::Device;
+use super::moving::Away;
+use crate::scheduler::budget::REMOTE_ROW_TOKENS;
+use crate::scheduler::task::{Place, Task};
+use crate::scheduler::types::Rank;
 use crate::scheduler::{Limits, NewTask, Plan, Scheduler, Status, TaskId};
 
 /// What a session still has to do.
@@ -16,6 +20,40 @@ pub(super) struct Work {
     pub(super) output: u64,
     /// Only prompt logits are wanted.
     pub(super) score: bool,
+    /// The first session of its request: those of a request have the same prompt.
+    pub(super) family: u64,
+}
+
+/// How often the cases occurred that a test is about.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Seen {
+    /// Rows with latents elsewhere, and those of them that did not count.
+    pub(super) remote_rows: u64,
+    pub(super) faults: u64,
+    /// Sessions with latents elsewhere that went to host memory.
+    pub(super) remote_parks: u64,
+    /// Sessions that were too long to be computed again here.
+    pub(super) evicted: u64,
+    /// Steps in which those that stand still keep the best task from its row.
+    pub(super) waits: u64,
+    /// Sessions that left a shared prefill with copies.
+    pub(super) splits: u64,
+    /// Sessions that left while they were in host memory.
+    pub(super) left_parked: u64,
+    /// Sessions of which pages stayed, and those that found some when they came back.
+    pub(super) homes: u64,
+    pub(super) returns: u64,
+}
+
+/// What goes wrong in a step.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Mishaps {
+    /// Parking does.
+    pub(super) park: bool,
+    /// Coming back from host memory does.
+    pub(super) unpark: bool,
+    /// Homes do not answer rows whose session has an odd number, or those with an even one.
+    pub(super) faults: [bool; 2],
 }
 
 /// A request of `sessions` sessions.
@@ -43,7 +81,16 @@ pub(super) struct Harness {
     overtaken: BTreeMap<TaskId, u32>,
     pub(super) preemptions: u64,
     pub(super) steps: u64,
-    next_id: u64,
+    pub(super) next_id: u64,
+    pub(super) device: Device,
+    /// Sessions that went elsewhere.
+    pub(super) away: Vec<Away>,
+    /// Home entries by key: the family whose pages they are.
+    pub(super) homes: BTreeMap<u64, u64>,
+    pub(super) reserved: BTreeSet<TaskId>,
+    pub(super) seen: Seen,
+    /// Plans in a row that moved sessions but had no row.
+    rowless: u32,
 }
 
 impl Harness {
@@ -56,6 +103,12 @@ impl Harness {
             preemptions: 0,
             steps: 0,
             next_id: 0,
+            device: Device::default(),
+            away: Vec::new(),
+            homes: BTreeMap::new(),
+            reserved: BTreeSet::new(),
+            seen: Seen::default(),
+            rowless: 0,
         }
     }
 
@@ -74,7 +127,7 @@ impl Harness {
         self.scheduler.add(new).ok()?;
         self.next_id += arrival.sessions;
         for id in &ids {
-            let work = Work { length: arrival.prompt, output: arrival.output, score: arrival.score };
+            let work = Work { length: arrival.prompt, output: arrival.output, score: arrival.score, family: ids[0].0 };
             self.work.insert(*id, work);
         }
         Some(ids)
@@ -82,8 +135,9 @@ impl Harness {
 
     pub(super) fn cancel(&mut self, id: TaskId) {
         if self.work.remove(&id).is_some() {
-            self.scheduler.remove(id).unwrap().expect("a session with work is known");
-            self.scheduler.audit().unwrap();
+            let removed = self.scheduler.remove(id).unwrap().expect("a session with work is known");
+            removed.parked.into_iter().for_each(|key| self.device.drop_parked(key));
+            self.check();
         }
     }
 
@@ -91,9 +145,9 @@ impl Harness {
         self.scheduler.session(id).unwrap().status
     }
 
-    /// Plans a step, checks it, and does it; `lost_park` and `lost_unpark` make those operations fail.
-    pub(super) fn step(&mut self, lost_park: bool, lost_unpark: bool) -> Plan {
-        let queued_before: Vec<_> = self.scheduler.queue.iter().copied().collect();
+    /// Plans a step, checks it, and does it.
+    pub(super) fn step(&mut self, mishaps: Mishaps) -> Plan {
+        let queued_before: Vec<Rank> = self.scheduler.queue.iter().copied().collect();
         let plan = self.scheduler.plan().unwrap();
         self.steps += 1;
         self.preemptions += plan.parks.len() as u64;
@@ -103,17 +157,27 @@ impl Harness {
         self.check_copies(&plan);
         self.check_service(&plan);
         self.check_order(&plan, &queued_before);
-        if let Some(best) = self.scheduler.running.first() {
-            // The one exception: a task that came back from host memory waits a step before it forks.
-            let progress = plan.rows.iter().any(|row| row.task == best.id);
-            assert!(
-                progress || plan.unparks.iter().any(|unpark| unpark.task == best.id),
-                "no row for {best:?}: {plan:?}"
-            );
-        }
-        self.carry_out(&plan, lost_park, lost_unpark);
-        self.scheduler.audit().unwrap();
+        self.check_progress(&plan);
+        self.carry_out(&plan, mishaps);
+        self.check();
         plan
+    }
+
+    /// Accounts add up, and slots and pages hold what they should.
+    pub(super) fn check(&self) {
+        self.scheduler.audit().unwrap();
+        for task in self.scheduler.tasks.values() {
+            if let Place::Running { slots, .. } = &task.place {
+                let family = self.work[&task.id].family;
+                self.device.check(family, task.computed, slots.read, &task.latents);
+            }
+        }
+        assert_eq!(self.scheduler.occupancy().homes, self.homes.len() as u64);
+        for (key, family) in &self.homes {
+            for (number, page) in self.scheduler.homes[key].numbered() {
+                self.device.check_page(page, *family, number, (number + 1) * PAGE_TOKENS as u64);
+            }
+        }
     }
 
     /// Steps until everything is done, at most `bound` times.
@@ -122,7 +186,7 @@ impl Harness {
             if self.work.is_empty() {
                 break;
             }
-            self.step(false, false);
+            self.step(Mishaps::default());
         }
         assert!(self.work.is_empty(), "not done after {bound} steps: {:?}", self.work);
         assert!(self.scheduler.is_empty());
@@ -160,6 +224,10 @@ impl Harness {
             drawing_over |= !row.draws;
             assert!(slots.insert(row.read_slot), "two rows with slot {}", row.read_slot);
             assert!(row.write_slot == row.read_slot || slots.insert(row.write_slot));
+            assert_eq!(row.remote, task.latents.is_remote());
+            assert_eq!(row.remote, row.write_slot != row.read_slot, "a step with latents elsewhere is a transaction");
+            assert!(!row.remote || row.tokens <= REMOTE_ROW_TOKENS);
+            assert!(!self.scheduler.stands_still(task), "a row for one that stands still: {task:?}");
             assert!(matches!(&task.place, Place::Running { slots, .. } if slots.read == row.read_slot));
             assert_eq!(row.segments.last().unwrap().end, row.end());
             let written = row.position / PAGE_TOKENS as u64..row.end().div_ceil(PAGE_TOKENS as u64);
@@ -207,11 +275,16 @@ impl Harness {
         }
     }
 
-    /// Better tasks are admitted first, except that one which does not fit is overtaken a bounded number of times.
-    fn check_order(&mut self, plan: &Plan, queued_before: &[crate::scheduler::types::Rank]) {
+    /// Better tasks are admitted first, except that one which does not fit is overtaken a bounded number of times; that is
+    /// not counted while those who stand still keep it out.
+    fn check_order(&mut self, plan: &Plan, queued_before: &[Rank]) {
+        let still = self.scheduler.count_still();
         for better in queued_before {
             if plan.admitted.contains(&better.id) {
                 self.overtaken.remove(&better.id);
+                continue;
+            }
+            if !self.scheduler.could_run(&self.scheduler.tasks[&better.id], &still) {
                 continue;
             }
             let worse =
@@ -224,18 +297,60 @@ impl Harness {
         }
     }
 
-    fn carry_out(&mut self, plan: &Plan, lost_park: bool, lost_unpark: bool) {
+    /// The best running task has a row, unless all pages are with those that stand still or it just came back and forks in
+    /// the next step; and nothing goes back and forth without one.
+    fn check_progress(&mut self, plan: &Plan) {
+        let has_row = |id: TaskId| plan.rows.iter().any(|row| row.task == id);
+        if let Some(best) = self.scheduler.running.first().filter(|best| !has_row(best.id)) {
+            let others_keep = self.scheduler.pages.free() == 0 && self.scheduler.count_still().pages > 0;
+            let is_back = plan.unparks.iter().any(|unpark| unpark.task == best.id);
+            assert!(others_keep || is_back, "no row for {best:?}: {plan:?}");
+            self.seen.waits += u64::from(others_keep);
+        }
+        let moves_only = plan.rows.is_empty() && !plan.is_empty();
+        self.rowless = if moves_only { self.rowless + 1 } else { 0 };
+        assert!(self.rowless <= 1, "the plans move sessions and run nothing: {plan:?}");
+        let was_nothing_to_run = |task: &Task| self.scheduler.stands_still(task) || !has_row(task.id);
+        assert!(!plan.is_empty() || self.scheduler.tasks.values().all(was_nothing_to_run));
+    }
+
+    fn carry_out(&mut self, plan: &Plan, mishaps: Mishaps) {
+        for (id, _) in &plan.evicted {
+            self.evict(*id);
+        }
+        for park in &plan.parks {
+            self.seen.remote_parks += u64::from(self.scheduler.tasks[&park.task].latents.is_remote());
+            self.device.park(park);
+            if mishaps.park {
+                self.device.drop_parked(park.key);
+                if self.scheduler.park_failed(park.task).is_err() {
+                    self.evict(park.task);
+                }
+            }
+        }
         let mut lost = BTreeSet::new();
-        for park in plan.parks.iter().filter(|_| lost_park) {
-            self.scheduler.park_failed(park.task).unwrap();
+        for unpark in &plan.unparks {
+            if mishaps.unpark {
+                self.device.drop_parked(unpark.key);
+                lost.insert(unpark.task);
+                if self.scheduler.restart(unpark.task).unwrap().is_err() {
+                    self.evict(unpark.task);
+                }
+            } else {
+                self.device.unpark(unpark);
+            }
         }
-        for unpark in plan.unparks.iter().filter(|_| lost_unpark) {
-            self.scheduler.restart(unpark.task).unwrap().unwrap();
-            lost.insert(unpark.task);
-        }
+        self.device.clear_and_copy(plan);
         for row in plan.rows.iter().filter(|row| !lost.contains(&row.task)) {
-            self.scheduler.advance(row.task, row.tokens);
             let Some(work) = self.work.get_mut(&row.task) else { panic!("a row for a removed session") };
+            let is_faulty = row.remote && mishaps.faults[row.task.0 as usize % 2];
+            self.device.run(row, work.family, is_faulty);
+            self.seen.remote_rows += u64::from(row.remote);
+            if is_faulty {
+                self.seen.faults += 1;
+                continue;
+            }
+            self.scheduler.advance(row.task, row.tokens);
             assert!(row.end() <= work.length);
             let scored = work.score && row.end() + 1 == work.length;
             if row.draws {
@@ -251,5 +366,12 @@ impl Harness {
                 self.scheduler.append(row.task);
             }
         }
+    }
+
+    /// A session that can never be computed again here ends.
+    pub(super) fn evict(&mut self, id: TaskId) {
+        self.seen.evicted += 1;
+        self.work.remove(&id).expect("a session with work");
+        assert_eq!(self.scheduler.remove(id).unwrap().unwrap().parked, None);
     }
 }

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::harness::{Arrival, Harness};
+use super::harness::{Arrival, Harness, Mishaps};
 use crate::scheduler::{Fork, Limits, NeverFits, NewTask, Plan, Status, TaskId};
 
-fn limits() -> Limits {
+pub(super) fn limits() -> Limits {
     Limits {
         slots: 8,
         pages: 100,
@@ -19,14 +19,14 @@ fn limits() -> Limits {
     }
 }
 
-fn tokens_of(plan: &Plan, id: TaskId) -> u64 {
+pub(super) fn tokens_of(plan: &Plan, id: TaskId) -> u64 {
     plan.rows.iter().filter(|row| row.task == id).map(|row| row.tokens).sum()
 }
 
 /// Steps until a plan is as wanted.
-fn step_until(harness: &mut Harness, wanted: impl Fn(&Harness, &Plan) -> bool) -> Plan {
+pub(super) fn step_until(harness: &mut Harness, wanted: impl Fn(&Harness, &Plan) -> bool) -> Plan {
     for _ in 0..500 {
-        let plan = harness.step(false, false);
+        let plan = harness.step(Mishaps::default());
         if wanted(harness, &plan) {
             return plan;
         }
@@ -34,7 +34,7 @@ fn step_until(harness: &mut Harness, wanted: impl Fn(&Harness, &Plan) -> bool) -
     panic!("not in 500 steps")
 }
 
-fn arrive(harness: &mut Harness, arrival: &Arrival) -> TaskId {
+pub(super) fn arrive(harness: &mut Harness, arrival: &Arrival) -> TaskId {
     harness.arrive(arrival).unwrap()[0]
 }
 
@@ -52,10 +52,10 @@ fn what_never_fits_is_refused() {
 fn decodes_go_on_while_a_long_prompt_is_prefilled() {
     let mut harness = Harness::new(limits());
     let decoding = arrive(&mut harness, &Arrival::plain(10, 50));
-    harness.step(false, false);
+    harness.step(Mishaps::default());
     let long = arrive(&mut harness, &Arrival::plain(1000, 1));
     for _ in 0..7 {
-        let plan = harness.step(false, false);
+        let plan = harness.step(Mishaps::default());
         assert_eq!(tokens_of(&plan, decoding), 1);
         assert!(tokens_of(&plan, long) >= 64);
         assert!(plan.rows[0].draws, "drawing rows come first");
@@ -68,14 +68,14 @@ fn prefill_goes_on_while_all_others_decode() {
     for _ in 0..8 {
         arrive(&mut harness, &Arrival::plain(1, 100));
     }
-    let plan = harness.step(false, false);
+    let plan = harness.step(Mishaps::default());
     assert_eq!(plan.rows.len(), 6, "a quarter of the step is kept for prefill");
     let mut harness = Harness::new(Limits { step_tokens: 8, ..limits() });
     for _ in 0..5 {
         arrive(&mut harness, &Arrival::plain(1, 100));
     }
     let long = arrive(&mut harness, &Arrival::plain(100, 1));
-    let plan = harness.step(false, false);
+    let plan = harness.step(Mishaps::default());
     assert_eq!(tokens_of(&plan, long), 3);
 }
 
@@ -85,7 +85,7 @@ fn a_short_prompt_passes_a_long_one_and_the_long_one_keeps_half() {
     let long = arrive(&mut harness, &Arrival::plain(2000, 1));
     let longer = arrive(&mut harness, &Arrival::plain(3000, 1));
     let short = arrive(&mut harness, &Arrival::plain(30, 1));
-    let plan = harness.step(false, false);
+    let plan = harness.step(Mishaps::default());
     assert_eq!(tokens_of(&plan, long), 64);
     assert_eq!(tokens_of(&plan, short), 30);
     assert_eq!(tokens_of(&plan, longer), 34);
@@ -93,7 +93,7 @@ fn a_short_prompt_passes_a_long_one_and_the_long_one_keeps_half() {
     // A stream of short prompts takes no more than the other half.
     for _ in 0..20 {
         arrive(&mut harness, &Arrival::plain(60, 1));
-        let plan = harness.step(false, false);
+        let plan = harness.step(Mishaps::default());
         assert!(tokens_of(&plan, long) >= 64);
     }
 }
@@ -103,14 +103,14 @@ fn a_higher_priority_is_served_first() {
     let mut harness = Harness::new(Limits { slots: 1, ..limits() });
     let low = arrive(&mut harness, &Arrival::plain(10, 1));
     let high = arrive(&mut harness, &Arrival { priority: 5, ..Arrival::plain(10, 1) });
-    let plan = harness.step(false, false);
+    let plan = harness.step(Mishaps::default());
     assert_eq!(plan.admitted, [high]);
-    assert_eq!(harness.step(false, false).admitted, [low]);
+    assert_eq!(harness.step(Mishaps::default()).admitted, [low]);
 
     let mut harness = Harness::new(limits());
     let low = arrive(&mut harness, &Arrival::plain(100, 1));
     let high = arrive(&mut harness, &Arrival { priority: 5, ..Arrival::plain(100, 1) });
-    let plan = harness.step(false, false);
+    let plan = harness.step(Mishaps::default());
     assert_eq!((tokens_of(&plan, high), tokens_of(&plan, low)), (100, 28));
 }
 
@@ -118,7 +118,8 @@ fn a_higher_priority_is_served_first() {
 fn chunks_end_at_page_boundaries() {
     let mut harness = Harness::new(Limits { step_tokens: 100, ..limits() });
     let id = arrive(&mut harness, &Arrival::plain(300, 1));
-    let ends: Vec<u64> = (0..5).map(|_| harness.step(false, false).rows.last().map_or(0, |row| row.end())).collect();
+    let ends: Vec<u64> =
+        (0..5).map(|_| harness.step(Mishaps::default()).rows.last().map_or(0, |row| row.end())).collect();
     assert_eq!(ends, [64, 128, 192, 256, 300]);
     assert!(harness.finished.contains(&id));
 }
@@ -155,12 +156,12 @@ fn a_task_that_does_not_fit_is_overtaken_a_bounded_number_of_times() {
     for _ in 0..2 {
         arrive(&mut harness, &Arrival::plain(10, 30));
     }
-    harness.step(false, false);
+    harness.step(Mishaps::default());
     let group = harness.arrive(&Arrival { sessions: 4, ..Arrival::plain(10, 5) }).unwrap();
     let mut passed = 0;
     while harness.status(group[0]) == Status::Waiting {
         arrive(&mut harness, &Arrival::plain(5, 1));
-        passed += harness.step(false, false).admitted.iter().filter(|id| **id != group[0]).count();
+        passed += harness.step(Mishaps::default()).admitted.iter().filter(|id| **id != group[0]).count();
     }
     assert_eq!(passed, 2);
     harness.finish(1000);
@@ -170,12 +171,12 @@ fn a_task_that_does_not_fit_is_overtaken_a_bounded_number_of_times() {
 fn choices_share_the_prompt() {
     let mut harness = Harness::new(limits());
     let ids = harness.arrive(&Arrival { sessions: 3, ..Arrival::plain(150, 10) }).unwrap();
-    let plan = harness.step(false, false);
+    let plan = harness.step(Mishaps::default());
     assert_eq!((plan.rows.len(), plan.rows[0].end()), (1, 128), "one prefill, in chunks");
     assert_eq!(harness.scheduler.slots.used(), 3);
-    let plan = harness.step(false, false);
+    let plan = harness.step(Mishaps::default());
     assert_eq!(plan.rows[0].end(), 149, "up to the last prompt token");
-    let plan = harness.step(false, false);
+    let plan = harness.step(Mishaps::default());
     assert_eq!(plan.rows.len(), 3);
     assert_eq!(plan.forks, [Fork { parent: ids[0], child: ids[1] }, Fork { parent: ids[0], child: ids[2] }]);
     assert_eq!((plan.copy_slots.len(), plan.copy_pages.len()), (2, 2));
@@ -188,7 +189,7 @@ fn choices_share_the_prompt() {
 fn a_one_token_prompt_forks_at_once() {
     let mut harness = Harness::new(limits());
     harness.arrive(&Arrival { sessions: 2, ..Arrival::plain(1, 3) }).unwrap();
-    let plan = harness.step(false, false);
+    let plan = harness.step(Mishaps::default());
     assert_eq!((plan.rows.len(), plan.clear_slots.len()), (2, 2));
     assert_eq!((plan.copy_slots.len(), plan.copy_pages.len()), (0, 0));
     harness.finish(10);
@@ -199,7 +200,7 @@ fn cancelling_one_choice_leaves_the_others() {
     for cancelled in 0..3 {
         let mut harness = Harness::new(limits());
         let ids = harness.arrive(&Arrival { sessions: 3, ..Arrival::plain(150, 10) }).unwrap();
-        harness.step(false, false);
+        harness.step(Mishaps::default());
         harness.cancel(ids[cancelled]);
         assert_eq!(harness.scheduler.slots.used(), 2);
         harness.finish(100);
@@ -228,10 +229,10 @@ fn prompt_logits_are_asked_for_once_and_within_the_rows() {
     let mut harness = Harness::new(limits());
     let id = arrive(&mut harness, &Arrival { prompt_logits: true, ..Arrival::plain(30, 5) });
     let mut asked = Vec::new();
-    harness.step(false, false);
+    harness.step(Mishaps::default());
     harness.scheduler.restart(id).unwrap().unwrap();
     while harness.work.contains_key(&id) {
-        for row in harness.step(false, false).rows {
+        for row in harness.step(Mishaps::default()).rows {
             asked.extend(row.prompt_logits_from.into_iter().flat_map(|from| from..row.end()));
         }
     }
