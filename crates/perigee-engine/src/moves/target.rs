@@ -19,6 +19,7 @@ use crate::executor::PageSpan;
 use crate::handle::{EngineHealth, QueuePermit};
 use crate::request::SessionId;
 use crate::scheduler::{Adopted, TaskId};
+use crate::sequence::Sequence;
 use crate::step::{EngineCore, Fatal, Session, Sink};
 
 /// A refusal, or that the ranks are broken.
@@ -189,11 +190,16 @@ impl EngineCore {
             kept.extend(pages.numbered());
             self.scheduler.keep_home(key, pages);
         }
-        let (task, context) = {
-            let arriving = self.arriving(session, next)?;
-            (arriving.task, arriving.frozen.as_ref().map_or(0, |frozen| frozen.context))
+        let arriving = self.arriving(session, next)?;
+        let task = arriving.task;
+        let (Some(frozen), Some(record)) = (&arriving.frozen, &arriving.record) else {
+            return Err(HandoffRefused::Failure(Failure::Handoff).into());
         };
+        let (context, tokens, most) = (frozen.context, frozen.tokens, most(&record.sequence));
         let arrival = table.arrive(&place);
+        if self.scheduler.limits().check_arrival(most.max(tokens), arrival.table.tokens()).is_err() {
+            return Err(HandoffRefused::Failure(Failure::Full).into());
+        }
         let mut pages = BTreeMap::new();
         let mut lost: u64 = arrival.lost.iter().map(|range| range.end - range.start).sum();
         for number in arrival.returned.iter().flat_map(|range| range.start / PAGE_POSITIONS..range.end / PAGE_POSITIONS) {
@@ -314,7 +320,7 @@ impl EngineCore {
             priority: sequence.priority,
             deadline,
             length: sequence.length(),
-            most: (sequence.prompt_length + u64::from(sequence.stop.max_tokens)).saturating_sub(1),
+            most: most(&sequence),
             computed: record.computed,
             scored: record.scored,
             prompt_logits: record.prompt_logits,
@@ -336,6 +342,11 @@ impl EngineCore {
         self.names.insert(session.clone(), task);
         Ok(Then::Nothing)
     }
+}
+
+/// Most positions that a session may ever compute.
+fn most(sequence: &Sequence) -> u64 {
+    (sequence.prompt_length + u64::from(sequence.stop.max_tokens)).saturating_sub(1)
 }
 
 /// What becomes a session.

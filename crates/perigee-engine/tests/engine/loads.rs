@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use perigee_engine::observer::{EngineObserver, Preemption, StepPhase, TokenKind};
-use perigee_engine::request::{FinishReason, RouterId, SessionId};
+use perigee_engine::request::{FinishReason, RouterId, SegmentInfo};
 use perigee_engine::testing::{ManualClock, ModelExecutor, ModelSizes, greedy_request};
 use perigee_engine::{Clock, EngineConfig, Turn};
 
@@ -80,9 +80,9 @@ async fn sessions_are_listed_with_their_places() {
         .map(|info| (info.session.0.as_str(), info.status, info.context, info.segments.as_slice()))
         .collect();
     assert_eq!(brief[0].1, "decode");
-    assert_eq!((brief[0].0, brief[0].3), ("decodes", &[(0, brief[0].2 - 1)][..]));
+    assert_eq!((brief[0].0, brief[0].3), ("decodes", &[here(0, brief[0].2 - 1)][..]));
     assert_eq!((brief[1].0, brief[1].1, brief[1].2), ("prefills", "prefill", 500));
-    assert_eq!(brief[1].3[0].1 % 64, 0, "chunks end at pages");
+    assert_eq!(brief[1].3[0].tokens % 64, 0, "chunks end at pages");
     assert_eq!(brief[2], ("waits", "waiting", 10, &[][..]));
     assert_eq!(flushed, 0);
 }
@@ -152,4 +152,9 @@ fn the_observer_hears_of_everything() {
     let phases = notes.phases.lock().unwrap();
     assert_eq!((phases[0], phases[1], phases[2]), (StepPhase::Prefill, StepPhase::Mixed, StepPhase::Decode));
     assert_eq!(*notes.ends.lock().unwrap(), [FinishReason::Length; 2]);
+}
+
+/// Positions whose latents are at the replica itself.
+fn here(first: u64, tokens: u64) -> SegmentInfo {
+    SegmentInfo { home: String::new(), incarnation: String::new(), first, tokens }
 }
