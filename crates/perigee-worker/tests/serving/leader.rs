@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use perigee_engine::testing::{Faults, ModelSizes};
 use perigee_proto::internal::{
-    Abort, Finish, Flush, ListSessions, MovePhase, Prepare, RefusedReason, Renew, replica_message, router_message,
+    Abort, Finish, Flush, ListSessions, MoveFailure, MoveMode, MovePhase, Prepare, RefusedReason, Renew, replica_message, router_message,
 };
 use perigee_proto::v1::inference_client::InferenceClient;
 use perigee_proto::{internal, v1};
@@ -165,10 +165,15 @@ async fn questions_are_answered_and_moves_are_not_offered() {
     router.send(router_message::Body::Flush(Flush { call: 6 }));
     let replica_message::Body::Flushed(flushed) = router.next_answer().await else { panic!("not flushed") };
     assert_eq!(flushed.call, 6);
-    let prepare = Prepare { session: "s".to_owned(), epoch: 1, ..Prepare::default() };
-    router.send(router_message::Body::Prepare(prepare));
+    let prepare = Prepare { session: "s".to_owned(), epoch: 1, next_epoch: 2, ..Prepare::default() };
+    router.send(router_message::Body::Prepare(prepare.clone()));
     let replica_message::Body::MoveReport(report) = router.next_answer().await else { panic!("no report") };
-    assert_eq!((report.phase(), report.code), (MovePhase::Failed, Code::Unimplemented as i32));
+    assert_eq!((report.phase(), report.code), (MovePhase::Failed, Code::InvalidArgument as i32));
+    router.send(router_message::Body::Prepare(Prepare { mode: MoveMode::Whole.into(), ..prepare }));
+    let replica_message::Body::MoveReport(report) = router.next_answer().await else { panic!("no report") };
+    assert_eq!((report.phase(), report.failure()), (MovePhase::Failed, MoveFailure::Handoff), "{report:?}");
+    assert_eq!((report.epoch, report.code), (1, Code::FailedPrecondition as i32), "{report:?}");
+    assert!(report.message.contains("no part in moves"), "{report:?}");
 }
 
 #[tokio::test]

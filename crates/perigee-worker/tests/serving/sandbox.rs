@@ -47,7 +47,7 @@ pub(crate) struct Leader {
     task: JoinHandle<Result<(), WorkerError>>,
 }
 
-async fn bind() -> (TcpListener, SocketAddr) {
+pub(crate) async fn bind() -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("an address");
     (listener, address)
@@ -142,7 +142,11 @@ pub(crate) struct HandMade {
 
 impl HandMade {
     pub(crate) async fn attach(leader: &Leader, hello: Hello) -> Result<(Self, Welcome), Status> {
-        let url = format!("http://{}", leader.internal);
+        Self::attach_to(leader.internal, hello).await
+    }
+
+    pub(crate) async fn attach_to(internal: SocketAddr, hello: Hello) -> Result<(Self, Welcome), Status> {
+        let url = format!("http://{internal}");
         let mut client = ReplicaClient::connect(url).await.expect("connected");
         let (to_leader, out) = mpsc::unbounded_channel();
         let first = RouterMessage { body: Some(router_message::Body::Hello(hello)) };
