@@ -258,6 +258,7 @@ fn rows_with_latents_elsewhere_are_short() {
     away.table = away.table.hand_over(&place("there"), 128, Mode::Split);
     let how = Return { progress: 0, mode: Mode::Whole, shadow: true, thaw: true };
     let id = harness.come(away, how).unwrap();
+    assert_eq!(tokens_of(&step(&mut harness), id), 64, "though it is alone");
     let long = arrive(&mut harness, &Arrival::plain(500, 1));
     let plan = step(&mut harness);
     assert_eq!((tokens_of(&plan, id), tokens_of(&plan, long)), (64, 64));

@@ -190,7 +190,11 @@ fn happen_to_move(harness: &mut Harness, movement: Movement, which: usize) -> u6
         (Movement::Come(how, length, output), _) => {
             let away = match pick(0..harness.away.len(), which) {
                 Some(index) if !which.is_multiple_of(4) => harness.away.swap_remove(index),
-                _ => Away::foreign(1_000_000 + harness.next_id, length, output),
+                // Some come in the middle of their prompt.
+                _ => Away {
+                    computed: if which.is_multiple_of(3) { length / 2 } else { length - 1 },
+                    ..Away::foreign(1_000_000 + harness.next_id, length, output)
+                },
             };
             let home = away.home;
             let tokens = away.work.length + away.work.output;
