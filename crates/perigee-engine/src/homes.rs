@@ -124,12 +124,12 @@ impl HomeDirectory {
         (heads, query): (&HeadRange, &SessionQuery),
     ) -> SessionAnswer {
         let queries = query.values.to_f32();
+        let (layer, count) = (heads.layer as usize, heads.heads as usize);
         for _ in 0..ATTEMPTS {
             let held = match self.find(&query.session, query.epoch, &query.ranges) {
                 Ok(held) => held,
                 Err(status) => return SessionAnswer::refused(query, status),
             };
-            let (layer, count) = (heads.layer as usize, heads.heads as usize);
             let part = reader.attend(layer, &held.pages, count, model.scale, heads.latent as usize, &queries);
             if !self.is_held(&query.session, &held) {
                 continue;
@@ -204,5 +204,137 @@ impl Entry {
             }
         }
         Some(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use perigee_backend::{BackendError, DType};
+    use perigee_migration::attend::QueryValues;
+
+    use super::*;
+
+    const MODEL: AnswerModel =
+        AnswerModel { shape: AttendShape { layers: 3, heads: 4, latent: 3, rope: 2, tokens: 8 }, scale: 0.5 };
+
+    /// Answers with the number of the first page, after something else happened.
+    struct Reader<F>(F);
+
+    impl<F: Fn(&[u32]) -> f32 + Send + Sync> LatentReader for Reader<F> {
+        fn attend(
+            &self,
+            layer: usize,
+            pages: &[u32],
+            heads: usize,
+            scale: f32,
+            latent: usize,
+            queries: &[f32],
+        ) -> perigee_backend::Result<(Vec<f32>, Vec<f32>)> {
+            assert_eq!((layer, scale, latent, queries.len()), (1, 0.5, 3, 2 * heads * 5));
+            if pages.contains(&13) {
+                return Err(BackendError::Device("lost".into()));
+            }
+            let first = (self.0)(pages);
+            Ok((vec![first; 2 * heads * latent], vec![first; 2 * heads]))
+        }
+    }
+
+    fn plain() -> Reader<impl Fn(&[u32]) -> f32> {
+        Reader(|pages: &[u32]| pages[0] as f32)
+    }
+
+    fn pages(runs: &[(u64, &[u32])]) -> HomePages {
+        HomePages { pages: runs.iter().map(|(first, pages)| (*first, pages.to_vec())).collect() }
+    }
+
+    /// Asks about pages of one session with two tokens and two of four heads.
+    fn ask(homes: &HomeDirectory, reader: &dyn LatentReader, epoch: u64, asked: &[Range<u64>]) -> SessionAnswer {
+        let heads = HeadRange { layer: 1, first_head: 2, heads: 2, latent: 3, rope: 2 };
+        let ranges = asked.iter().map(|range| range.start * 64..range.end * 64).collect();
+        let values = QueryValues::from_f32(&[0.25; 20], DType::Fp32);
+        let query = SessionQuery { session: "s".into(), epoch, ranges, tokens: 2, values };
+        let question = QueryBatch { heads, dtype: DType::Fp32, sessions: vec![query] };
+        let message = question.encode(&MODEL.shape).unwrap();
+        let answer = homes.answer(reader, &MODEL, &message).unwrap();
+        AnswerBatch::decode(&answer, &question, &MODEL.shape).unwrap().sessions.remove(0)
+    }
+
+    #[test]
+    fn pages_are_found_across_runs_and_gaps_are_missing() {
+        let homes = HomeDirectory::new();
+        homes.publish("s", pages(&[(0, &[7, 8]), (2, &[3]), (5, &[9, 1])]), 0);
+        let find = |ranges: &[Range<u64>]| homes.find("s", 0, ranges).map(|held| held.pages);
+        assert_eq!(find(&[0..192]), Ok(vec![7, 8, 3]));
+        assert_eq!(find(&[64..128, 320..448]), Ok(vec![8, 9, 1]));
+        assert_eq!(find(&[]), Ok(vec![]));
+        for missing in [128..256, 192..320, 384..512, 0..u64::MAX - 63, 256..320] {
+            assert_eq!(find(std::slice::from_ref(&missing)), Err(AnswerStatus::Missing), "{missing:?}");
+        }
+        assert_eq!(homes.find("t", 0, &[]).map(|held| held.pages), Err(AnswerStatus::Unknown));
+    }
+
+    #[test]
+    fn epochs_only_rise() {
+        let homes = HomeDirectory::new();
+        homes.publish("s", pages(&[(0, &[4])]), 3);
+        let status = |epoch| ask(&homes, &plain(), epoch, &[0..1]).status;
+        assert_eq!(status(2), AnswerStatus::Stale);
+        assert!(homes.asked().is_empty(), "a stale owner keeps nothing alive");
+        assert_eq!(status(3), AnswerStatus::Answered);
+        assert_eq!(status(8), AnswerStatus::Answered);
+        assert_eq!(status(7), AnswerStatus::Stale);
+        assert_eq!(homes.clone().asked(), [("s".to_owned(), 8)]);
+        assert!(homes.asked().is_empty());
+        homes.publish("s", pages(&[(0, &[4])]), 9);
+        assert_eq!((status(8), status(9)), (AnswerStatus::Stale, AnswerStatus::Answered));
+        assert_eq!((homes.len(), homes.is_empty()), (1, false));
+    }
+
+    #[test]
+    fn an_entry_that_went_while_its_pages_were_read_is_no_answer() {
+        let homes = HomeDirectory::new();
+        homes.publish("s", pages(&[(0, &[4])]), 1);
+        let withdraws = Reader(|pages: &[u32]| {
+            homes.withdraw("s");
+            pages[0] as f32
+        });
+        let answer = ask(&homes, &withdraws, 1, &[0..1]);
+        assert_eq!((answer.status, answer.output.len()), (AnswerStatus::Unknown, 0));
+    }
+
+    #[test]
+    fn an_entry_that_was_replaced_is_read_again() {
+        let homes = HomeDirectory::new();
+        homes.publish("s", pages(&[(0, &[4])]), 1);
+        let replaces = Reader(|read: &[u32]| {
+            if read == [4] {
+                homes.publish("s", pages(&[(0, &[6])]), 1);
+            }
+            read[0] as f32
+        });
+        let answer = ask(&homes, &replaces, 1, &[0..1]);
+        assert_eq!((answer.status, answer.output[0]), (AnswerStatus::Answered, 6.0));
+        let restless = Reader(|read: &[u32]| {
+            homes.publish("s", pages(&[(0, &[read[0] + 1])]), 1);
+            0.0
+        });
+        assert_eq!(ask(&homes, &restless, 1, &[0..1]).status, AnswerStatus::Busy);
+    }
+
+    #[test]
+    fn damaged_pages_are_missing_and_a_failed_device_is_busy() {
+        let homes = HomeDirectory::new();
+        homes.publish("s", pages(&[(0, &[4, 13])]), 1);
+        let damaged = Reader(|_: &[u32]| f32::NAN);
+        assert_eq!(ask(&homes, &damaged, 1, &[0..1]).status, AnswerStatus::Missing);
+        assert_eq!(ask(&homes, &plain(), 1, &[0..2]).status, AnswerStatus::Busy);
+        assert_eq!(ask(&homes, &plain(), 1, &[0..1]).status, AnswerStatus::Answered);
+    }
+
+    #[test]
+    fn questions_for_another_model_are_errors() {
+        let homes = HomeDirectory::new();
+        let error = homes.answer(&plain(), &MODEL, b"PRGQ and then nothing of a question").unwrap_err();
+        assert!(matches!(error, AttendError::Version { .. } | AttendError::Crc { .. }), "{error}");
     }
 }

@@ -9,6 +9,7 @@ use crate::weights::DType;
 use super::check::{Checks, Quantity};
 use super::draw::{Draw, Origin};
 use super::mla_bench::{MlaBench, MlaRow};
+use super::mla_others::answers;
 use super::reference::mla::{MlaLayer, Sequence};
 use super::{Case, Factory};
 
@@ -37,6 +38,7 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
             ("segments", segments::<F>),
             ("batch", batch::<F>),
             ("remote parts", remote_parts::<F>),
+            ("answers for others", answers::<F>),
         ] {
             cases.push(Case::new(format!("mla/{what}/{variant}"), move |factory: &mut F, checks| {
                 body(factory, checks, &MlaLayer::draw(shape, 41 + number as u64, Origin::Bytes))

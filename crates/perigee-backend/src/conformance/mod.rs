@@ -11,6 +11,7 @@ mod kda_bench;
 mod loading;
 mod mla;
 mod mla_bench;
+mod mla_others;
 mod reference;
 mod report;
 mod stream;

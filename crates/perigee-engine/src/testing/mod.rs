@@ -4,6 +4,8 @@
 mod model_cache;
 mod model_executor;
 mod model_sizes;
+#[cfg(test)]
+mod model_tests;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

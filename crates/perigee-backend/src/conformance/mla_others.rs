@@ -1,0 +1,60 @@
+//! Cases of attention for other replicas: a reader on another thread gives, over full pages, the reference's part for the
+//! same queries, whether or not the backend steps meanwhile. On a backend without a reader they are not run.
+
+use crate::error::{BackendError, Result};
+use crate::ops::Backend;
+use crate::shapes::PAGE_TOKENS;
+
+use super::Factory;
+use super::check::{Checks, Quantity};
+use super::draw::Draw;
+use super::mla_bench::{LAYERS, MlaBench, MlaRow};
+use super::reference::mla::MlaLayer;
+
+/// Positions whose pages are asked about; the queries are those of the positions behind them.
+const KEPT: usize = 3 * PAGE_TOKENS;
+
+pub(super) fn answers<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer) -> Result<()> {
+    let mut bench = MlaBench::open(factory, model)?;
+    let missing = || BackendError::Unsupported("attention for others, without a latent reader".into());
+    let reader = bench.harness.backend.latent_reader().ok_or_else(missing)?;
+    let shape = &model.shape;
+    let sequence = bench.sequence(&mut Draw::new(12), KEPT + 20);
+    let segments = bench.place(&[0, KEPT + 20])?;
+    bench.fill(&[MlaRow { sequence: &sequence, segments: &segments, tokens: 0..KEPT + 20 }])?;
+    let other = bench.sequence(&mut Draw::new(13), 150);
+    let elsewhere = bench.place(&[0, 150])?;
+
+    for (kept, tokens) in [(&[0, 1, 2][..], 1), (&[0, 1, 2], 17), (&[1], 2), (&[0, 2], 3), (&[], 2)] {
+        let pages: Vec<u32> = kept.iter().map(|&page| segments[0].pages[page]).collect();
+        let asking = KEPT..KEPT + tokens;
+        let queries = asking.clone().flat_map(|t| &sequence.absorbed[t]).map(|&query| query as f32);
+        let queries: Vec<f32> = queries.collect();
+        let (heads, latent, scale) = (shape.heads, shape.latent, shape.scale());
+        let (found, stepped) = std::thread::scope(|scope| {
+            let answer = scope.spawn(|| reader.attend(LAYERS - 1, &pages, heads, scale, latent, &queries));
+            let stepped = bench.fill(&[MlaRow { sequence: &other, segments: &elsewhere, tokens: 0..150 }]);
+            (answer.join(), stepped)
+        });
+        stepped?;
+        let what = format!("{tokens} tokens over pages {kept:?}");
+        let Ok(found) = found else {
+            checks.holds(&what, false, || "the reader panicked".into());
+            continue;
+        };
+        let (output, lse) = found?;
+        let positions = || kept.iter().flat_map(|page| page * PAGE_TOKENS..(page + 1) * PAGE_TOKENS);
+        let parts: Vec<_> = asking.map(|t| model.part(&sequence, t, positions())).collect();
+        let expected: Vec<f64> = parts.iter().flat_map(|part| part.output.iter().copied()).collect();
+        checks.close(&format!("answer, {what}"), Quantity::Attention, latent, &output, &expected);
+        let expected: Vec<f64> = parts.iter().flat_map(|part| part.lse.iter().copied()).collect();
+        checks.close_lse(&format!("its log-sum-exp, {what}"), Quantity::LogSumExp, &lse, &expected);
+    }
+    let query = vec![0.0; shape.heads * shape.cache_width()];
+    let attend = |layer, page| reader.attend(layer, &[page], shape.heads, 1.0, shape.latent, &query);
+    checks.refused("a page that does not exist", attend(0, u32::MAX));
+    checks.refused("a layer that does not exist", attend(LAYERS, segments[0].pages[0]));
+    let short = reader.attend(0, &segments[0].pages[..1], shape.heads, 1.0, shape.latent, &query[1..]);
+    checks.refused("queries of another width", short);
+    Ok(())
+}
