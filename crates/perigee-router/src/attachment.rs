@@ -24,6 +24,13 @@ pub(crate) struct Identity {
     pub(crate) step_tokens: u32,
 }
 
+impl Identity {
+    /// Whether both are the same run of the same replica.
+    pub(crate) fn is_same_run(&self, other: &Self) -> bool {
+        self.replica == other.replica && self.incarnation == other.incarnation
+    }
+}
+
 /// A live stream. It dies once and does not come back; a new stream to the same replica is another attachment.
 #[derive(Debug)]
 pub(crate) struct Attachment {
@@ -76,11 +83,16 @@ impl Attachment {
     /// Sends a request, and counts it into the load until the replica reports a new one.
     pub(crate) fn submit(&self, submit: Submit) -> Result<(), Lost> {
         let mut state = self.state.lock();
-        let (sessions, tokens) = (submit.sessions.len() as u64, submit.prompt.len() as u64);
+        let (sessions, tokens) = (submit.sessions.len() as u64, (submit.prompt.len() + submit.delivered.len()) as u64);
         state.send(Body::Submit(submit))?;
         state.sent_sessions += sessions;
         state.sent_tokens += tokens;
         Ok(())
+    }
+
+    /// Whether the stream is not lost, as far as is known.
+    pub(crate) fn is_live(&self) -> bool {
+        self.state.lock().outbox.is_some()
     }
 
     /// The last reported load.

@@ -1,8 +1,12 @@
-//! `perigee.v1.Cluster`: what operators see of replicas and sessions. Moving sessions is not offered yet.
+//! `perigee.v1.Cluster`: what operators see of replicas and sessions, and moving sessions. It speaks the wire's words;
+//! whether and how a session moves is decided behind it.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use perigee_migration::Mode;
+use perigee_proto::ids::SessionId;
 use perigee_proto::internal::Session;
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_proto::v1::{self, cluster_server::Cluster};
@@ -10,11 +14,13 @@ use tonic::{Request, Response, Status};
 
 use crate::attachment::{Attachment, Lost};
 use crate::error;
+use crate::relay::Relay;
 use crate::replicas::Replicas;
 
 /// The operators' door.
 #[derive(Clone)]
 pub(crate) struct ClusterService {
+    pub(crate) relay: Arc<Relay>,
     pub(crate) replicas: Arc<Replicas>,
     /// How long a replica may take to answer.
     pub(crate) patience: Duration,
@@ -22,9 +28,24 @@ pub(crate) struct ClusterService {
 
 impl ClusterService {
     fn attachments(&self, replica: &str) -> Result<Vec<Arc<Attachment>>, WireError> {
-        self.replicas.attachments(replica).ok_or_else(|| {
-            WireError::new(ErrorKind::NotFound, format!("no replica {replica:?} is known: see `perigee replicas`"))
-        })
+        self.replicas.attachments(replica).ok_or_else(|| error::unknown_replica(replica))
+    }
+
+    /// Why a session that is not this router's cannot be moved here: another router has its client's stream, or it does
+    /// not run at all, as far as replicas answer.
+    async fn foreign(&self, session: &str) -> WireError {
+        for attachment in self.replicas.attachments("").unwrap_or_default() {
+            let Ok(sessions) = self.in_time(&attachment, attachment.list_sessions()).await else { continue };
+            if let Some(found) = sessions.into_iter().find(|found| found.session == session) {
+                let owner = &*attachment.identity.replica;
+                let message = format!(
+                    "{session} runs on {owner}, but another router holds its client's stream: ask that one to move it"
+                );
+                let error = error::cannot_move("OTHER_ROUTER", message);
+                return error.with_fact("owner", owner).with_fact("epoch", found.epoch.to_string());
+            }
+        }
+        WireError::new(ErrorKind::NotFound, format!("no session {session} runs: see `perigee sessions`"))
     }
 
     async fn in_time<T>(
@@ -59,11 +80,32 @@ impl Cluster for ClusterService {
             sessions.sort_by(|a, b| a.session.cmp(&b.session));
             all.extend(sessions.into_iter().map(|session| describe(session, &attachment.identity.replica)));
         }
+        // For a moment both sides of a move may say that a session is theirs: the later epoch is right.
+        let mut latest: HashMap<String, u64> = HashMap::new();
+        for found in &all {
+            let epoch = latest.entry(found.session.clone()).or_default();
+            *epoch = found.epoch.max(*epoch);
+        }
+        all.retain(|found| latest.get(&found.session) == Some(&found.epoch));
         Ok(Response::new(v1::ListSessionsResponse { sessions: all }))
     }
 
-    async fn migrate(&self, _request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
-        Err(error::unimplemented("Migrate").into())
+    async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
+        let request = request.into_inner();
+        let mode = match request.mode() {
+            v1::MigrateMode::Unspecified => None,
+            v1::MigrateMode::Split => Some(Mode::Split),
+            v1::MigrateMode::Whole => Some(Mode::Whole),
+        };
+        let v1::MigrateRequest { session_id: session, to, .. } = request;
+        SessionId::parse(&session).map_err(|error| WireError::invalid("session_id", error.to_string()))?;
+        if to.is_empty() {
+            return Err(WireError::invalid("to", "it must name a replica").into());
+        }
+        match self.relay.migrate(&session, &to, mode)? {
+            Some(ticket) => Ok(Response::new(ticket.answer().await?)),
+            None => Err(self.foreign(&session).await.into()),
+        }
     }
 
     async fn drain(&self, _request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {

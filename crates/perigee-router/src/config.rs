@@ -62,6 +62,25 @@ impl Default for Limits {
     }
 }
 
+/// How long a router waits in moves and replays of sessions. Whoever is lost is noticed by its lease, sooner than by these:
+/// they are for messages that got lost, and for work that does not end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MoveTimes {
+    /// For a source to have handed a session over; then the move is taken back. The session stands still for a part of it.
+    pub prepare: Duration,
+    /// For the answer to start, release or the end of a move; then it is said again, and after three times given up. Longer
+    /// than a step of a replica takes.
+    pub answer: Duration,
+    /// For a replica to take over a session whose owner was lost; then its request ends with UNAVAILABLE.
+    pub replay: Duration,
+}
+
+impl Default for MoveTimes {
+    fn default() -> Self {
+        Self { prepare: Duration::from_secs(10), answer: Duration::from_secs(2), replay: Duration::from_secs(30) }
+    }
+}
+
 /// What a router is told at its start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouterConfig {
@@ -72,6 +91,8 @@ pub struct RouterConfig {
     pub lease: Duration,
     /// How long running requests may go on after the order to shut down.
     pub grace: Duration,
+    /// Patience in moves and replays of sessions.
+    pub moves: MoveTimes,
     /// Digest of the only model to route to. Without one it is that of the first replica attached.
     pub model_digest: Option<String>,
 }
@@ -82,6 +103,7 @@ impl Default for RouterConfig {
             limits: Limits::default(),
             lease: Duration::from_secs(2),
             grace: Duration::from_secs(30),
+            moves: MoveTimes::default(),
             model_digest: None,
         }
     }
@@ -93,6 +115,14 @@ impl RouterConfig {
         let mut faults = Vec::new();
         if self.lease < Duration::from_millis(100) || self.lease > Duration::from_secs(3600) {
             faults.push(format!("lease: expected 0.1 to 3600 seconds, found {:?}", self.lease));
+        }
+        for (name, time) in [("prepare", self.moves.prepare), ("answer", self.moves.answer)] {
+            if time < Duration::from_millis(10) || time > Duration::from_secs(3600) {
+                faults.push(format!("moves: {name}: expected 0.01 to 3600 seconds, found {time:?}"));
+            }
+        }
+        if self.moves.replay > Duration::from_secs(24 * 3600) {
+            faults.push(format!("moves: replay: expected at most a day, found {:?}", self.moves.replay));
         }
         if self.limits.text_bytes > self.limits.message_bytes {
             faults.push("limits: text_bytes must not exceed message_bytes".to_owned());
@@ -114,8 +144,9 @@ mod tests {
         let bad = RouterConfig {
             lease: Duration::ZERO,
             limits: Limits { requests: 0, text_bytes: usize::MAX, ..Limits::default() },
+            moves: MoveTimes { prepare: Duration::ZERO, answer: Duration::MAX, replay: Duration::MAX },
             ..RouterConfig::default()
         };
-        assert_eq!(bad.faults().len(), 3);
+        assert_eq!(bad.faults().len(), 6);
     }
 }

@@ -8,6 +8,8 @@ use perigee_proto::status::{ErrorKind, WireError};
 use perigee_telemetry::MetricsError;
 use perigee_text::TextError;
 
+use crate::transit::Trouble;
+
 /// A router that cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum RouterError {
@@ -54,6 +56,39 @@ pub(crate) fn engine_failed(replica: &str, message: &str) -> WireError {
 pub(crate) fn event_gap(replica: &str, expected: u64, found: u64) -> WireError {
     let message = format!("replica {replica} sent index {found} where {expected} was due: repeat the request");
     WireError::unavailable("EVENT_GAP", message).with_fact("replica", replica)
+}
+
+/// Nobody took over a session whose owner was lost for `cause`.
+pub(crate) fn nobody_took_over(cause: &WireError, waited: Duration) -> WireError {
+    let message = format!("{}; nobody took the session over within {waited:?}", cause.message);
+    WireError { message, ..cause.clone() }
+}
+
+/// A move that did not come about: `what` became of its session, and where that is now.
+pub(crate) fn move_failed(what: &str, trouble: &Trouble, session: &str, owner: &str, epoch: u64) -> WireError {
+    let at = if owner.is_empty() { "nowhere yet".to_owned() } else { format!("on {owner}") };
+    let message = format!("{session} {what} ({at}, epoch {epoch}): {}", trouble.message);
+    aborted("MOVE_FAILED", message, owner, epoch).with_fact("cause", trouble.cause)
+}
+
+/// A session is being moved already.
+pub(crate) fn moving(session: &str, owner: &str, epoch: u64) -> WireError {
+    aborted("MOVING", format!("{session} is being moved already: try again once it has arrived"), owner, epoch)
+}
+
+fn aborted(reason: &'static str, message: String, owner: &str, epoch: u64) -> WireError {
+    let error = WireError { reason: Some(reason), ..WireError::new(ErrorKind::Aborted, message) };
+    error.with_fact("owner", owner).with_fact("epoch", epoch.to_string())
+}
+
+/// A session that cannot be moved as things are; `reason` says why in a word.
+pub(crate) fn cannot_move(reason: &'static str, message: impl Into<String>) -> WireError {
+    WireError { reason: Some(reason), ..WireError::new(ErrorKind::FailedPrecondition, message) }
+}
+
+/// No replica of that name.
+pub(crate) fn unknown_replica(replica: &str) -> WireError {
+    WireError::new(ErrorKind::NotFound, format!("no replica {replica:?} is known: see `perigee replicas`"))
 }
 
 /// The client's deadline passed.

@@ -1,16 +1,16 @@
-//! One request in flight: which replica and epoch its tokens come from, which index each choice is due next, what waits to
-//! be read and how it ended. The rules of what is accepted are here; tables of requests and messages to replicas are not.
+//! One request in flight: its choices, what waits to be read, and how it ended. The rules of which token is taken in are
+//! here and in `choice`; tables of requests and messages to replicas are not.
 
 use std::sync::Arc;
 use std::task::Waker;
 
 use parking_lot::Mutex;
-use perigee_proto::internal::{Finish, SessionEvent, Submit};
+use perigee_proto::internal::{Counts, Finish, SessionEvent, Submit};
 use perigee_proto::status::{ErrorKind, WireError};
 use tokio::time::Instant;
 
-use crate::attachment::Attachment;
-use crate::buffer::EventBuffer;
+use crate::buffer::{EventBuffer, Full};
+use crate::choice::Choice;
 use crate::error;
 
 /// How a request ended.
@@ -19,10 +19,9 @@ pub(crate) type End = Result<(), WireError>;
 /// One request in flight.
 #[derive(Debug)]
 pub(crate) struct Flight {
-    pub(crate) request_id: String,
-    /// One for every choice, in order.
-    pub(crate) sessions: Vec<String>,
-    pub(crate) seed: u64,
+    /// What was asked for, kept for replays. Its sessions are the choices' in order; epoch, deadline and delivered tokens
+    /// are set anew whenever it is sent.
+    pub(crate) submit: Submit,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
     pub(crate) state: Mutex<FlightState>,
@@ -31,31 +30,14 @@ pub(crate) struct Flight {
 /// The part that changes.
 #[derive(Debug)]
 pub(crate) struct FlightState {
-    /// Where it runs.
-    pub(crate) attachment: Arc<Attachment>,
-    /// The only epoch whose events are accepted.
-    pub(crate) epoch: u64,
-    /// Streams that it was sent to, so as not to ask twice.
-    pub(crate) tried: Vec<u64>,
-    /// What was submitted, kept until the first event in case the replica refuses it.
-    pub(crate) submit: Option<Submit>,
     pub(crate) choices: Vec<Choice>,
     pub(crate) buffer: EventBuffer,
     /// Set once. What is buffered is read before it.
     pub(crate) end: Option<End>,
+    /// Whether the table of requests has forgotten it.
+    pub(crate) is_forgotten: bool,
     /// Who reads.
     pub(crate) waker: Option<Waker>,
-}
-
-/// One choice.
-#[derive(Debug, Default)]
-pub(crate) struct Choice {
-    /// Index that its next token must have.
-    next: u64,
-    finished: bool,
-    first_token: Option<Instant>,
-    /// Whether its first response was read.
-    pub(crate) answered: bool,
 }
 
 /// What became of an event.
@@ -65,8 +47,6 @@ pub(crate) enum Accepted {
     Ignored,
     /// It is buffered.
     Buffered(Milestones),
-    /// It is buffered, and all choices are finished.
-    Finished(Milestones),
     /// The request failed by it.
     Failed(WireError),
 }
@@ -82,62 +62,109 @@ pub(crate) struct Milestones {
     pub(crate) seconds_per_token: Option<f64>,
 }
 
+impl Flight {
+    pub(crate) fn request_id(&self) -> &str {
+        &self.submit.request_id
+    }
+
+    pub(crate) fn seed(&self) -> u64 {
+        self.submit.sampling.as_ref().map_or(0, |sampling| sampling.seed)
+    }
+
+    /// What is sent to a replica so that it runs neighbouring choices of one epoch, the first of which is choice `first`:
+    /// those without a token together, or one that goes on after those that its client has.
+    pub(crate) fn submission(&self, group: &[Choice], first: usize, now: Instant) -> Submit {
+        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(now));
+        Submit {
+            sessions: group.iter().map(|choice| choice.session.clone()).collect(),
+            epoch: group.first().map_or(0, |choice| choice.coordinator.epoch()),
+            first_choice: first as u32,
+            delivered: group.first().map(|choice| choice.tokens.clone()).unwrap_or_default(),
+            deadline_ms: left.map(|left| left.as_millis() as u64),
+            ..self.submit.clone()
+        }
+    }
+}
+
 impl FlightState {
     /// Whether any choice had a token.
     pub(crate) fn has_token(&self) -> bool {
         self.choices.iter().any(|choice| choice.first_token.is_some())
     }
 
-    /// Sessions that have not ended, of all.
-    pub(crate) fn unfinished(&self, sessions: &[String]) -> Vec<String> {
-        let running = self.choices.iter().zip(sessions).filter(|(choice, _)| !choice.finished);
-        running.map(|(_, session)| session.clone()).collect()
+    /// Whether there is something to do about it after an event: a choice without a replica, or its end.
+    pub(crate) fn is_unsettled(&self) -> bool {
+        self.end.is_some() || self.choices.iter().any(|choice| choice.pending.is_some())
     }
 
-    /// Applies the rules: only the current epoch, only the index that is due, nothing after the end.
-    pub(crate) fn accept(&mut self, mut event: SessionEvent, now: Instant, buffer_limit: usize) -> Accepted {
-        let replica = self.attachment.identity.replica.clone();
-        if self.end.is_some() || event.epoch != self.epoch {
-            return Accepted::Ignored;
-        }
+    /// Takes in an event of a choice's owner: only the index that is due, nothing after the end.
+    pub(crate) fn accept(
+        &mut self,
+        index: usize,
+        mut event: SessionEvent,
+        replica: &Arc<str>,
+        now: Instant,
+        buffer_limit: usize,
+    ) -> Accepted {
         let had_token = self.has_token();
-        let Some(choice) = self.choices.get_mut(event.choice as usize) else { return Accepted::Ignored };
-        if choice.finished || event.index < choice.next {
+        let Some(choice) = self.choices.get_mut(index) else { return Accepted::Ignored };
+        if self.end.is_some() || choice.is_finished || event.index < choice.due() {
             return Accepted::Ignored;
         }
-        if event.index > choice.next {
-            return Accepted::Failed(error::event_gap(&replica, choice.next, event.index));
-        }
-        match event.finish() {
-            Finish::Error => return Accepted::Failed(error::engine_failed(&replica, &event.error)),
-            Finish::Deadline => return Accepted::Failed(error::deadline_exceeded()),
-            Finish::Unspecified | Finish::Stop | Finish::Length | Finish::Aborted => {}
+        if event.index > choice.due() {
+            return Accepted::Failed(error::event_gap(replica, choice.due(), event.index));
         }
 
         let mut milestones = Milestones::default();
-        if event.token.is_some() {
-            choice.next += 1;
+        if let Some(token) = event.token {
+            choice.tokens.push(token);
             choice.first_token.get_or_insert(now);
+            choice.last_token = Some(now);
+            choice.failures = 0;
+            choice.tried.clear();
             milestones.token = true;
             milestones.first_token = !had_token;
         }
         if event.finish() != Finish::Unspecified {
-            choice.finished = true;
-            if let Some(first) = choice.first_token.filter(|_| choice.next > 1) {
-                milestones.seconds_per_token = Some((now - first).as_secs_f64() / (choice.next - 1) as f64);
+            choice.is_finished = true;
+            if let Some(first) = choice.first_token.filter(|_| choice.due() > 1) {
+                milestones.seconds_per_token = Some((now - first).as_secs_f64() / (choice.due() - 1) as f64);
             }
         }
         // The reader names sessions by choice.
         event.session.clear();
-        if self.buffer.push(event, &replica).is_err() {
+        event.choice = index as u32;
+        if let Err(Full) = self.buffer.push(event, replica) {
             return Accepted::Failed(error::slow_reader(buffer_limit));
         }
-        self.submit = None;
-        if self.choices.iter().all(|choice| choice.finished) {
-            self.end = Some(Ok(()));
-            return Accepted::Finished(milestones);
-        }
+        self.end_with_the_last();
         Accepted::Buffered(milestones)
+    }
+
+    /// Ends a choice that nobody steps any more, as aborted.
+    pub(crate) fn end_aborted(&mut self, index: usize, prompt: u64, replica: &Arc<str>) {
+        let Some(choice) = self.choices.get_mut(index) else { return };
+        choice.is_finished = true;
+        let mut event = SessionEvent {
+            epoch: choice.coordinator.epoch(),
+            choice: index as u32,
+            index: choice.due(),
+            usage: Some(Counts { prompt, completion: choice.due(), cached: 0 }),
+            ..SessionEvent::default()
+        };
+        event.set_finish(Finish::Aborted);
+        // A reader so slow that there is no room for its end is not left without one: the request fails instead.
+        if let Err(Full) = self.buffer.push(event, replica) {
+            self.end.get_or_insert(Err(WireError::new(ErrorKind::Cancelled, "the request was aborted")));
+        }
+        self.end_with_the_last();
+        self.wake();
+    }
+
+    fn end_with_the_last(&mut self) {
+        if self.choices.iter().all(|choice| choice.is_finished) {
+            self.end.get_or_insert(Ok(()));
+        }
     }
 
     /// Ends the request, unless it ended before. True where it had not.

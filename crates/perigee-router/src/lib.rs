@@ -1,21 +1,29 @@
 //! The front door: checks and encodes requests, places their sessions on replicas, and owns the clients' streams. It knows
 //! no tensor and no engine; replicas are names, loads and events to it.
 //!
-//! A request's way, file by file: `service` → `validate`, `text`, `admission` → `relay` → `route` (which replica) →
-//! `attachment` → `replica_client` → the leader; its events return by `replica_client` → `relay` → `flight` (what is
-//! accepted) → `buffer` → `reply`, which the client's connection polls.
+//! A request's way, file by file: `service` → `validate`, `text`, `admission` → `relay` → `recovery` (sessions without an
+//! owner) → `route` (which replica) → `attachment` → `replica_client` → the leader; its events return by `replica_client` →
+//! `relay` → `driver` (whose they are) → `flight` (what is accepted) → `buffer` → `reply`, which the client's connection
+//! polls.
+//!
+//! A session's way to another replica: `cluster_service` → `migrate` (may it) → `driver` (perigee-migration's coordinator,
+//! one for each `choice`; reports come back by `relay`, time by `timers`) → `transit` (what it came to).
 
 mod admission;
 mod attachment;
 mod buffer;
+mod choice;
 mod cluster_service;
 mod config;
+mod driver;
 mod error;
 mod flight;
 mod membership;
 mod metrics;
+mod migrate;
 mod model;
 mod random;
+mod recovery;
 mod relay;
 mod replica_client;
 mod replicas;
@@ -24,9 +32,12 @@ mod route;
 mod serve;
 mod service;
 mod text;
+mod timers;
+mod transit;
 mod validate;
+mod wire;
 
-pub use config::{Limits, RouterConfig};
+pub use config::{Limits, MoveTimes, RouterConfig};
 pub use error::RouterError;
 pub use random::Random;
 pub use replica_client::{Connect, TcpConnector};

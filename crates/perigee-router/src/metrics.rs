@@ -1,6 +1,8 @@
 //! What a router measures: the times and counts that its clients see. Names and help are telemetry's.
 
-use perigee_telemetry::metrics::{self as table, Histogram, IntCounter, IntGauge, Metrics, MetricsError};
+use perigee_telemetry::metrics::{
+    self as table, Histogram, IntCounter, IntCounterVec, IntGauge, Metrics, MetricsError,
+};
 
 /// Metrics of one router.
 #[derive(Debug, Clone)]
@@ -11,15 +13,17 @@ pub(crate) struct RouterMetrics {
     pub(crate) waiting: IntGauge,
     pub(crate) prompt_tokens: IntCounter,
     pub(crate) completion_tokens: IntCounter,
+    /// By mode and result; a replay counts as a mode.
+    pub(crate) migrations: IntCounterVec,
+    pub(crate) migration_stall: Histogram,
+    /// By kind.
+    pub(crate) migration_bytes: IntCounterVec,
 }
 
 impl RouterMetrics {
-    /// Registers them. Those of moves are registered too, at zero until sessions move.
+    /// Registers them.
     pub(crate) fn register(metrics: &Metrics) -> Result<Self, MetricsError> {
         let tokens = metrics.counters(&table::TOKENS_TOTAL)?;
-        metrics.counters(&table::MIGRATIONS_TOTAL)?;
-        metrics.histogram(&table::MIGRATION_STALL_SECONDS)?;
-        metrics.counters(&table::MIGRATION_BYTES_TOTAL)?;
         Ok(Self {
             ttft: metrics.histogram(&table::TTFT_SECONDS)?,
             tpot: metrics.histogram(&table::TPOT_SECONDS)?,
@@ -27,6 +31,9 @@ impl RouterMetrics {
             waiting: metrics.gauge(&table::REQUESTS_WAITING)?,
             prompt_tokens: tokens.with_label_values(&["prompt"]),
             completion_tokens: tokens.with_label_values(&["completion"]),
+            migrations: metrics.counters(&table::MIGRATIONS_TOTAL)?,
+            migration_stall: metrics.histogram(&table::MIGRATION_STALL_SECONDS)?,
+            migration_bytes: metrics.counters(&table::MIGRATION_BYTES_TOTAL)?,
         })
     }
 }

@@ -1,42 +1,47 @@
-//! Between replicas and clients: finds the request of every event, moves refused requests on, ends those whose replica was
-//! lost, and tells replicas when a client no longer wants its answer. It reads no socket itself.
+//! Between replicas and clients: finds the request of every event, report and loss, and ends requests. It reads no socket
+//! itself; what events mean for a session is `driver`'s business, and where sessions without an owner go `recovery`'s.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use perigee_proto::internal::{self, EventBatch, Refused, RefusedReason, Submit, router_message::Body};
+use perigee_proto::internal::{Abort, EventBatch, MoveReport, Submit, router_message::Body};
 use perigee_proto::status::{ErrorKind, WireError};
 use tokio::time::Instant;
 
 use crate::admission::{self, Place};
 use crate::attachment::Attachment;
 use crate::buffer::EventBuffer;
+use crate::choice::Choice;
+use crate::config::MoveTimes;
+use crate::driver::Seat;
 use crate::error;
-use crate::flight::{Accepted, Choice, End, Flight, FlightState, Milestones};
+use crate::flight::{Accepted, End, Flight, FlightState, Milestones};
 use crate::metrics::RouterMetrics;
-use crate::replicas::{Placement, Replicas};
+use crate::recovery::demand;
+use crate::replicas::Replicas;
 use crate::reply::Reply;
-use crate::route::Demand;
-
-/// The first epoch of a session.
-const FIRST_EPOCH: u64 = 1;
+use crate::timers::Timers;
 
 /// All requests of this router.
 #[derive(Debug)]
 pub(crate) struct Relay {
     /// Session to request and choice.
-    sessions: Mutex<HashMap<String, Arc<Flight>>>,
-    replicas: Arc<Replicas>,
-    metrics: RouterMetrics,
-    buffered_bytes: usize,
+    sessions: Mutex<HashMap<String, (Arc<Flight>, usize)>>,
+    pub(crate) replicas: Arc<Replicas>,
+    pub(crate) metrics: RouterMetrics,
+    pub(crate) timers: Timers,
+    pub(crate) times: MoveTimes,
+    pub(crate) buffered_bytes: usize,
+    /// Whether nobody need wait for replicas that may yet come.
+    pub(crate) is_closing: AtomicBool,
 }
 
 /// A request that is ready to run.
 #[derive(Debug)]
 pub(crate) struct NewFlight {
-    /// Names of request and sessions set; epoch and deadline are set here.
+    /// Names of request and sessions set; epoch and deadline are set when it is sent.
     pub(crate) submit: Submit,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
@@ -44,8 +49,14 @@ pub(crate) struct NewFlight {
 }
 
 impl Relay {
-    pub(crate) fn new(replicas: Arc<Replicas>, metrics: RouterMetrics, buffered_bytes: usize) -> Self {
-        Self { sessions: Mutex::default(), replicas, metrics, buffered_bytes }
+    pub(crate) fn new(
+        replicas: Arc<Replicas>,
+        metrics: RouterMetrics,
+        times: MoveTimes,
+        buffered_bytes: usize,
+    ) -> Self {
+        let (sessions, timers, is_closing) = (Mutex::default(), Timers::default(), AtomicBool::new(false));
+        Self { sessions, replicas, metrics, timers, times, buffered_bytes, is_closing }
     }
 
     /// Sends a request to the replica where it would have its first token soonest.
@@ -59,94 +70,61 @@ impl Relay {
         let room = report.waiting == 0 && report.slots_free >= demand.sessions;
         admission::check_wait(placement.expected_ms, room, new.deadline)?;
 
-        let choices = new.submit.sessions.len();
+        let choice = |session: &String| Choice::new(session.clone(), new.arrived, error::no_replica());
+        let state = FlightState {
+            choices: new.submit.sessions.iter().map(choice).collect(),
+            buffer: EventBuffer::new(self.buffered_bytes),
+            end: None,
+            is_forgotten: false,
+            waker: None,
+        };
+        let Submit { sessions: names, .. } = new.submit.clone();
         let flight = Arc::new(Flight {
-            request_id: new.submit.request_id.clone(),
-            sessions: new.submit.sessions.clone(),
-            seed: new.submit.sampling.as_ref().map_or(0, |sampling| sampling.seed),
+            submit: new.submit,
             arrived: new.arrived,
             deadline: new.deadline,
-            state: Mutex::new(FlightState {
-                attachment: placement.attachment.clone(),
-                epoch: FIRST_EPOCH - 1,
-                tried: Vec::new(),
-                submit: Some(new.submit),
-                choices: std::iter::repeat_with(Choice::default).take(choices).collect(),
-                buffer: EventBuffer::new(self.buffered_bytes),
-                end: None,
-                waker: None,
-            }),
+            state: Mutex::new(state),
         });
         // Known before it is sent: an event or the loss of the replica must find it.
         {
             let mut sessions = self.sessions.lock();
-            sessions.extend(flight.sessions.iter().map(|session| (session.clone(), flight.clone())));
+            sessions.extend(names.into_iter().enumerate().map(|(index, name)| (name, (flight.clone(), index))));
         }
         self.metrics.waiting.inc();
         let reply = Reply::new(self.clone(), flight.clone(), new.place);
-        self.submit(&flight, Some(placement), error::no_replica());
+        self.settle(&flight, Some(placement));
         Ok(reply)
     }
 
-    /// Sends a request to `placement` or, where that is lost already, to the next best replica; without any it ends with
-    /// `otherwise`.
-    fn submit(&self, flight: &Arc<Flight>, mut placement: Option<Placement>, otherwise: WireError) {
-        let mut state = flight.state.lock();
-        if state.end.is_some() {
-            return;
-        }
-        let Some(submit) = state.submit.clone() else { return };
-        let demand = demand(&submit);
-        while let Some(Placement { attachment, .. }) = placement {
-            state.epoch += 1;
-            state.tried.push(attachment.id);
-            state.attachment = attachment.clone();
-            let left = flight.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let message =
-                Submit { epoch: state.epoch, deadline_ms: left.map(|left| left.as_millis() as u64), ..submit.clone() };
-            let epoch = state.epoch;
-            if attachment.submit(message).is_ok() {
-                tracing::debug!(
-                    request_id = flight.request_id,
-                    replica = &*attachment.identity.replica,
-                    epoch,
-                    "request placed"
-                );
-                return;
-            }
-            placement = self.replicas.place(demand, &state.tried);
-        }
-        drop(state);
-        self.end(flight, Err(otherwise));
+    /// The request and choice of a session.
+    pub(crate) fn find(&self, session: &str) -> Option<(Arc<Flight>, usize)> {
+        self.sessions.lock().get(session).cloned()
     }
 
     /// What one step of a replica did.
-    pub(crate) fn deliver(&self, batch: EventBatch, now: Instant) {
-        let flights: Vec<Option<Arc<Flight>>> = {
+    pub(crate) fn deliver(&self, from: &Arc<Attachment>, batch: EventBatch, now: Instant) {
+        let flights: Vec<Option<(Arc<Flight>, usize)>> = {
             let sessions = self.sessions.lock();
             batch.events.iter().map(|event| sessions.get(&event.session).cloned()).collect()
         };
-        for (event, flight) in batch.events.into_iter().zip(flights) {
+        for (event, found) in batch.events.into_iter().zip(flights) {
             // A session that nobody waits for was abandoned, and its end is on the way.
-            let Some(flight) = flight else { continue };
-            let accepted = {
+            let Some((flight, index)) = found else { continue };
+            let (accepted, is_unsettled) = {
                 let mut state = flight.state.lock();
-                let accepted = state.accept(event, now, self.buffered_bytes);
-                if matches!(accepted, Accepted::Buffered(_) | Accepted::Finished(_)) {
-                    state.wake();
-                }
-                accepted
+                let accepted =
+                    self.take_event(&mut Seat { flight: &flight, state: &mut state, index, now }, from, event);
+                (accepted, state.is_unsettled())
             };
             match accepted {
                 Accepted::Ignored => {
-                    tracing::debug!(request_id = flight.request_id, "event of a past epoch or index dropped");
+                    tracing::debug!(request_id = flight.request_id(), "event of another epoch or index dropped");
                 }
                 Accepted::Buffered(milestones) => self.count(&flight, milestones, now),
-                Accepted::Finished(milestones) => {
-                    self.count(&flight, milestones, now);
-                    self.forget(&flight);
-                }
                 Accepted::Failed(error) => self.end(&flight, Err(error)),
+            }
+            if is_unsettled {
+                self.settle(&flight, None);
             }
         }
     }
@@ -165,75 +143,125 @@ impl Relay {
         }
     }
 
-    /// A replica refused a request: it goes to the next best one, unless its fields are at fault.
-    pub(crate) fn refused(&self, attachment: &Attachment, refused: Refused) {
-        let Some(flight) = refused.sessions.first().and_then(|session| self.sessions.lock().get(session).cloned())
-        else {
-            return;
-        };
-        let reason = refused.reason();
-        let replica = &attachment.identity.replica;
-        tracing::debug!(
-            request_id = flight.request_id,
-            replica = &**replica,
-            ?reason,
-            message = refused.message,
-            "request refused"
-        );
-        let error = match reason {
-            RefusedReason::Invalid => {
-                return self.end(&flight, Err(WireError::invalid(refused.field, refused.message)));
-            }
-            RefusedReason::Full => WireError::exhausted(refused.message, Duration::from_secs(1)),
-            RefusedReason::Unavailable | RefusedReason::Unspecified => {
-                WireError::unavailable("REPLICA_REFUSED", format!("{}: repeat the request", refused.message))
-            }
-        };
-        let next = {
-            let state = flight.state.lock();
-            // An answer to an earlier submission is no news.
-            if state.attachment.id != attachment.id {
+    /// A replica reported on a move. Its events from before are delivered already.
+    pub(crate) fn reported(&self, from: &Attachment, report: &MoveReport, now: Instant) {
+        let Some((flight, index)) = self.find(&report.session) else { return };
+        let taken = {
+            let mut state = flight.state.lock();
+            if state.end.is_some() {
                 return;
             }
-            state.submit.as_ref().map(|submit| self.replicas.place(demand(submit), &state.tried))
+            self.take_report(&mut Seat { flight: &flight, state: &mut state, index, now }, from, report)
         };
-        match next {
-            Some(placement) => self.submit(&flight, placement, error),
-            None => self.end(&flight, Err(error)),
+        if let Err(error) = taken {
+            self.end(&flight, Err(error));
+        }
+        self.settle(&flight, None);
+    }
+
+    /// The stream to a replica is lost, and with it what ran there. The attachment is closed already, so that nothing can
+    /// join it after this.
+    pub(crate) fn lost(&self, attachment: &Attachment, why: &str) {
+        let now = Instant::now();
+        for flight in self.flights() {
+            {
+                let mut state = flight.state.lock();
+                if state.end.is_some() {
+                    continue;
+                }
+                for index in 0..state.choices.len() {
+                    let mut seat = Seat { flight: &flight, state: &mut state, index, now };
+                    self.take_loss(&mut seat, attachment, why);
+                }
+                if !state.is_unsettled() {
+                    continue;
+                }
+            }
+            self.settle(&flight, None);
         }
     }
 
-    /// The stream to a replica is lost, and with it what ran there. The attachment is closed already, so that no request
-    /// can join it after this.
-    pub(crate) fn lost(&self, attachment: &Attachment, why: &str) {
-        let flights: Vec<Arc<Flight>> = self.sessions.lock().values().cloned().collect();
-        for flight in flights {
-            if flight.state.lock().attachment.id == attachment.id {
-                self.end(&flight, Err(error::replica_lost(&attachment.identity.replica, why)));
+    /// Every request once.
+    fn flights(&self) -> Vec<Arc<Flight>> {
+        let sessions = self.sessions.lock();
+        sessions.values().filter(|(_, index)| *index == 0).map(|(flight, _)| flight.clone()).collect()
+    }
+
+    /// Looks at sessions again whose time has come, or that wait for a replica when there may be a new one; as long as
+    /// the router lives.
+    pub(crate) async fn keep_time(self: Arc<Self>) {
+        let mut ready = self.replicas.ready();
+        loop {
+            tokio::select! {
+                () = self.timers.wait() => self.ring(Instant::now()),
+                // An error would mean that the replicas are gone, and they are this relay's.
+                _ = ready.changed() => self.settle_waiting(),
             }
         }
+    }
+
+    fn ring(&self, now: Instant) {
+        for due in self.timers.due(now) {
+            let Some(flight) = due.flight.upgrade() else { continue };
+            {
+                let mut state = flight.state.lock();
+                let is_over = state.end.is_some();
+                let mut seat = Seat { flight: &flight, state: &mut state, index: due.choice, now };
+                let Some(choice) = seat.choice().filter(|choice| choice.alarm == Some(due.alarm) && !is_over) else {
+                    continue;
+                };
+                choice.alarm = None;
+                if choice.pending.is_some() {
+                    choice.tried.clear();
+                } else {
+                    self.take_timeout(&mut seat);
+                }
+            }
+            self.settle(&flight, None);
+        }
+    }
+
+    fn settle_waiting(&self) {
+        for flight in self.flights() {
+            if flight.state.lock().is_unsettled() {
+                self.settle(&flight, None);
+            }
+        }
+    }
+
+    /// Nobody need wait for replicas that may yet come: the router is about to end.
+    pub(crate) fn stop_waiting(&self) {
+        self.is_closing.store(true, Ordering::Relaxed);
+        self.settle_waiting();
     }
 
     /// Tells replicas to end the sessions of this router that `wanted` names and that have not ended; their streams end by
-    /// themselves then.
+    /// themselves then. A session that is between two replicas ends here.
     pub(crate) fn abort(&self, wanted: impl Fn(&Flight, &str) -> bool) -> Vec<String> {
-        let sessions: Vec<(String, Arc<Flight>)> = {
+        let now = Instant::now();
+        let sessions: Vec<(String, Arc<Flight>, usize)> = {
             let sessions = self.sessions.lock();
-            let wanted = sessions.iter().filter(|(session, flight)| wanted(flight, session));
-            wanted.map(|(session, flight)| (session.clone(), flight.clone())).collect()
+            let wanted = sessions.iter().filter(|(session, (flight, _))| wanted(flight, session));
+            wanted.map(|(session, (flight, index))| (session.clone(), flight.clone(), *index)).collect()
         };
         let mut told = Vec::new();
-        for (session, flight) in sessions {
-            let attachment = {
-                let state = flight.state.lock();
-                if !state.unfinished(&flight.sessions).contains(&session) {
-                    continue;
+        for (session, flight, index) in sessions {
+            {
+                let mut state = flight.state.lock();
+                let is_over = state.end.is_some();
+                let mut seat = Seat { flight: &flight, state: &mut state, index, now };
+                let Some(choice) = seat.choice().filter(|choice| !choice.is_finished && !is_over) else { continue };
+                choice.is_aborted = true;
+                let abort = Body::Abort(Abort { sessions: vec![session.clone()], epoch: 0 });
+                let owner = choice.owner.clone().filter(|_| choice.coordinator.is_idle());
+                if owner.as_ref().is_none_or(|owner| owner.send(abort).is_err()) {
+                    let replica = owner.map(|owner| owner.identity.replica.clone()).unwrap_or_default();
+                    seat.state.end_aborted(index, flight.submit.prompt.len() as u64, &replica);
+                    self.close(&mut seat, false);
                 }
-                state.attachment.clone()
-            };
-            if attachment.send(Body::Abort(internal::Abort { sessions: vec![session.clone()], epoch: 0 })).is_ok() {
-                told.push(session);
             }
+            told.push(session);
+            self.settle(&flight, None);
         }
         told.sort();
         told
@@ -244,29 +272,55 @@ impl Relay {
         self.end(flight, Err(WireError::new(ErrorKind::Cancelled, "the client went away")));
     }
 
-    /// Ends a request before its time: what still runs is aborted, and who reads is woken.
+    /// Ends a request before its time: what still runs is aborted wherever anything of it is, and who reads is woken.
     pub(crate) fn end(&self, flight: &Arc<Flight>, end: End) {
-        let (attachment, sessions) = {
+        let now = Instant::now();
+        {
             let mut state = flight.state.lock();
-            let sessions = state.unfinished(&flight.sessions);
+            let is_failure = end.as_ref().is_err_and(|error| error.kind == ErrorKind::Unavailable);
+            let result = if is_failure { "failed" } else { "aborted" };
             if !state.finish(end) {
                 return;
             }
             state.wake();
-            (state.attachment.clone(), sessions)
-        };
-        self.forget(flight);
-        if !sessions.is_empty() {
-            // A lost replica ends them itself.
-            let _ = attachment.send(Body::Abort(internal::Abort { sessions, epoch: 0 }));
+            // One message a replica, not one a choice.
+            let mut aborts: Vec<(Arc<Attachment>, Vec<String>)> = Vec::new();
+            for index in 0..state.choices.len() {
+                let mut seat = Seat { flight, state: &mut state, index, now };
+                let Some(choice) = seat.choice().filter(|choice| !choice.is_finished) else { continue };
+                choice.is_finished = true;
+                for holder in std::mem::take(&mut choice.holders) {
+                    let Some(holder) = self.replicas.live(&holder) else { continue };
+                    match aborts.iter_mut().find(|(known, _)| known.id == holder.id) {
+                        Some((_, sessions)) => sessions.push(choice.session.clone()),
+                        None => aborts.push((holder, vec![choice.session.clone()])),
+                    }
+                }
+                if choice.replay.take().is_some() {
+                    self.metrics.migrations.with_label_values(&["replay", result]).inc();
+                }
+                self.close(&mut seat, false);
+            }
+            for (holder, sessions) in aborts {
+                // A lost replica ends them itself.
+                let _ = holder.send(Body::Abort(Abort { sessions, epoch: 0 }));
+            }
         }
+        self.forget_if_over(flight);
     }
 
-    fn forget(&self, flight: &Flight) {
-        let gauge = if flight.state.lock().has_token() { &self.metrics.running } else { &self.metrics.waiting };
+    /// Forgets a request that ended, once.
+    pub(crate) fn forget_if_over(&self, flight: &Flight) {
+        let gauge = {
+            let mut state = flight.state.lock();
+            if state.end.is_none() || std::mem::replace(&mut state.is_forgotten, true) {
+                return;
+            }
+            if state.has_token() { &self.metrics.running } else { &self.metrics.waiting }
+        };
         gauge.dec();
         let mut sessions = self.sessions.lock();
-        for session in &flight.sessions {
+        for session in &flight.submit.sessions {
             sessions.remove(session);
         }
     }
@@ -276,8 +330,4 @@ impl Relay {
     pub(crate) fn session_count(&self) -> usize {
         self.sessions.lock().len()
     }
-}
-
-fn demand(submit: &Submit) -> Demand {
-    Demand { prompt_tokens: submit.prompt.len() as u64, sessions: submit.sessions.len() as u64 }
 }

@@ -206,16 +206,17 @@ impl LiveStream {
         match message.body {
             Some(Body::Batch(batch)) => {
                 let load = batch.load;
-                context.relay.deliver(batch, now);
+                context.relay.deliver(&self.attachment, batch, now);
                 if let Some(load) = load {
                     self.attachment.set_load(load);
                 }
                 return load.is_some();
             }
-            Some(Body::Refused(refused)) => context.relay.refused(&self.attachment, refused),
+            Some(Body::Refused(refused)) => context.relay.refused(&self.attachment, &refused),
             Some(Body::Sessions(sessions)) => self.attachment.answer_sessions(sessions.call, sessions.sessions),
             Some(Body::Flushed(flushed)) => self.attachment.answer_flush(flushed.call),
-            Some(Body::MoveReport(_) | Body::Welcome(_)) | None => {
+            Some(Body::MoveReport(report)) => context.relay.reported(&self.attachment, &report, now),
+            Some(Body::Welcome(_)) | None => {
                 tracing::debug!(replica = &*self.attachment.identity.replica, "message that nothing waits for");
             }
         }

@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use perigee_proto::status::WireError;
 use perigee_proto::v1;
 use perigee_registry::{ReplicaRecord, ReplicaStatus};
 use tokio::sync::watch;
 
 use crate::attachment::Attachment;
+use crate::error;
 use crate::model::Model;
 use crate::route::{self, Demand, Report};
 
@@ -42,6 +44,15 @@ pub(crate) struct Placement {
     pub(crate) report: Report,
     /// Milliseconds until the first token.
     pub(crate) expected_ms: f64,
+}
+
+/// A replica for a session that moves.
+#[derive(Debug, Clone)]
+pub(crate) struct MoveTarget {
+    pub(crate) attachment: Arc<Attachment>,
+    /// Address of its Replica service.
+    pub(crate) endpoint: String,
+    pub(crate) report: Report,
 }
 
 impl Replicas {
@@ -142,6 +153,37 @@ impl Replicas {
         Some(Placement { attachment: attachment.clone(), report, expected_ms: route::expected_ms(&report, demand) })
     }
 
+    /// The replica of that name as the target of a move: its stream, the address of its Replica service, and its load.
+    ///
+    /// # Errors
+    /// NOT_FOUND where it is not known, FAILED_PRECONDITION where it takes no sessions.
+    pub(crate) fn target(&self, replica: &str) -> Result<MoveTarget, WireError> {
+        let inner = self.inner.lock();
+        let known = inner.known.get(replica).ok_or_else(|| error::unknown_replica(replica))?;
+        let status = known.status(&inner);
+        let ready = inner.candidates(&[]).find(|(attachment, _)| *attachment.identity.replica == *replica);
+        let Some((attachment, report)) = ready else {
+            let message = match status {
+                "refused" => format!("replica {replica} serves another model"),
+                // Its stream was lost this moment.
+                "ready" => format!("replica {replica} is unreachable: a session can move to a ready one only"),
+                _ => format!("replica {replica} is {status}: a session can move to a ready one only"),
+            };
+            return Err(error::cannot_move("TARGET_NOT_READY", message).with_fact("status", status));
+        };
+        Ok(MoveTarget { attachment: attachment.clone(), endpoint: known.record.internal.clone(), report })
+    }
+
+    /// The stream that leads to the same run of a replica as `attachment` did: that itself, or the one that came after it.
+    pub(crate) fn live(&self, attachment: &Arc<Attachment>) -> Option<Arc<Attachment>> {
+        if attachment.is_live() {
+            return Some(attachment.clone());
+        }
+        let inner = self.inner.lock();
+        let now = inner.known.get(&*attachment.identity.replica)?.attachment.clone()?;
+        Some(now).filter(|now| now.identity.is_same_run(&attachment.identity) && now.is_live())
+    }
+
     /// All live streams, or that of one replica. `None` where no replica of that name is known.
     pub(crate) fn attachments(&self, replica: &str) -> Option<Vec<Arc<Attachment>>> {
         let inner = self.inner.lock();
@@ -176,16 +218,21 @@ impl Inner {
 }
 
 impl Known {
+    fn status(&self, inner: &Inner) -> &'static str {
+        let is_ready = self.record.status == ReplicaStatus::Ready;
+        match &self.attachment {
+            Some(attachment) if !inner.serves(&attachment.identity.model) => "refused",
+            Some(attachment) if is_ready && attachment.load().draining => "draining",
+            None if is_ready => "unreachable",
+            _ => self.record.status.as_str(),
+        }
+    }
+
     fn describe(&self, inner: &Inner) -> v1::ReplicaInfo {
         let record = &self.record;
         let identity = self.attachment.as_ref().map(|attachment| &attachment.identity);
         let load = self.attachment.as_ref().map(|attachment| attachment.load()).unwrap_or_default();
-        let status = match identity {
-            Some(identity) if !inner.serves(&identity.model) => "refused",
-            Some(_) if record.status == ReplicaStatus::Ready && load.draining => "draining",
-            None if record.status == ReplicaStatus::Ready => "unreachable",
-            _ => record.status.as_str(),
-        };
+        let status = self.status(inner);
         let from_leader = |text: &str, own: fn(&crate::attachment::Identity) -> &str| {
             if text.is_empty() { identity.map(own).unwrap_or_default().to_owned() } else { text.to_owned() }
         };

@@ -52,7 +52,7 @@ impl Stream for Reply {
             let first = state
                 .choices
                 .get_mut(event.choice as usize)
-                .is_some_and(|choice| !std::mem::replace(&mut choice.answered, true));
+                .is_some_and(|choice| !std::mem::replace(&mut choice.is_answered, true));
             return Poll::Ready(Some(Ok(response(&this.flight, event, &replica, first))));
         }
         let Some(end) = &state.end else {
@@ -82,7 +82,7 @@ fn response(flight: &Flight, event: internal::SessionEvent, replica: &str, first
         }
     };
     v1::GenerateResponse {
-        session_id: flight.sessions.get(event.choice as usize).cloned().unwrap_or_default(),
+        session_id: flight.submit.sessions.get(event.choice as usize).cloned().unwrap_or_default(),
         choice: event.choice,
         index: event.index,
         token_id: event.token,
@@ -98,8 +98,8 @@ fn response(flight: &Flight, event: internal::SessionEvent, replica: &str, first
         replica: replica.to_owned(),
         epoch: event.epoch,
         prompt_logprobs: event.prompt_logprobs.into_iter().map(position).collect(),
-        seed: first.then_some(flight.seed),
-        request_id: if first { flight.request_id.clone() } else { String::new() },
+        seed: first.then_some(flight.seed()),
+        request_id: if first { flight.submit.request_id.clone() } else { String::new() },
     }
 }
 

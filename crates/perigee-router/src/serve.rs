@@ -94,7 +94,8 @@ impl Router {
         let metrics = Metrics::default();
         let router_metrics = RouterMetrics::register(&metrics)?;
         let replicas = Arc::new(Replicas::new(config.model_digest.clone()));
-        let relay = Arc::new(Relay::new(replicas.clone(), router_metrics.clone(), config.limits.buffered_bytes));
+        let buffered_bytes = config.limits.buffered_bytes;
+        let relay = Arc::new(Relay::new(replicas.clone(), router_metrics.clone(), config.moves, buffered_bytes));
         let router = parts.random.next().map_err(|error| RouterError::Random(error.message))?;
         let context = ClientContext {
             connector: parts.connector,
@@ -106,6 +107,7 @@ impl Router {
         };
         let mut tasks = JoinSet::new();
         tasks.spawn(membership::follow(parts.registry.watch(), Arc::new(context)));
+        tasks.spawn(relay.clone().keep_time());
         let inference = InferenceService {
             relay,
             replicas: replicas.clone(),
@@ -116,7 +118,7 @@ impl Router {
             random: parts.random,
         };
         let serving = replicas.serving();
-        let cluster = ClusterService { replicas, patience: config.lease };
+        let cluster = ClusterService { relay: inference.relay.clone(), replicas, patience: config.lease };
         Ok(Self { config, inference, cluster, metrics, serving, tasks })
     }
 
@@ -156,9 +158,11 @@ impl Router {
     ) -> Result<(), RouterError> {
         let grace = self.config.grace;
         let (stop, stopped) = watch::channel(false);
+        let relay = self.inference.relay.clone();
         self.tasks.spawn(async move {
             shutdown.await;
             tracing::info!(?grace, "shutting down, running requests may end");
+            relay.stop_waiting();
             stop.send_replace(true);
             // Kept open: those who wait see the value, not the end of the channel.
             std::future::pending::<()>().await;

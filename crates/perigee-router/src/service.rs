@@ -94,7 +94,8 @@ impl InferenceService {
                     || request_id.is_some_and(|id| id == session.request_id)
             });
             let wanted: Vec<String> = wanted.map(|session| session.session).collect();
-            if !wanted.is_empty() && attachment.send(Body::Abort(Abort { sessions: wanted.clone(), epoch: 0 })).is_ok() {
+            if !wanted.is_empty() && attachment.send(Body::Abort(Abort { sessions: wanted.clone(), epoch: 0 })).is_ok()
+            {
                 told.extend(wanted);
             }
         }
@@ -154,7 +155,7 @@ impl Inference for InferenceService {
             return Err(WireError::invalid("request_id", "give exactly one of request_id and session_id").into());
         }
         let mut told = self.relay.abort(|flight, session| {
-            session_id.is_some_and(|id| id == session) || request_id.is_some_and(|id| id == flight.request_id)
+            session_id.is_some_and(|id| id == session) || request_id.is_some_and(|id| id == flight.request_id())
         });
         if told.is_empty() {
             told = self.abort_elsewhere(request_id, session_id).await;

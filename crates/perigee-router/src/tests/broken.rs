@@ -1,4 +1,5 @@
-//! Replicas that break, fall silent, fail, or are not who they should be.
+//! Replicas that break, fall silent, fail, or are not who they should be, before a router that does not wait for others to
+//! take their sessions over: what is noticed, and when.
 
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use tokio::time::Instant;
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use super::fake::{FakeReplica, LEASE, Sandbox, finished, token, welcome};
+use super::fake::{FakeReplica, LEASE, Sandbox, finished, impatient, token, welcome};
 use super::streams::{generate, prompt};
 use crate::RouterConfig;
 
@@ -18,7 +19,7 @@ fn reason(status: &tonic::Status) -> String {
 
 #[tokio::test(start_paused = true)]
 async fn a_broken_stream_is_unavailable_at_once_and_the_replica_comes_back() {
-    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let sandbox = Sandbox::start(impatient()).await;
     let (mut replica, mut attached) = sandbox.add("a").await;
     let (submit, mut stream) = generate(&sandbox, &mut attached, prompt()).await;
     attached.step(vec![token(&submit, 0)]);
@@ -40,7 +41,7 @@ async fn a_broken_stream_is_unavailable_at_once_and_the_replica_comes_back() {
 
 #[tokio::test(start_paused = true)]
 async fn a_killed_leader_never_hangs_a_client() {
-    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let sandbox = Sandbox::start(impatient()).await;
     let (mut replica, mut attached) = sandbox.add("a").await;
     let (_submit, mut stream) = generate(&sandbox, &mut attached, prompt()).await;
     let before = Instant::now();
@@ -55,7 +56,7 @@ async fn a_killed_leader_never_hangs_a_client() {
 
 #[tokio::test(start_paused = true)]
 async fn silence_for_the_lease_counts_as_death_and_load_alone_as_life() {
-    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let sandbox = Sandbox::start(impatient()).await;
     let (_replica, mut attached) = sandbox.add("a").await;
     let (_submit, mut stream) = generate(&sandbox, &mut attached, prompt()).await;
     for _ in 0..10 {
@@ -84,7 +85,7 @@ async fn the_router_renews_its_lease_while_nothing_else_is_said() {
 
 #[tokio::test(start_paused = true)]
 async fn an_engine_that_fails_is_unavailable() {
-    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let sandbox = Sandbox::start(impatient()).await;
     let (_replica, mut attached) = sandbox.add("a").await;
     let (submit, mut stream) = generate(&sandbox, &mut attached, prompt()).await;
     let mut event = finished(token(&submit, 0), Finish::Error);
@@ -141,7 +142,7 @@ async fn strangers_are_not_attached() {
 
 #[tokio::test(start_paused = true)]
 async fn a_new_incarnation_takes_over_from_the_old_one() {
-    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let sandbox = Sandbox::start(impatient()).await;
     let (_old, mut attached) = sandbox.add("a").await;
     let (_submit, mut stream) = generate(&sandbox, &mut attached, prompt()).await;
     let mut new = FakeReplica::start(&sandbox.network, Welcome { incarnation: "2".to_owned(), ..welcome("a") });

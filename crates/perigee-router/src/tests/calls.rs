@@ -114,11 +114,10 @@ async fn what_is_not_offered_says_so() {
     let mut cluster = sandbox.cluster.clone();
     let mut inference = sandbox.inference.clone();
     let refusals = [
-        cluster.migrate(v1::MigrateRequest::default()).await.expect_err("later").code(),
         cluster.drain(v1::DrainRequest::default()).await.expect_err("later").code(),
         inference.resume(v1::ResumeRequest::default()).await.expect_err("later").code(),
     ];
-    assert_eq!(refusals, [Code::Unimplemented; 3]);
+    assert_eq!(refusals, [Code::Unimplemented; 2]);
     let info = inference.get_model_info(v1::GetModelInfoRequest {}).await.expect_err("no replica yet");
     assert_eq!(info.code(), Code::Unavailable);
 }

@@ -24,9 +24,15 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::replica_client::Connect;
 use crate::serve::{Router, RouterParts};
-use crate::{Random, RouterConfig};
+use crate::{MoveTimes, Random, RouterConfig};
 
 pub(super) const LEASE: Duration = Duration::from_secs(2);
+
+/// A router that gives a session up at once where no replica can take it over.
+pub(super) fn impatient() -> RouterConfig {
+    let moves = MoveTimes { replay: Duration::ZERO, ..MoveTimes::default() };
+    RouterConfig { moves, ..RouterConfig::default() }
+}
 
 /// One router's stream, in the hands of the test.
 pub(super) struct Attached {

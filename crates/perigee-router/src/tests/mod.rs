@@ -1,7 +1,13 @@
 //! The router against replicas that a test scripts: real gRPC over in-memory connections, and a clock that only moves
 //! when everybody waits.
 
+mod actor;
 mod broken;
 mod calls;
 mod fake;
+mod moves;
+mod orders;
+mod replays;
+mod scene;
 mod streams;
+mod walks;

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use perigee_proto::internal::{Counts, Finish, Position, Refused, RefusedReason, Submit, replica_message};
+use perigee_proto::internal::{
+    Counts, Finish, Position, Refused, RefusedReason, Submit, replica_message, router_message,
+};
 use perigee_proto::v1::{self, inference_client::InferenceClient};
 use tonic::{Code, Streaming};
 use tonic_types::StatusExt;
@@ -208,6 +210,9 @@ async fn a_full_replica_passes_the_request_on_with_a_new_epoch() {
     let response = stream.message().await.expect("no error").expect("a response");
     assert_eq!((response.replica.as_str(), response.epoch), ("b", 2));
     assert!(stream.message().await.expect("no error").is_none());
+    // Who sends tokens of a session that it does not own is told to end it, up to that epoch.
+    let router_message::Body::Abort(abort) = a.next().await else { panic!("an abort is due") };
+    assert_eq!((abort.sessions, abort.epoch), (first.sessions.clone(), 1));
 
     let (third, mut stream) = generate(&sandbox, &mut a, prompt()).await;
     a.send(refuse(&third, RefusedReason::Full));
