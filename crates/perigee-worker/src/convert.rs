@@ -267,6 +267,48 @@ mod tests {
     }
 
     #[test]
+    fn reports_keep_their_places_among_the_events() {
+        let said = |before, epoch| perigee_engine::moves::Reported {
+            before,
+            session: SessionId("a".to_owned()),
+            report: perigee_migration::epochs::Report { epoch, phase: perigee_migration::epochs::Phase::Ready },
+            message: String::new(),
+            facts: None,
+        };
+        let token = |index| SessionEvent {
+            session: SessionId("a".to_owned()),
+            epoch: 1,
+            choice: 0,
+            index,
+            token: Some(7),
+            text: String::new(),
+            logprobs: None,
+            prompt_logprobs: None,
+            finish: None,
+            error: None,
+            usage: None,
+        };
+        let order = |events: u64, reports| {
+            let events = (0..events).map(token).collect();
+            let batch = EventBatch { events, reports, load: Load { steps: 5, ..Load::default() } };
+            let told = |body: &Body| match body {
+                Body::Batch(batch) => {
+                    let indices: Vec<String> = batch.events.iter().map(|event| event.index.to_string()).collect();
+                    let load = batch.load.map_or("", |load| if load.steps == 5 { " load" } else { " other load" });
+                    format!("[{}{load}]", indices.join(" "))
+                }
+                Body::MoveReport(report) => format!("report {}", report.epoch),
+                other => format!("{other:?}"),
+            };
+            messages(batch, false).iter().map(told).collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!(order(2, vec![]), "[0 1 load]");
+        assert_eq!(order(0, vec![said(0, 3)]), "report 3, [ load]");
+        assert_eq!(order(3, vec![said(0, 3), said(2, 4), said(2, 5)]), "report 3, [0 1], report 4, report 5, [2 load]");
+        assert_eq!(order(2, vec![said(2, 3)]), "[0 1], report 3, [ load]");
+    }
+
+    #[test]
     fn events_carry_logprobs_and_ends() {
         let chosen = TokenLogprob { token: 5, logprob: -0.25 };
         let other = TokenLogprob { token: 6, logprob: -2.0 };

@@ -157,3 +157,109 @@ fn mode(mode: Mode) -> MoveMode {
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use perigee_engine::moves::{MoveFacts, RecordError};
+    use perigee_migration::epochs::Report;
+    use perigee_migration::handoff::Totals;
+    use tonic::{Code, Status};
+
+    use super::*;
+
+    fn reported(phase: Phase) -> Reported {
+        let session = SessionId("s".to_owned());
+        Reported { before: 0, session, report: Report { epoch: 4, phase }, message: String::new(), facts: None }
+    }
+
+    #[test]
+    fn an_order_keeps_every_field_and_needs_a_mode() {
+        let wire = internal::Prepare {
+            session: "s".to_owned(),
+            epoch: 4,
+            next_epoch: 5,
+            target: "b".to_owned(),
+            target_endpoint: "b:1".to_owned(),
+            target_incarnation: "run".to_owned(),
+            mode: MoveMode::Split.into(),
+        };
+        let target = Target { replica: "b".to_owned(), incarnation: "run".to_owned(), endpoint: "b:1".to_owned() };
+        let expected = Prepare { session: SessionId("s".to_owned()), epoch: 4, next: 5, target, mode: Mode::Split };
+        assert_eq!(order(wire.clone()), Ok(expected));
+        let refused = order(internal::Prepare { mode: 0, ..wire }).expect_err("no mode");
+        assert_eq!((refused.session.as_str(), refused.epoch, refused.phase()), ("s", 4, MovePhase::Failed));
+        assert!(refused.message.starts_with("mode"), "{}", refused.message);
+    }
+
+    #[test]
+    fn phases_and_failures_keep_their_names_on_the_wire() {
+        for (phase, wire) in [
+            (Phase::Ready, MovePhase::Ready),
+            (Phase::Started, MovePhase::Started),
+            (Phase::Released, MovePhase::Released),
+            (Phase::Aborted, MovePhase::Aborted),
+        ] {
+            let report = report(reported(phase));
+            assert_eq!(
+                (report.phase(), report.epoch, report.failure(), report.code),
+                (wire, 4, MoveFailure::Unspecified, 0)
+            );
+        }
+        for (failure, wire, known, code) in [
+            (Failure::Stale { known: 9 }, MoveFailure::Stale, 9, Code::Aborted),
+            (Failure::Busy, MoveFailure::Busy, 0, Code::Aborted),
+            (Failure::NotHere, MoveFailure::NotHere, 0, Code::NotFound),
+            (Failure::Parked, MoveFailure::Parked, 0, Code::FailedPrecondition),
+            (Failure::Full, MoveFailure::Full, 0, Code::ResourceExhausted),
+            (Failure::Handoff, MoveFailure::Handoff, 0, Code::FailedPrecondition),
+            (Failure::Ended, MoveFailure::Ended, 0, Code::NotFound),
+        ] {
+            let report = report(reported(Phase::Failed(failure)));
+            assert_eq!((report.phase(), report.failure(), report.known), (MovePhase::Failed, wire, known));
+            assert_eq!((report.code, report.message), (code as i32, failure.to_string()));
+        }
+    }
+
+    #[test]
+    fn a_ready_report_tells_bytes_and_times() {
+        let bytes = Totals { recurrent: 100, tails: 20, partial_pages: 3, pages: 7, tokens: 40, record: 9 };
+        let (frozen, export) = (Duration::from_micros(1500), Duration::from_micros(400));
+        let facts = Some(MoveFacts { bytes, frozen, export, mode: Mode::Whole });
+        let report = report(Reported { facts, ..reported(Phase::Ready) });
+        assert_eq!((report.state_bytes, report.page_bytes, report.token_bytes), (123, 7, 40));
+        assert_eq!((report.frozen_us, report.export_us, report.mode()), (1500, 400, MoveMode::Whole));
+    }
+
+    #[test]
+    fn refusals_have_a_code_for_what_can_be_done() {
+        let dtype = HandoffError::Dtype {
+            what: "latents",
+            expected: perigee_backend::DType::Bf16,
+            found: perigee_backend::DType::Fp32,
+        };
+        let model = HandoffError::Model { expected: "m".to_owned(), found: "n".to_owned() };
+        let epoch = HandoffError::Epoch { session: "s".to_owned(), epoch: 1, next: 2, known: 7 };
+        for (refusal, code, word) in [
+            (Failure::Stale { known: 7 }.into(), Code::Aborted, "epoch 7"),
+            (Failure::Busy.into(), Code::Aborted, "in use"),
+            (Failure::Full.into(), Code::ResourceExhausted, "room"),
+            (epoch.into(), Code::Aborted, "epoch 7"),
+            (model.into(), Code::FailedPrecondition, "digest n"),
+            (dtype.into(), Code::FailedPrecondition, "latents"),
+            (HandoffError::Version { expected: 1, found: 2 }.into(), Code::FailedPrecondition, "version 2"),
+            (HandoffError::Trailing { bytes: 5 }.into(), Code::InvalidArgument, "trailer"),
+            (RecordError::Version { found: 3 }.into(), Code::FailedPrecondition, "version 3"),
+            (HandoffRefused::Lost { positions: 64 }, Code::FailedPrecondition, "64 positions"),
+            (HandoffRefused::NotOffered, Code::FailedPrecondition, "does not take"),
+            (HandoffRefused::Ranks("no".to_owned()), Code::Internal, "ranks"),
+            (HandoffRefused::Stopped, Code::Unavailable, "stopped"),
+        ] as [(HandoffRefused, Code, &str); 13]
+        {
+            let status = Status::from(refused(&refusal));
+            assert_eq!(status.code(), code, "{refusal:?}");
+            assert!(status.message().contains(word), "{word} is not in {}", status.message());
+        }
+        assert_eq!(refused(&Failure::Stale { known: 7 }.into()).facts.get("epoch").map(String::as_str), Some("7"));
+        assert_eq!(refused(&Failure::Full.into()).retry_after, Some(ROOM_RETRY));
+    }
+}

@@ -124,7 +124,9 @@ impl EngineCore {
         let Some(seat) = self.seats.get_mut(session) else { return Ok(Err("it is not here".into())) };
         seat.course.export = self.config.clock.now().saturating_duration_since(started);
         let Some(link) = &seat.outgoing else { return Ok(Err("the connection to the target broke".into())) };
-        Ok(sent.into_iter().try_for_each(|part| hand_in(&link.parts, part)))
+        // Nobody takes them any more where the target has refused meanwhile. Why it did is in the inbox already and comes next.
+        let _ = sent.into_iter().try_for_each(|part| hand_in(&link.parts, part));
+        Ok(Ok(()))
     }
 
     fn frozen_parts(&mut self, session: &SessionId, next: u64) -> Result<Result<Vec<SourcePart>, String>, Fatal> {

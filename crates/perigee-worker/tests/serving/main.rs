@@ -2,8 +2,10 @@
 //! and over a small real model where sessions move. What the model computes is not tested here, but that every token
 //! reaches its client once and everything is freed.
 
+mod asking;
 mod cluster;
 mod leader;
 mod moves;
+mod refusals;
 mod replica;
 mod sandbox;

@@ -14,6 +14,7 @@ use perigee_proto::{PROTOCOL_VERSION, internal};
 use perigee_registry::{InProcessRegistry, ReplicaRecord};
 use perigee_router::{Router, RouterConfig, RouterListeners, RouterParts};
 use perigee_telemetry::Metrics;
+use perigee_worker::attend::HomeParts;
 use perigee_worker::serve::{LeaderListeners, LeaderParts, serve};
 use perigee_worker::{ReplicaIdentity, WorkerError, WorkerMetrics};
 use tokio::net::TcpListener;
@@ -34,6 +35,8 @@ pub(crate) struct LeaderOptions {
     pub(crate) queue_limit: Option<usize>,
     /// Time of a step; as fast as it goes without.
     pub(crate) step: Duration,
+    /// What it answers other replicas from.
+    pub(crate) homes: Option<HomeParts>,
 }
 
 /// A running leader.
@@ -86,8 +89,14 @@ impl Leader {
         let listeners = LeaderListeners { internal: internal_port, public: public_port, http: http_port };
         let grace = Duration::from_secs(5);
         let (engine_handle, metrics_handle) = (engine.clone(), metrics.clone());
-        let parts =
-            LeaderParts { engine: engine_handle, identity, metrics: metrics_handle, worker_metrics, grace, homes: None };
+        let parts = LeaderParts {
+            engine: engine_handle,
+            identity,
+            metrics: metrics_handle,
+            worker_metrics,
+            grace,
+            homes: options.homes,
+        };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
             serve(parts, listeners, async {
