@@ -42,8 +42,11 @@ impl Limits {
 impl Scheduler {
     /// Moves tasks from the queue to the running set, better first.
     pub(super) fn admit(&mut self, plan: &mut Plan) {
+        if self.queue.is_empty() {
+            return;
+        }
         let mut seated = self.seated_sessions();
-        if seated >= self.limits.max_running() || self.queue.is_empty() {
+        if seated >= self.limits.max_running() {
             return;
         }
         let mut running = self.running_sessions();
