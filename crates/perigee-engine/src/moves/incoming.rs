@@ -55,8 +55,13 @@ impl Incoming {
         {
             parts.remove(0);
             let (session, next) = (SessionId(header.session.clone()), header.next_epoch);
-            self.ask(|reply| Command::HandoffOffer { header: Box::new(header), reply }).await?;
+            // Noted before the answer: a source that is lost meanwhile must not leave a reservation behind.
             self.offered = Some((session, next));
+            let answer = self.ask(|reply| Command::HandoffOffer { header: Box::new(header), reply }).await;
+            if answer.is_err() {
+                self.offered = None;
+            }
+            answer?;
         }
         if parts.is_empty() {
             return Ok(());
