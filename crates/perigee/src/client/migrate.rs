@@ -44,16 +44,25 @@ pub(crate) fn run(args: &MigrateArgs) -> anyhow::Result<()> {
             MigrateMode::Whole => "whole",
             MigrateMode::Split | MigrateMode::Unspecified => "split",
         };
+        let phases = moved.phases.unwrap_or_default();
         if args.client.json {
             return print_json(&json!({
                 "session": args.session, "to": args.to, "mode": mode, "epoch": moved.epoch,
                 "state_bytes": moved.state_bytes, "page_bytes": moved.page_bytes, "token_bytes": moved.token_bytes,
                 "stall_ms": moved.stall_ms,
+                "phases": {
+                    "prepare_ms": phases.prepare_ms, "frozen_ms": phases.frozen_ms, "export_ms": phases.export_ms,
+                    "start_ms": phases.start_ms, "release_ms": phases.release_ms,
+                },
             }));
         }
         println!(
             "{} runs on {} in epoch {}: {mode}, {} bytes of state, {} of pages, {} of tokens, stalled {:.1} ms",
             args.session, args.to, moved.epoch, moved.state_bytes, moved.page_bytes, moved.token_bytes, moved.stall_ms
+        );
+        println!(
+            "  prepared in {:.1} ms, {:.1} of them frozen ({:.1} off the device); started {:.1} ms after the commit",
+            phases.prepare_ms, phases.frozen_ms, phases.export_ms, phases.start_ms
         );
         Ok(())
     })

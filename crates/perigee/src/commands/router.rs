@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use perigee_router::{RouterConfig, RouterListeners, RouterParts};
+use perigee_router::{MoveTimes, RouterConfig, RouterListeners, RouterParts};
 use tokio::net::TcpListener;
 
 use crate::commands::interrupted;
@@ -19,6 +19,12 @@ pub(crate) struct RouterOptions {
     /// Seconds that running requests may go on after the order to end.
     #[arg(long, default_value_t = 30)]
     pub(crate) grace: u64,
+    /// Milliseconds that a moving session may take until its target holds it; then the move is taken back.
+    #[arg(long, default_value_t = 10_000)]
+    prepare_ms: u64,
+    /// Milliseconds that a session whose replica was lost may wait for another one; then its request fails.
+    #[arg(long, default_value_t = 30_000)]
+    replay_ms: u64,
 }
 
 impl RouterOptions {
@@ -27,6 +33,11 @@ impl RouterOptions {
         RouterConfig {
             lease: Duration::from_millis(self.lease_ms),
             grace: Duration::from_secs(self.grace),
+            moves: MoveTimes {
+                prepare: Duration::from_millis(self.prepare_ms),
+                replay: Duration::from_millis(self.replay_ms),
+                ..MoveTimes::default()
+            },
             model_digest,
             ..RouterConfig::default()
         }
