@@ -13,6 +13,7 @@ pub mod reference;
 pub mod sandbox;
 pub mod solo;
 pub mod tensors;
+pub mod world;
 
 pub use compare::{Limits, Report, compare};
 pub use error::{Result, TestkitError};

@@ -87,6 +87,14 @@ impl Undisturbed {
         Ok(Self { reference, tokenizer, eos, scratch: Scratch::new(), longest })
     }
 
+    /// Computes a prompt ahead of what is judged next.
+    ///
+    /// # Errors
+    /// The model refuses it.
+    pub fn prepare(&mut self, prompt: &[u32]) -> Result<()> {
+        self.reference.begin(prompt, false)
+    }
+
     /// Judges choice `index` of a request.
     ///
     /// # Errors

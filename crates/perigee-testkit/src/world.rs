@@ -1,0 +1,263 @@
+//! Replicas that hand sessions to each other within one process: real engines over real ranks, which are threads, with
+//! handoffs and attention carried by calls. A small router drives them. What processes, connections and the shipped router
+//! add is left out; in exchange everything between the parts can be broken on purpose.
+
+mod carry;
+mod faults;
+mod relay;
+
+pub use carry::{Carriage, Tamper};
+pub use faults::{Fault, Stage};
+pub use relay::{Course, Message, Order, Relay, Trouble};
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use clap::Parser;
+use perigee_collectives::{Collective, thread_group};
+use perigee_cpu::CpuBackend;
+use perigee_engine::executor::Executor;
+use perigee_engine::homes::HomeDirectory;
+use perigee_engine::link::{LeaderLink, channel_link};
+use perigee_engine::moves::MoveConfig;
+use perigee_engine::rank::Rank;
+use perigee_engine::ranks::Ranks;
+use perigee_engine::remote::RemoteCounts;
+use perigee_engine::{Engine, EngineConfig, EngineHandle, EngineObserver};
+use perigee_migration::{AttendShape, Layout, Place};
+use perigee_worker::WorkerConfig;
+use perigee_worker::load::{Opened, cpu_backend, open, tokenizer};
+use perigee_worker::moving::attend_shape;
+
+use self::carry::{Home, Homes, Questions};
+use self::faults::Faulty;
+use crate::error::{Result, TestkitError};
+
+/// Longest wait for a rank that is alive.
+const STEP_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct WorldSpec {
+    /// Model as `--model` takes it.
+    pub model: String,
+    /// Number of ranks of every replica.
+    pub degrees: Vec<usize>,
+    /// State slots of each.
+    pub slots: usize,
+    /// Latent pages of each.
+    pub pages: usize,
+    /// Most tokens of a step.
+    pub step_tokens: usize,
+    /// How long a replica waits for a router that is silent.
+    pub silence: Duration,
+    /// How long something is kept for who may come back.
+    pub grace: Duration,
+    /// A fault to plant in every replica.
+    pub fault: Option<(Fault, Stage)>,
+}
+
+impl WorldSpec {
+    /// Replicas of `random:tiny` with these numbers of ranks.
+    pub fn new(degrees: &[usize]) -> Self {
+        Self {
+            model: "random:tiny".into(),
+            degrees: degrees.to_vec(),
+            slots: 16,
+            pages: 128,
+            step_tokens: 128,
+            silence: Duration::from_secs(2),
+            grace: Duration::from_secs(10),
+            fault: None,
+        }
+    }
+}
+
+/// A replica of a world.
+pub struct Member {
+    /// Its name.
+    pub name: String,
+    /// The way to its engine.
+    pub engine: EngineHandle,
+    /// What asking others cost it.
+    pub asked: Arc<Asked>,
+    /// Whether it answers questions.
+    pub homes: HomeDirectory,
+}
+
+/// What remote rows cost, summed over steps.
+#[derive(Debug, Default)]
+pub struct Asked {
+    query_bytes: AtomicU64,
+    answer_bytes: AtomicU64,
+    tokens: AtomicU64,
+}
+
+impl Asked {
+    /// Bytes of queries and of answers, and the tokens that asked.
+    pub fn totals(&self) -> (u64, u64, u64) {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        (read(&self.query_bytes), read(&self.answer_bytes), read(&self.tokens))
+    }
+}
+
+impl EngineObserver for Asked {
+    fn asked(&self, counts: &RemoteCounts) {
+        self.query_bytes.fetch_add(counts.query_bytes, Ordering::Relaxed);
+        self.answer_bytes.fetch_add(counts.answer_bytes, Ordering::Relaxed);
+        self.tokens.fetch_add(counts.tokens, Ordering::Relaxed);
+    }
+}
+
+/// Replicas that know each other. Their engines end with it.
+pub struct World {
+    /// The replicas, in the order of their degrees.
+    pub members: Vec<Member>,
+    /// What attention questions look like.
+    pub shape: AttendShape,
+    carriage: Carriage,
+}
+
+impl World {
+    /// Starts the engines. Handoffs run as tasks of the calling runtime.
+    ///
+    /// # Errors
+    /// The model cannot be opened, or a rank cannot start.
+    pub fn start(spec: &WorldSpec) -> Result<Self> {
+        let first = config(spec, 1)?;
+        let opened = open(&first)?;
+        let shape = attend_shape(opened.source.config());
+        let carriage = Carriage::new();
+        let homes: Homes = Arc::new(Mutex::new(Default::default()));
+        let mut members = Vec::new();
+        for (index, &degree) in spec.degrees.iter().enumerate() {
+            let name = format!("member-{index}");
+            let config = config(spec, degree)?;
+            let opened = open(&config)?;
+            let ranks = start_ranks(&opened, &config, (&homes, shape))?;
+            let directory = HomeDirectory::new();
+            let reader = ranks.latent_reader();
+            let can_answer = reader.is_some();
+            if let (Some(reader), Ok(mut homes)) = (reader, homes.lock()) {
+                let home = Home { directory: directory.clone(), reader, model: ranks.answer_model() };
+                homes.insert(name.clone(), home);
+            }
+            let executor: Box<dyn Executor> = match spec.fault {
+                Some((fault, stage)) => Box::new(Faulty::new(ranks, fault, stage)),
+                None => Box::new(ranks),
+            };
+            let asked = Arc::new(Asked::default());
+            let moves = MoveConfig {
+                place: Place {
+                    replica: name.clone(),
+                    incarnation: "1".into(),
+                    ranks: degree as u32,
+                    layout: Layout::Replicated,
+                },
+                endpoint: name.clone(),
+                model: opened.digest.clone(),
+                homes: directory.clone(),
+                can_answer,
+                connector: Arc::new(carriage.clone()),
+                silence: spec.silence,
+                grace: spec.grace,
+                patience: Duration::from_millis(250),
+                misses: 3,
+            };
+            let engine_config = EngineConfig {
+                eos_token_ids: opened.source.config().eos.clone(),
+                tokenizer: tokenizer(&opened.spec)?,
+                observer: asked.clone(),
+                moves: Some(moves),
+                ..EngineConfig::default()
+            };
+            let engine = Engine::start(executor, engine_config);
+            let engine = engine.map_err(|error| TestkitError::Options(error.to_string()))?;
+            carriage.add(&name, engine.clone());
+            members.push(Member { name, engine, asked, homes: directory });
+        }
+        Ok(Self { members, shape, carriage })
+    }
+
+    /// The handoffs, to be damaged or recorded.
+    pub fn carriage(&self) -> &Carriage {
+        &self.carriage
+    }
+
+    /// Waits until no session is anywhere and every slot and page is free.
+    ///
+    /// # Errors
+    /// Something is still held after `limit`.
+    pub async fn all_free(&self, limit: Duration) -> Result<()> {
+        let free = async || {
+            let is_free = |member: &Member| {
+                let load = member.engine.load();
+                load.slots_free == load.slots_total && load.pages_free == load.pages_total
+            };
+            Ok(self.members.iter().all(is_free).then_some(()))
+        };
+        let waited = crate::sandbox::eventually("every slot and page free", limit, free).await;
+        waited.map(|_| ()).map_err(|error| {
+            let loads: Vec<String> =
+                self.members.iter().map(|member| format!("{}: {:?}", member.name, member.engine.load())).collect();
+            TestkitError::Process { what: error.to_string(), message: loads.join("; ") }
+        })
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.members.iter().for_each(|member| member.engine.shutdown());
+        self.carriage.forget();
+    }
+}
+
+fn config(spec: &WorldSpec, degree: usize) -> Result<WorkerConfig> {
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        worker: WorkerConfig,
+    }
+    let arguments = [
+        "perigee-worker".to_owned(),
+        format!("--model={}", spec.model),
+        format!("--tp={degree}"),
+        "--threads=1".to_owned(),
+        format!("--state-slots={}", spec.slots),
+        format!("--latent-pages={}", spec.pages),
+        format!("--token-budget={}", spec.step_tokens),
+        format!("--max-batch={}", spec.slots),
+    ];
+    let line = Line::try_parse_from(arguments).map_err(|error| TestkitError::Options(error.to_string()))?;
+    Ok(line.worker)
+}
+
+/// Loads the ranks of a replica; all but the first follow on threads of their own.
+fn start_ranks(
+    opened: &Opened,
+    config: &WorkerConfig,
+    (homes, shape): (&Homes, AttendShape),
+) -> Result<Ranks<CpuBackend>> {
+    let mut loaded = Vec::new();
+    for (rank, seat) in thread_group(config.tp).into_iter().enumerate() {
+        let config = WorkerConfig { rank, ..config.clone() };
+        let seat: Box<dyn Collective> = Box::new(seat);
+        let mut rank: Rank<CpuBackend> = opened.load(&config, cpu_backend(&config, seat))?;
+        rank.set_attention(Box::new(Questions::new(homes.clone())), shape);
+        loaded.push(rank);
+    }
+    let mut links: Vec<Box<dyn LeaderLink>> = Vec::new();
+    let followers = loaded.split_off(1);
+    for (index, mut follower) in followers.into_iter().enumerate() {
+        let (link, mut other_end) = channel_link();
+        links.push(Box::new(link));
+        let name = format!("world-rank-{}", index + 1);
+        let thread = std::thread::Builder::new().name(name);
+        // A follower whose leader is gone has nobody to tell why it ends.
+        let follow = move || drop(follower.follow(&mut other_end));
+        thread.spawn(follow).map_err(|error| TestkitError::Options(error.to_string()))?;
+    }
+    let leader = loaded.pop().ok_or_else(|| TestkitError::Options("no ranks".into()))?;
+    Ok(Ranks::new(leader, links, STEP_TIMEOUT)?)
+}
