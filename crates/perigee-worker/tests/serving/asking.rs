@@ -307,6 +307,7 @@ async fn a_lost_home_fails_its_questions_at_once_and_no_others() {
     // Streams and listener go with the process.
     drop(stream);
     lost.task.abort();
+    assert!((&mut lost.task).await.is_err_and(|ended| ended.is_cancelled()));
     let asked = Instant::now();
     assert_eq!(client.collect(far()), [None, Some(b"here".to_vec())]);
     assert!(asked.elapsed() < PATIENCE / 2, "nobody waits for an answer that cannot come");
