@@ -281,7 +281,7 @@ impl EngineCore {
     }
 
     /// The home entry ends: its pages are free.
-    fn free_home(&mut self, session: &SessionId) -> Result<(), Fatal> {
+    pub(super) fn free_home(&mut self, session: &SessionId) -> Result<(), Fatal> {
         let Some(config) = self.config.moves.clone() else { return Ok(()) };
         config.homes.withdraw(&session.0);
         let Some(key) = self.seats.get_mut(session).and_then(|seat| seat.home.take()) else { return Ok(()) };
