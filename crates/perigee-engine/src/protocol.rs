@@ -136,3 +136,63 @@ pub enum RankReply {
         fatal: bool,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use perigee_backend::StateKind;
+    use perigee_migration::AnswerStatus;
+
+    use super::*;
+    use crate::remote::{Refusal, RemoteCounts, RemoteHome, RemotePlan, RemoteRanges, RemoteRow};
+
+    fn state() -> StateBytes {
+        let part = StatePart { layer: 2, kind: StateKind::ConvK, first_head: 1, heads: 3 };
+        StateBytes { part, bytes: vec![0, 255, 7] }
+    }
+
+    fn remote() -> RemotePlan {
+        let home = RemoteHome { replica: "a".into(), incarnation: "1".into(), endpoint: "h:1".into() };
+        let parts = vec![RemoteRanges { home: 0, ranges: vec![0..64, 128..192] }];
+        let row = RemoteRow { row: 4, session: "s".into(), epoch: u64::MAX, parts };
+        RemotePlan { homes: vec![home], rows: vec![row], patience_ms: 250 }
+    }
+
+    #[test]
+    fn commands_arrive_as_they_were_sent() {
+        let pages = vec![PageSpan { page: 3, first: 64, positions: 9 }];
+        for command in [
+            RankCommand::Step {
+                plan: StepPlan { remote: remote(), ..StepPlan::default() },
+                forced: vec![(1, vec![2])],
+            },
+            RankCommand::ExportSlot { from: StateSource::Parked(5) },
+            RankCommand::ImportState { slot: 1, parts: vec![state(), state()] },
+            RankCommand::DigestSlot { slot: 2 },
+            RankCommand::ImportPages { pages: vec![PageBytes { page: 1, layer: 2, bytes: vec![1; 300] }] },
+            RankCommand::DigestPages { pages },
+            RankCommand::Poison { slots: vec![1], pages: vec![2, 3] },
+        ] {
+            let bytes = postcard::to_stdvec(&command).unwrap();
+            assert_eq!(postcard::from_bytes::<RankCommand>(&bytes).unwrap(), command);
+        }
+    }
+
+    #[test]
+    fn answers_arrive_as_they_were_sent() {
+        let statuses = [AnswerStatus::Unknown, AnswerStatus::Stale, AnswerStatus::Missing, AnswerStatus::Busy];
+        let refusals = (0..).zip(statuses).map(|(row, status)| Refusal { row, status }).collect();
+        let wait = Duration::from_micros(1500);
+        let counts = RemoteCounts { query_bytes: 1, answer_bytes: 2, tokens: 3, wait };
+        for reply in [
+            RankReply::Stepped(StepReport { faulty: vec![0, 1, 2, 3], refusals, counts }),
+            RankReply::State(vec![(state(), u64::MAX)]),
+            RankReply::Digests(vec![0, u64::MAX]),
+            RankReply::Bytes(vec![9; 200]),
+        ] {
+            let bytes = postcard::to_stdvec(&reply).unwrap();
+            assert_eq!(postcard::from_bytes::<RankReply>(&bytes).unwrap(), reply);
+        }
+    }
+}

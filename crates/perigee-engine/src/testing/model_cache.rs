@@ -46,11 +46,9 @@ impl Words {
 
     /// Spreads a hash.
     pub(super) fn of(hash: u64) -> Self {
-        let mut place = 0;
         let mut words = Self::POISON;
-        for word in words.0.iter_mut().flatten() {
+        for (place, word) in (0..).zip(words.0.iter_mut().flatten()) {
             *word = if place < 2 { (hash >> (32 * place)) as u32 } else { mix(hash, place) as u32 };
-            place += 1;
         }
         words
     }

@@ -36,7 +36,7 @@ fn step(
 
 fn remote() -> RemotePlan {
     let home = RemoteHome { replica: "a".into(), incarnation: "1".into(), endpoint: "a:1".into() };
-    let parts = vec![RemoteRanges { home: 0, ranges: vec![0..64] }];
+    let parts = vec![RemoteRanges { home: 0, ranges: std::iter::once(0..64).collect() }];
     let row = RemoteRow { row: 0, session: "s".into(), epoch: 2, parts };
     RemotePlan { homes: vec![home], rows: vec![row], patience_ms: 1 }
 }
