@@ -7,6 +7,7 @@ use perigee_backend::ops::{Backend, Partials, Precision, Routing, StatePart};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
 use perigee_collectives::Collective;
+use perigee_sampling::{Draw, Sampled, Scratch as HostScratch};
 
 use crate::blas::Blas;
 use crate::buffer::Buffer;
@@ -22,6 +23,7 @@ use crate::ops::mla::Mla;
 use crate::ops::mlp::Mlp;
 use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
+use crate::ops::sample::Draws;
 use crate::scratch::Scratch;
 use crate::step::{Planning, Step};
 use crate::stream::{Event, Stream};
@@ -46,6 +48,7 @@ pub struct CudaBackend {
     pub(crate) scratch: Scratch,
     pub(crate) step: Step,
     pub(crate) selected: Option<Selected>,
+    pub(crate) draws: Draws,
     cache: Option<Cache>,
     /// Query heads of MLA layers, once one is loaded.
     pub(crate) mla_heads: Option<usize>,
@@ -74,6 +77,7 @@ impl CudaBackend {
             scratch: Scratch::default(),
             step: Step::default(),
             selected: None,
+            draws: Draws::default(),
             cache: None,
             mla_heads: None,
             latent: 0,
@@ -265,6 +269,10 @@ impl Backend for CudaBackend {
 
     fn logits(&mut self, head: &Head, x: &Tensor, out: &mut Tensor) -> Result<()> {
         self.logits_run(head, x, out)
+    }
+
+    fn sample(&mut self, logits: &Tensor, draws: &[Draw<'_>], scratch: &mut HostScratch) -> Result<Vec<Sampled>> {
+        self.sample_run(logits, draws, scratch)
     }
 
     fn read(&mut self, tensor: &Tensor, rows: usize) -> Result<Vec<f32>> {

@@ -277,3 +277,37 @@ impl Drop for Upload {
         }
     }
 }
+
+/// Device results on their way to the host: a device buffer that kernels fill and page-locked memory of the same size.
+#[derive(Debug)]
+pub(crate) struct Download {
+    source: Buffer,
+    pinned: Pinned,
+}
+
+impl Download {
+    pub(crate) fn new(device: &Device, bytes: usize, what: &str) -> Result<Self> {
+        Ok(Self { source: Buffer::new(device, bytes, what)?, pinned: Pinned::new(device, bytes)? })
+    }
+
+    /// Bytes that fit.
+    pub(crate) fn capacity(&self) -> usize {
+        self.source.bytes()
+    }
+
+    /// Where kernels write on the device.
+    pub(crate) fn address(&self) -> u64 {
+        self.source.address()
+    }
+
+    /// The first `bytes`, at most `capacity`, as work queued before left them; waits for it.
+    pub(crate) fn receive(&mut self, stream: &Stream, bytes: usize) -> Result<&[u8]> {
+        let room = self.pinned.as_mut_slice().get_mut(..bytes).ok_or(BackendError::Range {
+            what: "download byte",
+            index: bytes as u64,
+            limit: self.source.bytes() as u64,
+        })?;
+        stream.read(&self.source, 0, room)?;
+        Ok(room)
+    }
+}

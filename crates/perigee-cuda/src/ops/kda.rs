@@ -2,7 +2,7 @@
 //! and the output projection.
 
 use perigee_backend::weights::KdaWeights;
-use perigee_backend::{BackendError, KdaShape, Result, TensorSlice};
+use perigee_backend::{BackendError, DType, KdaShape, Result, TensorSlice};
 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
@@ -66,7 +66,7 @@ impl CudaBackend {
         let element = self.precision.bytes();
         let chunk = self.kda_fast(dim).map_or(0, |_| chunk_bytes(shape, element));
         self.scratch.require(Need {
-            per_token: (width + 6 * channels) * element + chunk.div_ceil(CHUNK_TOKENS),
+            per_token: (width + 4 * channels) * element + 2 * channels * 4 + chunk.div_ceil(CHUNK_TOKENS),
             fixed: (MORE_CHUNKS + 1) * chunk + 16 * 256,
         });
         Ok(Kda {
@@ -105,7 +105,7 @@ impl CudaBackend {
         let (channels, width, element) = (layer.channels(), layer.projection.rows, self.precision.bytes());
         self.scratch.reset();
         let projected = self.scratch.take(tokens * width * element)?;
-        let gates = self.scratch.take(tokens * 2 * channels * element)?;
+        let gates = self.scratch.take(tokens * 2 * channels * 4)?;
         let mixed = self.scratch.take(tokens * channels * element)?;
 
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
@@ -118,6 +118,7 @@ impl CudaBackend {
             input_stride: shape.head_dim,
             weight_stride: channels * shape.head_dim,
             out_stride: channels,
+            result: DType::Fp32,
             ..Product::dense(tokens, shape.head_dim, channels, self.precision)
         };
         let input = projected + (3 * channels * element) as u64;

@@ -61,6 +61,14 @@ impl CudaBackend {
         })
     }
 
+    /// One row of a float32 tensor.
+    pub(crate) fn read_row(&self, tensor: &Tensor, row: usize) -> Result<Vec<f32>> {
+        tensor.expect("row read", row + 1, tensor.width, DType::Fp32)?;
+        let mut values = vec![0.0f32; tensor.width];
+        self.stream.read(&tensor.buffer, row * tensor.width * 4, bytemuck::cast_slice_mut(&mut values))?;
+        Ok(values)
+    }
+
     /// Overwrites the first rows of a tensor.
     pub(crate) fn write_rows(&self, tensor: &Tensor, values: &[f32]) -> Result<()> {
         if tensor.width == 0 || !values.len().is_multiple_of(tensor.width) || values.len() > tensor.rows * tensor.width
