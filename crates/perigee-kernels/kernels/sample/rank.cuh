@@ -41,17 +41,19 @@ __device__ __forceinline__ uint64_t warp_sum_u64(uint64_t x) {
   return x;
 }
 
-// Reduction over the block by `join`, the same value in every thread; ends with a barrier.
+// Reduction over a block of kRankThreads by `join`, the same value in every thread; ends with a barrier.
 template <class T, class Join>
 __device__ __forceinline__ T block_reduce(T x, Join join) {
-  __shared__ T scratch[kWarp];
+  constexpr int kWarps = kRankThreads / kWarp;
+  __shared__ T scratch[kWarps];
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) x = join(x, __shfl_xor_sync(~0u, x, distance));
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
   __syncthreads();
-  x = scratch[threadIdx.x % (blockDim.x / kWarp)];
+  // Each warp's value once: sums are reduced here too.
+  x = scratch[threadIdx.x % kWarps];
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) x = join(x, __shfl_xor_sync(~0u, x, distance));
+  for (int distance = kWarps / 2; distance > 0; distance /= 2) x = join(x, __shfl_xor_sync(~0u, x, distance));
   __syncthreads();
   return x;
 }
