@@ -215,6 +215,12 @@ pub trait Backend: Send {
             .map_err(|error| BackendError::Sampling(error.to_string()))
     }
 
+    /// Waits until the work of this step is done and reports what went wrong in it, a rank lost in the exchange too. Nothing to
+    /// do for a backend whose ops return when they are done.
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     // Host access, outside the hot path.
 
     /// The first `rows` rows as float32.

@@ -170,6 +170,8 @@ fn main() -> Result<()> {
         if "kda".starts_with(&prefix) {
             let ms = median(&mut backend, |backend| backend.kda_mixer(&kda, 0, &x, &mut out))?;
             println!("kda_mixer    {name:24} {ms:9.4} ms");
+            let ms = median(&mut backend, |backend| backend.kda_without_products(&kda, 0))?;
+            println!("kda_kernels  {name:24} {ms:9.4} ms");
         }
         if "mla".starts_with(&prefix) {
             let ms = median(&mut backend, |backend| backend.mla_project(&mla, 0, &x, &mut queries))?;

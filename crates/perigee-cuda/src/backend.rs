@@ -13,6 +13,7 @@ use crate::blas::Blas;
 use crate::buffer::Buffer;
 use crate::cache::Cache;
 use crate::device::{Device, DeviceInfo};
+use crate::exchange::Exchange;
 use crate::formula::Formula;
 use crate::kernels::Kernels;
 use crate::loader::Loader;
@@ -43,7 +44,7 @@ pub struct Options {
 pub struct CudaBackend {
     pub(crate) precision: DType,
     pub(crate) formula: Formula,
-    pub(crate) group: Box<dyn Collective>,
+    pub(crate) exchange: Exchange,
     pub(crate) loader: Loader,
     pub(crate) scratch: Scratch,
     pub(crate) step: Step,
@@ -61,7 +62,7 @@ pub struct CudaBackend {
 }
 
 impl CudaBackend {
-    /// Opens a device for one rank of a group.
+    /// Opens a device for one rank of a group; all its ranks open theirs.
     ///
     /// # Errors
     /// As [`crate::check`], or [`BackendError::Memory`] where the device has no room even for the workspace.
@@ -72,7 +73,7 @@ impl CudaBackend {
         Ok(Self {
             precision: options.precision,
             formula,
-            group,
+            exchange: Exchange::open(&device, group)?,
             loader: Loader::default(),
             scratch: Scratch::default(),
             step: Step::default(),
@@ -109,7 +110,8 @@ impl CudaBackend {
     /// # Errors
     /// [`BackendError::Device`] with the first fault of that work.
     pub fn wait(&self) -> Result<()> {
-        self.stream.wait()
+        self.stream.wait()?;
+        self.exchange.check()
     }
 
     /// Milliseconds that the device spends on `work`, for measurements.
@@ -199,6 +201,7 @@ impl Backend for CudaBackend {
 
     fn begin_step(&mut self, batch: &StepBatch) -> Result<()> {
         self.stream.device().bind()?;
+        self.exchange.check()?;
         let planning =
             Planning { heads: self.mla_heads.unwrap_or(0), items: 2 * self.stream.device().multiprocessors() as usize };
         self.step.begin(&self.stream, batch, planning, self.formula)?;
@@ -272,14 +275,23 @@ impl Backend for CudaBackend {
     }
 
     fn sample(&mut self, logits: &Tensor, draws: &[Draw<'_>], scratch: &mut HostScratch) -> Result<Vec<Sampled>> {
-        self.sample_run(logits, draws, scratch)
+        let sampled = self.sample_run(logits, draws, scratch);
+        // What kernels leave when the group breaks is no result, and no fault of theirs.
+        self.exchange.check()?;
+        sampled
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.wait()
     }
 
     fn read(&mut self, tensor: &Tensor, rows: usize) -> Result<Vec<f32>> {
         if rows > tensor.rows {
             return Err(BackendError::shape("rows read", &[tensor.rows], &[rows]));
         }
-        self.read_rows(tensor, rows)
+        let values = self.read_rows(tensor, rows)?;
+        self.exchange.check()?;
+        Ok(values)
     }
 
     fn write(&mut self, tensor: &mut Tensor, values: &[f32]) -> Result<()> {
