@@ -3,7 +3,7 @@
 Prefill of one prompt and decode of a batch at the 48B shape: 32 heads of 128, bfloat16 in and out, float32 state. Both sides take
 q, k and v after their projections, norm them, and compute gates and write strengths. Ours also does the short convolutions and
 the gated output norm, which fla has in kernels of their own that are not timed here. Medians; prints a line and the ratio,
-fla's time over ours, for each size.
+fla's time over ours, for each size. Most of the time goes into Triton's choice of configurations.
 
 usage: python3 tests/bench/fla_kda.py BENCH_OPS   (the example bench_ops of perigee-cuda, built for release)
 """
@@ -17,7 +17,7 @@ from triton.testing import do_bench
 
 HEADS, DIM = 32, 128
 # (rows, tokens of a row, context) as bench_ops has them
-SIZES = [(1, 1024, 0), (1, 8192, 0), (1, 1, 1023), (8, 1, 1023), (32, 1, 1023), (64, 1, 1023), (256, 1, 1023)]
+SIZES = [(64, 1, 1023), (256, 1, 1023), (1, 8192, 0)]
 
 
 def ours(program):

@@ -8,7 +8,7 @@ mod library;
 mod watch;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use perigee_backend::{BackendError, DType, Result};
 use perigee_collectives::Collective;
@@ -29,7 +29,6 @@ const FORMING: Duration = Duration::from_secs(120);
 pub(crate) struct Nccl {
     rank: usize,
     size: usize,
-    /// Ended first: it may abort the communicator.
     watch: Watch,
     communicator: Arc<Communicator>,
     /// Parts of the vocabulary of all ranks.
@@ -45,8 +44,7 @@ impl Nccl {
         let (rank, size) = (group.rank(), group.size());
         let mut id = if rank == 0 { library.unique_id()? } else { [0; library::ID_BYTES] };
         group.broadcast(0, &mut id).map_err(|error| BackendError::Collective(error.to_string()))?;
-        device.bind()?;
-        let communicator = Arc::new(Communicator::form(library, id, (rank, size), Instant::now() + FORMING)?);
+        let communicator = Arc::new(Communicator::form(library, device, id, (rank, size), FORMING)?);
         let watch = Watch::start(group, Arc::clone(&communicator))?;
         Ok(Self { rank, size, watch, communicator, gathered: None })
     }
@@ -107,8 +105,10 @@ impl Nccl {
 }
 
 impl Drop for Nccl {
+    /// The owner has waited for its stream.
     fn drop(&mut self) {
+        // Until all are here: a rank that frees its memory earlier could pull it from under the others' last kernels.
+        self.watch.leave();
         self.communicator.close();
-        self.watch.end();
     }
 }

@@ -1,7 +1,7 @@
 //! The functions of NCCL that are used, found in libnccl.so.2 at run time. Its absence is no error here. The bindings of cudarc
 //! look for it under other names than the one it is installed by, and end the program where a function is missing.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
 use perigee_backend::{BackendError, Result};
@@ -10,7 +10,6 @@ use perigee_backend::{BackendError, Result};
 pub(super) const ID_BYTES: usize = 128;
 
 pub(super) const SUCCESS: c_int = 0;
-pub(super) const IN_PROGRESS: c_int = 7;
 pub(super) const FLOAT32: c_int = 7;
 pub(super) const BFLOAT16: c_int = 9;
 pub(super) const SUM: c_int = 0;
@@ -25,38 +24,6 @@ pub(super) struct UniqueId {
     pub(super) bytes: [u8; ID_BYTES],
 }
 
-/// `ncclConfig_t` as of 2.17, the last fields left at their defaults; newer libraries take it by its size and version.
-#[repr(C)]
-pub(super) struct Config {
-    size: usize,
-    magic: c_uint,
-    version: c_uint,
-    blocking: c_int,
-    cga_cluster_size: c_int,
-    min_ctas: c_int,
-    max_ctas: c_int,
-    net_name: *const c_char,
-    split_share: c_int,
-}
-
-impl Config {
-    /// Calls return at once and are asked whether they are done, so that none waits for a rank that is gone.
-    pub(super) fn non_blocking() -> Self {
-        const UNDEFINED: c_int = c_int::MIN;
-        Self {
-            size: size_of::<Self>(),
-            magic: 0xcafe_beef,
-            version: 21_700,
-            blocking: 0,
-            cga_cluster_size: UNDEFINED,
-            min_ctas: UNDEFINED,
-            max_ctas: UNDEFINED,
-            net_name: std::ptr::null(),
-            split_share: UNDEFINED,
-        }
-    }
-}
-
 type OfCommunicator = unsafe extern "C" fn(RawCommunicator) -> c_int;
 type AllReduce =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, RawCommunicator, *mut c_void) -> c_int;
@@ -67,8 +34,7 @@ type AllGather = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, 
 pub(crate) struct Library {
     version: c_int,
     get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
-    pub(super) init: unsafe extern "C" fn(*mut RawCommunicator, c_int, UniqueId, c_int, *mut Config) -> c_int,
-    pub(super) finalize: OfCommunicator,
+    pub(super) init: unsafe extern "C" fn(*mut RawCommunicator, c_int, UniqueId, c_int) -> c_int,
     pub(super) destroy: OfCommunicator,
     pub(super) abort: OfCommunicator,
     pub(super) async_error: unsafe extern "C" fn(RawCommunicator, *mut c_int) -> c_int,
@@ -103,8 +69,7 @@ impl Library {
             Self {
                 version: 0,
                 get_unique_id: find(&library, "ncclGetUniqueId")?,
-                init: find(&library, "ncclCommInitRankConfig")?,
-                finalize: find(&library, "ncclCommFinalize")?,
+                init: find(&library, "ncclCommInitRank")?,
                 destroy: find(&library, "ncclCommDestroy")?,
                 abort: find(&library, "ncclCommAbort")?,
                 async_error: find(&library, "ncclCommGetAsyncError")?,
