@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Run `perigee score` on golden cases in every splitting that must not change the result, and judge each run.
 #
-#   tests/tools/golden_matrix.sh [--quick] [--dtype fp32|bf16] [--device cpu|cuda] CASE_DIR...
+#   tests/tools/golden_matrix.sh [--quick|--ranks] [--dtype fp32|bf16] [--device cpu|cuda] CASE_DIR...
 #
 # The splittings are all combinations of 1, 2 and 4 ranks, prompt chunks of 1, 7, 64 and all tokens, and latent caches
-# cut into 1, 3 and 7 segments; --quick varies one at a time. compare.py judges. bf16 runs with the expected experts
+# cut into 1, 3 and 7 segments; --quick varies one at a time, --ranks only the ranks, from 2. compare.py judges. bf16 runs with the expected experts
 # forced, as cases/README.md explains. PERIGEE names the binary (default target/release/perigee), PYTHON an interpreter
 # with NumPy and safetensors (default .venv/bin/python). The table shows the largest relative L2 of each kind of tensor;
 # exit status 1 when a run failed or a limit was exceeded.
@@ -12,7 +12,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 perigee=${PERIGEE:-$root/target/release/perigee}
 python=${PYTHON:-$root/.venv/bin/python}
-quick=false dtype=fp32 device=cpu
+quick=false only_ranks=false dtype=fp32 device=cpu
 
 usage() {
     sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
@@ -22,6 +22,7 @@ usage() {
 while [[ ${1:-} == --* ]]; do
     case $1 in
         --quick) quick=true ;;
+        --ranks) quick=true only_ranks=true ;;
         --dtype | --device)
             (($# > 1)) || usage
             declare "${1#--}=$2"
@@ -47,6 +48,9 @@ combinations() {
             for segments in 1 3 7; do
                 changed=$(((ranks != 1) + (segments != 1)))
                 [[ $chunk == all ]] || changed=$((changed + 1))
+                if [[ $only_ranks == true ]] && ((ranks == 1)); then
+                    continue
+                fi
                 if [[ $quick == false ]] || ((changed <= 1)); then
                     printf '%s %s %s\n' "$ranks" "$chunk" "$segments"
                 fi

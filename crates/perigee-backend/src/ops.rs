@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 pub enum Precision {
     /// The backend's activation type: float32 or bfloat16, as it was opened.
     Activation,
-    /// Always float32: logits, attention partials, absorbed queries.
+    /// Always float32: the residual stream, logits, attention partials, absorbed queries.
     Full,
 }
 
@@ -133,11 +133,11 @@ pub trait Backend: Send {
 
     /// Makes `batch`, already validated, the current one.
     fn begin_step(&mut self, batch: &StepBatch) -> Result<()>;
-    /// Embedding rows of the step's tokens, zero where another rank holds the row.
+    /// Embedding rows of the step's tokens, full precision: the residual stream begins. Zero where another rank holds the row.
     fn embed(&mut self, table: &Self::Embedding, out: &mut Self::Tensor) -> Result<()>;
-    /// out = w . x / sqrt(mean(x^2) + eps).
+    /// out = w . x / sqrt(mean(x^2) + eps) of the residual stream x, full precision.
     fn rms_norm(&mut self, x: &Self::Tensor, norm: &Self::Norm, out: &mut Self::Tensor) -> Result<()>;
-    /// residual += delta; out = rms_norm(residual).
+    /// residual += delta; out = rms_norm(residual). The residual stream is full precision, delta and out are activations.
     fn add_rms_norm(
         &mut self,
         residual: &mut Self::Tensor,
@@ -213,6 +213,12 @@ pub trait Backend: Send {
             .map(|(row, draw)| perigee_sampling::sample(row, draw, scratch))
             .collect::<std::result::Result<_, _>>()
             .map_err(|error| BackendError::Sampling(error.to_string()))
+    }
+
+    /// Waits until the work of this step is done and reports what went wrong in it, a rank lost in the exchange too. Nothing to
+    /// do for a backend whose ops return when they are done.
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
     }
 
     // Host access, outside the hot path.

@@ -2,7 +2,9 @@
 //! (`threads`), as processes joined over TCP (`socket`), or one rank alone (`solo`). This crate moves numbers and knows
 //! no tensor, no model and no device; README.md beside it states the protocol between ranks.
 //!
-//! An implementation over NCCL, for ranks that each own a GPU, belongs beside `socket` behind the same trait.
+//! Ranks with GPUs exchange activations on the devices, in perigee-cuda; they form and watch their group through this trait.
+
+use std::time::Duration;
 
 mod error;
 mod frame;
@@ -68,4 +70,8 @@ pub trait Collective: Send {
     /// # Errors
     /// A lost, silent or diverged peer, or a group that has failed before.
     fn or(&mut self, bits: &mut [u64]) -> Result<(), CollectiveError>;
+
+    /// Sets how long calls from here on wait for a rank that is alive but silent, where the ranks are processes; every rank
+    /// passes the same. Ranks that are threads of one process are waited for without limit.
+    fn set_patience(&mut self, _patience: Duration) {}
 }

@@ -148,6 +148,10 @@ impl Collective for SocketCollective {
     fn or(&mut self, bits: &mut [u64]) -> Result<(), CollectiveError> {
         self.rounds.or(bits)
     }
+
+    fn set_patience(&mut self, patience: Duration) {
+        self.rounds.links_mut().set_timeout(patience);
+    }
 }
 
 /// Ends a [`SocketCollective`] from another thread.

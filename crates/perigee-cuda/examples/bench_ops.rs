@@ -1,5 +1,5 @@
 //! Times the ops of one layer of each kind at the 48B shape on one GPU, with random weights: prefill of one prompt and decode
-//! of a batch. Medians of several runs, each run one op with all its products. It judges nothing.
+//! of a batch; and draws from logits. Medians of several runs, each run one op with all its products. It judges nothing.
 //!
 //! usage: bench_ops [PREFIX of the op's name]
 
@@ -11,6 +11,7 @@ use perigee_backend::{
 };
 use perigee_collectives::Solo;
 use perigee_cuda::{CudaBackend, Options};
+use perigee_sampling::{Draw, SamplingParams, Scratch, TokenCounts};
 
 const HIDDEN: usize = 2304;
 const KDA: KdaShape = KdaShape { hidden: HIDDEN, heads: 32, head_dim: 128, conv: 4, eps: 1e-5 };
@@ -170,6 +171,8 @@ fn main() -> Result<()> {
         if "kda".starts_with(&prefix) {
             let ms = median(&mut backend, |backend| backend.kda_mixer(&kda, 0, &x, &mut out))?;
             println!("kda_mixer    {name:24} {ms:9.4} ms");
+            let ms = median(&mut backend, |backend| backend.kda_without_products(&kda, 0))?;
+            println!("kda_kernels  {name:24} {ms:9.4} ms");
         }
         if "mla".starts_with(&prefix) {
             let ms = median(&mut backend, |backend| backend.mla_project(&mla, 0, &x, &mut queries))?;
@@ -182,6 +185,35 @@ fn main() -> Result<()> {
         if "moe".starts_with(&prefix) {
             let ms = median(&mut backend, |backend| backend.moe(&moe, &x, Routing::Free, &mut out))?;
             println!("moe          {name:24} {ms:9.4} ms");
+        }
+    }
+    if "sample".starts_with(&prefix) { times_of_draws(&mut backend) } else { Ok(()) }
+}
+
+/// Draws from flat logits over the published vocabulary, one set of parameters for all rows.
+fn times_of_draws(backend: &mut CudaBackend) -> Result<()> {
+    const VOCABULARY: usize = 163_840;
+    const ROWS: usize = 256;
+    let mut logits = backend.tensor(ROWS, VOCABULARY, Precision::Full)?;
+    let key = perigee_backend::random::tensor_key(2, "logits");
+    let distribution = Distribution::Normal { deviation: 1.3 };
+    let fill = RandomFill { key, distribution, first: 0, row_stride: VOCABULARY as u64 };
+    backend.write(&mut logits, &fill.values(&[ROWS, VOCABULARY], DType::Fp32))?;
+    let counts = TokenCounts::new();
+    let plain = SamplingParams::default();
+    let all = [
+        ("greedy", SamplingParams::greedy()),
+        ("temperature", plain.clone()),
+        ("top-k 50", SamplingParams { top_k: 50, ..plain.clone() }),
+        ("top-p 0.95", SamplingParams { top_p: 0.95, ..plain.clone() }),
+        ("logprobs 5", SamplingParams { logprobs: Some(5), ..plain }),
+    ];
+    for rows in [1, 64, ROWS] {
+        for (name, params) in &all {
+            let draw = Draw { params, choice: 0, position: 9, counts: &counts, banned: &[], allowed: None };
+            let draws = vec![draw; rows];
+            let ms = median(backend, |backend| backend.sample(&logits, &draws, &mut Scratch::new()).map(drop))?;
+            println!("sample       {:24} {ms:9.4} ms", format!("{rows} x {name}"));
         }
     }
     Ok(())

@@ -1,11 +1,11 @@
 //! The conformance suite on a GPU, as a program that can be carried to a machine that has one: both activation types, or one,
-//! and all cases or those whose name begins with a prefix. Exit status 1 when a case failed.
+//! and all cases or those whose name begins with a prefix; or the names of all cases. Exit status 1 when a case failed.
 //!
-//! usage: conformance [both|fp32|bf16] [PREFIX]
+//! usage: conformance [both|fp32|bf16|names] [PREFIX]
 
 use std::process::ExitCode;
 
-use perigee_backend::conformance::{Factory, OpenSpec, run_matching};
+use perigee_backend::conformance::{Factory, OpenSpec, cases, run_matching};
 use perigee_backend::{DType, Result};
 use perigee_collectives::Solo;
 use perigee_cuda::{CudaBackend, Options};
@@ -34,8 +34,12 @@ fn main() -> ExitCode {
         None | Some("both") => vec![DType::Fp32, DType::Bf16],
         Some("fp32") => vec![DType::Fp32],
         Some("bf16") => vec![DType::Bf16],
+        Some("names") => {
+            cases::<Cuda>().iter().for_each(|case| println!("{}", case.name()));
+            return ExitCode::SUCCESS;
+        }
         Some(other) => {
-            eprintln!("conformance: {other:?} is none of both, fp32, bf16");
+            eprintln!("conformance: {other:?} is none of both, fp32, bf16, names");
             return ExitCode::from(2);
         }
     };

@@ -7,11 +7,13 @@ use perigee_backend::ops::{Backend, Partials, Precision, Routing, StatePart};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
 use perigee_collectives::Collective;
+use perigee_sampling::{Draw, Sampled, Scratch as HostScratch};
 
 use crate::blas::Blas;
 use crate::buffer::Buffer;
 use crate::cache::Cache;
 use crate::device::{Device, DeviceInfo};
+use crate::exchange::Exchange;
 use crate::formula::Formula;
 use crate::kernels::Kernels;
 use crate::loader::Loader;
@@ -22,6 +24,7 @@ use crate::ops::mla::Mla;
 use crate::ops::mlp::Mlp;
 use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
+use crate::ops::sample::Draws;
 use crate::scratch::Scratch;
 use crate::step::{Planning, Step};
 use crate::stream::{Event, Stream};
@@ -41,11 +44,12 @@ pub struct Options {
 pub struct CudaBackend {
     pub(crate) precision: DType,
     pub(crate) formula: Formula,
-    pub(crate) group: Box<dyn Collective>,
+    pub(crate) exchange: Exchange,
     pub(crate) loader: Loader,
     pub(crate) scratch: Scratch,
     pub(crate) step: Step,
     pub(crate) selected: Option<Selected>,
+    pub(crate) draws: Draws,
     cache: Option<Cache>,
     /// Query heads of MLA layers, once one is loaded.
     pub(crate) mla_heads: Option<usize>,
@@ -58,7 +62,7 @@ pub struct CudaBackend {
 }
 
 impl CudaBackend {
-    /// Opens a device for one rank of a group.
+    /// Opens a device for one rank of a group; all its ranks open theirs.
     ///
     /// # Errors
     /// As [`crate::check`], or [`BackendError::Memory`] where the device has no room even for the workspace.
@@ -69,11 +73,12 @@ impl CudaBackend {
         Ok(Self {
             precision: options.precision,
             formula,
-            group,
+            exchange: Exchange::open(&device, group)?,
             loader: Loader::default(),
             scratch: Scratch::default(),
             step: Step::default(),
             selected: None,
+            draws: Draws::default(),
             cache: None,
             mla_heads: None,
             latent: 0,
@@ -105,7 +110,8 @@ impl CudaBackend {
     /// # Errors
     /// [`BackendError::Device`] with the first fault of that work.
     pub fn wait(&self) -> Result<()> {
-        self.stream.wait()
+        self.stream.wait()?;
+        self.exchange.check()
     }
 
     /// Milliseconds that the device spends on `work`, for measurements.
@@ -128,6 +134,13 @@ impl CudaBackend {
 
     pub(crate) fn cache(&self) -> Result<&Cache> {
         self.cache.as_ref().ok_or_else(|| BackendError::Device("no cache is reserved".into()))
+    }
+}
+
+impl Drop for CudaBackend {
+    fn drop(&mut self) {
+        // A group is left by ranks whose work is done. An error here was somebody's before, or is nobody's any more.
+        let _ = self.stream.wait();
     }
 }
 
@@ -195,6 +208,7 @@ impl Backend for CudaBackend {
 
     fn begin_step(&mut self, batch: &StepBatch) -> Result<()> {
         self.stream.device().bind()?;
+        self.exchange.check()?;
         let planning =
             Planning { heads: self.mla_heads.unwrap_or(0), items: 2 * self.stream.device().multiprocessors() as usize };
         self.step.begin(&self.stream, batch, planning, self.formula)?;
@@ -267,11 +281,24 @@ impl Backend for CudaBackend {
         self.logits_run(head, x, out)
     }
 
+    fn sample(&mut self, logits: &Tensor, draws: &[Draw<'_>], scratch: &mut HostScratch) -> Result<Vec<Sampled>> {
+        let sampled = self.sample_run(logits, draws, scratch);
+        // What kernels leave when the group breaks is no result, and no fault of theirs.
+        self.exchange.check()?;
+        sampled
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.wait()
+    }
+
     fn read(&mut self, tensor: &Tensor, rows: usize) -> Result<Vec<f32>> {
         if rows > tensor.rows {
             return Err(BackendError::shape("rows read", &[tensor.rows], &[rows]));
         }
-        self.read_rows(tensor, rows)
+        let values = self.read_rows(tensor, rows)?;
+        self.exchange.check()?;
+        Ok(values)
     }
 
     fn write(&mut self, tensor: &mut Tensor, values: &[f32]) -> Result<()> {

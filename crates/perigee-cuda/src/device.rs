@@ -53,6 +53,12 @@ impl Device {
         Ok((major, minor))
     }
 
+    /// A number that no other GPU has.
+    pub(crate) fn uuid(&self) -> Result<[u8; 16]> {
+        let uuid = self.context.uuid().map_err(fault("asking for the device's number"))?;
+        Ok(uuid.bytes.map(|byte| byte as u8))
+    }
+
     /// Number of multiprocessors.
     pub(crate) fn multiprocessors(&self) -> u32 {
         self.multiprocessors

@@ -4,8 +4,7 @@
 
 use perigee_backend::Result;
 
-/// A typical mistake in a formula, as on the CPU. The kernels with a mistake are float32 only; those of KDA are the form that
-/// goes token by token.
+/// A typical mistake in a formula, as on the CPU. The kernels with a mistake are float32 only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// KDA's output norm with epsilon 1e-6 for 1e-5.

@@ -6,9 +6,10 @@ use perigee_backend::{DType, Result};
 use crate::device::Device;
 use crate::formula::{Fault, Formula};
 use crate::module::{Kernel, Modules};
+use crate::ops::sample::RANK_SHARED;
 use crate::params::{
     ElementParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaMergeParams, MlaStoreParams,
-    MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, NormParams,
+    MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, NormParams, SampleParams,
 };
 
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
@@ -17,7 +18,10 @@ pub(crate) struct Kernels {
     pub(crate) load_fp32: Kernel<LoadParams>,
     pub(crate) load_bf16: Kernel<LoadParams>,
     pub(crate) rms_norm: Kernel<NormParams>,
+    /// Of the residual stream, which is float32.
+    pub(crate) rms_norm_stream: Kernel<NormParams>,
     pub(crate) gather: Kernel<GatherParams>,
+    pub(crate) gather_widened: Kernel<GatherParams>,
     pub(crate) convert_bf16: Kernel<ElementParams>,
     pub(crate) silu_mul: Kernel<ElementParams>,
     pub(crate) kda_recurrent: Kernel<KdaParams>,
@@ -40,6 +44,11 @@ pub(crate) struct Kernels {
     /// By ascending rows of a tile; with bfloat16 activations only.
     pub(crate) moe_tensor: Vec<MoeTensor>,
     pub(crate) moe_combine: Kernel<MoeCombineParams>,
+    pub(crate) sample_logprobs: Kernel<SampleParams>,
+    pub(crate) sample_prepare: Kernel<SampleParams>,
+    pub(crate) sample_filter: Kernel<SampleParams>,
+    pub(crate) sample_draw: Kernel<SampleParams>,
+    pub(crate) sample_finish: Kernel<SampleParams>,
     _modules: Modules,
 }
 
@@ -55,7 +64,10 @@ pub(crate) struct KdaFast {
 }
 
 impl KdaFast {
-    fn load(modules: &Modules, suffix: &str, head_dim: usize) -> Result<Self> {
+    fn load(modules: &Modules, suffix: &str, head_dim: usize, formula: Formula) -> Result<Self> {
+        let decode_fault = formula.suffix(&[Fault::DecayAfterRead, Fault::RoundedState, Fault::SiluGate]);
+        let chunk_fault = formula.suffix(&[Fault::DecayAfterRead]);
+        let scan_fault = formula.suffix(&[Fault::RoundedState]);
         let (element, is_bf16) = if suffix == "bf16" { (2, true) } else { (4, false) };
         // Sizes of the structures `Shared` of kda_chunk.cu and `ScanShared` of kda_scan.cu, which assert them.
         let pitch = head_dim + 16 / element;
@@ -66,11 +78,11 @@ impl KdaFast {
         let scan_shared = if is_bf16 { 2 * stage + (head_dim + 64) * 40 * 2 } else { 0 };
         let kernels = Self {
             head_dim,
-            chunk: modules.kernel("kda_chunk", &format!("kda_chunk_{suffix}_{head_dim}"))?,
+            chunk: modules.kernel("kda_chunk", &format!("kda_chunk_{suffix}_{head_dim}{chunk_fault}"))?,
             chunk_shared,
-            scan: modules.kernel("kda_scan", &format!("kda_scan_{suffix}_{head_dim}"))?,
+            scan: modules.kernel("kda_scan", &format!("kda_scan_{suffix}_{head_dim}{scan_fault}"))?,
             scan_shared,
-            decode: modules.kernel("kda_decode", &format!("kda_decode_{suffix}_{head_dim}"))?,
+            decode: modules.kernel("kda_decode", &format!("kda_decode_{suffix}_{head_dim}{decode_fault}"))?,
         };
         kernels.chunk.allow_shared(chunk_shared)?;
         kernels.scan.allow_shared(scan_shared)?;
@@ -129,23 +141,27 @@ impl Kernels {
             DType::Fp32 => "fp32",
         };
         let typed = |name: &str| format!("{name}_{suffix}");
-        // Of KDA's kernels only the recurrent form exists with mistakes, so that one takes every shape then.
         let kda_fault = formula.suffix(&[Fault::DecayAfterRead, Fault::RoundedState, Fault::SiluGate]);
-        let kda_dims: &[usize] = if kda_fault.is_empty() { &[32, 64, 128] } else { &[] };
+        let gate_fault = formula.suffix(&[Fault::SiluGate]);
         let store_fault = formula.suffix(&[Fault::Rotary]);
         let select_fault = formula.suffix(&[Fault::BiasedWeights]);
         Ok(Self {
             load_fp32: modules.kernel("load", "load_rows_fp32")?,
             load_bf16: modules.kernel("load", "load_rows_bf16")?,
             rms_norm: modules.kernel("norm", &typed("rms_norm"))?,
+            rms_norm_stream: modules.kernel("norm", &typed("rms_norm_stream"))?,
             gather: modules.kernel("embed", &typed("gather"))?,
+            gather_widened: modules.kernel("embed", &typed("gather_widened"))?,
             convert_bf16: modules.kernel("elements", "convert_bf16")?,
             silu_mul: modules.kernel("elements", &typed("silu_mul"))?,
             kda_recurrent: modules.kernel("kda_recurrent", &(typed("kda_recurrent") + kda_fault))?,
             kda_conv: modules.kernel("kda_conv", &typed("kda_conv"))?,
             kda_tails: modules.kernel("kda_conv", &typed("kda_tails"))?,
-            kda_gate: modules.kernel("kda_conv", &typed("kda_gate"))?,
-            kda_fast: kda_dims.iter().map(|&dim| KdaFast::load(&modules, suffix, dim)).collect::<Result<_>>()?,
+            kda_gate: modules.kernel("kda_conv", &(typed("kda_gate") + gate_fault))?,
+            kda_fast: [32, 64, 128]
+                .iter()
+                .map(|&dim| KdaFast::load(&modules, suffix, dim, formula))
+                .collect::<Result<_>>()?,
             mla_store: modules.kernel("mla_store", &(typed("mla_store") + store_fault))?,
             mla_attend: modules.kernel("mla_attend", &typed("mla_attend"))?,
             mla_tensor: match precision {
@@ -171,7 +187,19 @@ impl Kernels {
                 DType::Fp32 => Vec::new(),
             },
             moe_combine: modules.kernel("moe_router", &typed("moe_combine"))?,
+            sample_logprobs: ranking(&modules, "sample_logprobs")?,
+            sample_prepare: modules.kernel("sample_draw", "sample_prepare")?,
+            sample_filter: ranking(&modules, "sample_filter")?,
+            sample_draw: modules.kernel("sample_draw", "sample_draw")?,
+            sample_finish: modules.kernel("sample_draw", "sample_finish")?,
             _modules: modules,
         })
     }
+}
+
+/// A kernel that ranks rows of logits.
+fn ranking(modules: &Modules, name: &str) -> Result<Kernel<SampleParams>> {
+    let kernel = modules.kernel("sample_filter", name)?;
+    kernel.allow_shared(RANK_SHARED)?;
+    Ok(kernel)
 }

@@ -13,6 +13,8 @@ mod cache;
 #[cfg(feature = "cuda")]
 mod device;
 #[cfg(feature = "cuda")]
+mod exchange;
+#[cfg(feature = "cuda")]
 mod formula;
 #[cfg(feature = "cuda")]
 mod kernels;
@@ -20,6 +22,8 @@ mod kernels;
 mod loader;
 #[cfg(feature = "cuda")]
 mod module;
+#[cfg(feature = "cuda")]
+mod nccl;
 #[cfg(feature = "cuda")]
 mod ops;
 #[cfg(feature = "cuda")]

@@ -287,3 +287,65 @@ pub(crate) struct MoeCombineParams {
     pub(crate) hidden: u32,
     pub(crate) top_k: u32,
 }
+
+/// `sample/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct SampleRow {
+    pub(crate) temperature: f64,
+    pub(crate) top_p: f64,
+    pub(crate) log_min_p: f64,
+    pub(crate) seed: u64,
+    pub(crate) position: u64,
+    pub(crate) choice: u32,
+    pub(crate) top_k: u32,
+    pub(crate) repetition: f32,
+    pub(crate) frequency: f32,
+    pub(crate) presence: f32,
+    pub(crate) first_change: u32,
+    pub(crate) changes: u32,
+    pub(crate) mask: u32,
+    pub(crate) alternatives: u32,
+    pub(crate) flags: u32,
+}
+
+/// `sample/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct SampleChange {
+    pub(crate) token: u32,
+    pub(crate) output: u32,
+    pub(crate) bias: f32,
+    pub(crate) flags: u32,
+    pub(crate) raw: f32,
+}
+
+/// `sample/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct SampleResult {
+    pub(crate) normaliser: f64,
+    pub(crate) token: u32,
+    pub(crate) status: u32,
+    pub(crate) margin: f32,
+    pub(crate) logprob: f32,
+    pub(crate) found: u32,
+    pub(crate) reserved: u32,
+    pub(crate) tokens: [u32; 20],
+    pub(crate) logprobs: [f32; 20],
+}
+
+/// `sample/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct SampleParams {
+    pub(crate) logits: u64,
+    pub(crate) rows: u64,
+    pub(crate) changes: u64,
+    pub(crate) masks: u64,
+    pub(crate) cuts: u64,
+    pub(crate) parts: u64,
+    pub(crate) results: u64,
+    pub(crate) vocab: u32,
+    pub(crate) parts_per_row: u32,
+}

@@ -32,6 +32,21 @@ impl Grid {
     }
 }
 
+/// Rows in a buffer, by bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pitched<'a> {
+    pub(crate) buffer: &'a Buffer,
+    pub(crate) offset: usize,
+    pub(crate) pitch: usize,
+}
+
+impl Pitched<'_> {
+    /// Address of the first of `rows` rows of `bytes`, after checking that the last lies inside.
+    fn part(&self, bytes: usize, rows: usize) -> Result<u64> {
+        self.buffer.part(self.offset, rows.saturating_sub(1) * self.pitch + bytes)
+    }
+}
+
 /// An ordered queue of device work.
 #[derive(Debug)]
 pub(crate) struct Stream {
@@ -134,6 +149,34 @@ impl Stream {
         self.device.bind()?;
         // SAFETY: both ranges lie inside live allocations.
         unsafe { result::memcpy_dtod_async(target, source, bytes, self.raw) }.map_err(fault("copying on the device"))
+    }
+
+    /// Copies rows of `bytes` between buffers of different pitch within the device.
+    pub(crate) fn copy_rows(&self, from: Pitched<'_>, to: Pitched<'_>, bytes: usize, rows: usize) -> Result<()> {
+        if bytes == 0 || rows == 0 {
+            return Ok(());
+        }
+        let copy = sys::CUDA_MEMCPY2D_st {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE,
+            srcHost: std::ptr::null(),
+            srcDevice: from.part(bytes, rows)?,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: from.pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to.part(bytes, rows)?,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: to.pitch,
+            WidthInBytes: bytes,
+            Height: rows,
+        };
+        self.device.bind()?;
+        // SAFETY: both ranges, first row to last, lie inside live allocations; the driver reads `copy` before it returns.
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.raw) }.result().map_err(fault("copying rows on the device"))
     }
 
     /// Fills a range with a repeated 16-bit pattern; offset and size are even.
@@ -275,5 +318,39 @@ impl Drop for Upload {
                 let _ = sent.wait();
             }
         }
+    }
+}
+
+/// Device results on their way to the host: a device buffer that kernels fill and page-locked memory of the same size.
+#[derive(Debug)]
+pub(crate) struct Download {
+    source: Buffer,
+    pinned: Pinned,
+}
+
+impl Download {
+    pub(crate) fn new(device: &Device, bytes: usize, what: &str) -> Result<Self> {
+        Ok(Self { source: Buffer::new(device, bytes, what)?, pinned: Pinned::new(device, bytes)? })
+    }
+
+    /// Bytes that fit.
+    pub(crate) fn capacity(&self) -> usize {
+        self.source.bytes()
+    }
+
+    /// Where kernels write on the device.
+    pub(crate) fn address(&self) -> u64 {
+        self.source.address()
+    }
+
+    /// The first `bytes`, at most `capacity`, as work queued before left them; waits for it.
+    pub(crate) fn receive(&mut self, stream: &Stream, bytes: usize) -> Result<&[u8]> {
+        let room = self.pinned.as_mut_slice().get_mut(..bytes).ok_or(BackendError::Range {
+            what: "download byte",
+            index: bytes as u64,
+            limit: self.source.bytes() as u64,
+        })?;
+        stream.read(&self.source, 0, room)?;
+        Ok(room)
     }
 }

@@ -127,6 +127,14 @@ impl<B: Backend> Rank<B> {
         self.backend.read(self.model.logits(), rows)
     }
 
+    /// Waits until a step's work is done on the device.
+    ///
+    /// # Errors
+    /// A fault of the device, or a rank lost in the exchange.
+    pub(crate) fn finish(&mut self) -> Result<(), BackendError> {
+        self.backend.finish()
+    }
+
     /// One token for every draw, draw `i` from row `i` of the last step's logits.
     ///
     /// # Errors

@@ -97,7 +97,13 @@ impl<B: Backend> Ranks<B> {
     ) -> Result<StepReport, ExecutorError> {
         self.send(&RankCommand::Step { plan: plan.clone(), forced: forced.clone() })?;
         let mut hooks = LeaderHooks { forced, trace };
-        let own = self.own.step(plan, &mut hooks);
+        let mut own = self.own.step(plan, &mut hooks);
+        if !self.others.is_empty()
+            && let Err(error) = self.own.finish()
+        {
+            // Before the others are waited for: if one of them is gone, this tells at once and by name.
+            own = own.and(Err(error.into()));
+        }
         self.settle(own)
     }
 

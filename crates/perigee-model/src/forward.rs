@@ -95,7 +95,7 @@ impl<B: Backend> Activations<B> {
         let mla = config.mla_shape(tp);
         let mut tensor = |width, precision| backend.tensor(limits.tokens, width, precision);
         Ok(Self {
-            residual: tensor(config.hidden, Precision::Activation)?,
+            residual: tensor(config.hidden, Precision::Full)?,
             normed: tensor(config.hidden, Precision::Activation)?,
             delta: tensor(config.hidden, Precision::Activation)?,
             queries: tensor(mla.heads * mla.cache_width(), Precision::Full)?,

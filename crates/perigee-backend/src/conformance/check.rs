@@ -9,8 +9,10 @@ use super::report::{CaseReport, Measure, Outcome};
 /// What is compared; each has a limit of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Quantity {
-    /// An RMS norm, or a sum of two streams.
+    /// An RMS norm.
     Norm,
+    /// The residual stream after a sum, which is full precision.
+    Stream,
     /// A product with a weight matrix, and a gated MLP.
     Product,
     /// Logits.
@@ -50,16 +52,16 @@ pub(super) struct Limit {
 /// chains some five of them, and a KDA state sums up to 200 tokens of them: measured 1e-6 to 3e-6, limit 1e-5. Rows that
 /// cancel err more: five times the limit of the whole. Logits and merges are a single sum.
 ///
-/// bfloat16: one rounding is off by at most 2^-9 = 0.002, by 0.0011 in the mean over a tensor. A norm rounds twice, and a
+/// bfloat16: one rounding is off by at most 2^-9 = 0.002, by 0.0011 in the mean over a tensor. A norm rounds once or twice, and a
 /// cached latent or a convolution input once or twice: measured 0.0025. A product of rounded factors is rounded again:
 /// 0.005. A mixer rounds inputs, projections, gates and outputs, and some of these roundings pass through the softmax or the
 /// decay: measured up to 0.013 by the CPU backend; the limits leave a device that also rounds attention weights or chunk
 /// matrices a factor of two, and are still well below what formula faults make. A KDA token whose q and k are nearly
 /// orthogonal, under a decay that leaves nothing else, is all cancellation, which the output norm then scales up: its row
-/// may err tenfold. What stays in float32 (logits of given activations, merges) keeps a float32 limit.
+/// may err tenfold. What stays in float32 (logits of given activations, merges, the residual stream) keeps a float32 limit.
 pub(super) fn limit(quantity: Quantity, dtype: DType) -> Limit {
     let (whole, row) = match (dtype, quantity) {
-        (_, Quantity::Merge) => (2e-6, 1e-5),
+        (_, Quantity::Merge | Quantity::Stream) => (2e-6, 1e-5),
         (DType::Fp32, Quantity::Norm | Quantity::Logits) => (2e-6, 1e-5),
         (DType::Fp32, Quantity::LogSumExp) => (1e-5, 1e-5),
         (DType::Fp32, _) => (1e-5, 5e-5),

@@ -14,6 +14,7 @@ mod mla_bench;
 mod mla_others;
 mod reference;
 mod report;
+mod sampling;
 mod stream;
 
 use crate::error::Result;
@@ -83,6 +84,7 @@ pub fn cases<F: Factory>() -> Vec<Case<F>> {
     cases.extend(experts::cases());
     cases.extend(kda::cases());
     cases.extend(mla::cases());
+    cases.extend(sampling::cases());
     cases.extend(cache::cases());
     cases
 }

@@ -52,7 +52,7 @@ fn norm<F: Factory>(factory: &mut F, checks: &mut Checks, width: usize, origin: 
     let weight = WeightDraw::new(1, origin).uniform("norm", &[width], DType::Bf16, [0.5, 1.5]);
     let (mut h, norm) =
         Harness::open(factory, small_cache(), |backend: &mut F::B| backend.load_norm(&weight.slice(), EPS))?;
-    let (mut x, mut residual) = (h.activations(width)?, h.activations(width)?);
+    let (mut x, mut residual) = (h.activations(width)?, h.full(width)?);
     let mut out = h.activations(width)?;
     let mut draw = Draw::new(2);
     let normed = |x: &[f64]| -> Vec<f64> {
@@ -62,16 +62,17 @@ fn norm<F: Factory>(factory: &mut F, checks: &mut Checks, width: usize, origin: 
         let values = rows_of_all_sizes(&mut draw, rows, width, h.activation);
         let stream = rows_of_all_sizes(&mut draw, rows, width, h.activation);
         h.begin_count(rows)?;
-        h.upload(&mut x, &values)?;
-        h.backend.rms_norm(&x, &norm, &mut out)?;
+        h.upload(&mut residual, &values)?;
+        h.backend.rms_norm(&residual, &norm, &mut out)?;
         let found = h.backend.read(&out, rows)?;
         checks.close(&format!("norm of {rows} rows"), Quantity::Norm, width, &found, &normed(&values));
 
+        h.upload(&mut x, &values)?;
         h.upload(&mut residual, &stream)?;
         h.backend.add_rms_norm(&mut residual, &x, &norm, &mut out)?;
         let sum: Vec<f64> = stream.iter().zip(&values).map(|(a, b)| a + b).collect();
         let found = h.backend.read(&residual, rows)?;
-        checks.close(&format!("stream of {rows} rows"), Quantity::Norm, width, &found, &sum);
+        checks.close(&format!("stream of {rows} rows"), Quantity::Stream, width, &found, &sum);
         let found = h.backend.read(&out, rows)?;
         checks.close(&format!("norm of the stream of {rows} rows"), Quantity::Norm, width, &found, &normed(&sum));
     }
@@ -83,7 +84,7 @@ fn embed<F: Factory>(factory: &mut F, checks: &mut Checks, origin: Origin, first
     let table = WeightDraw::new(3, origin).normal("embed_tokens", &[rows, width], 1.0);
     let (mut h, embedding) =
         Harness::open(factory, small_cache(), |backend: &mut F::B| backend.load_embedding(&table.slice(), first))?;
-    let mut out = h.activations(width)?;
+    let mut out = h.full(width)?;
     let edges = [0, first, first + rows - 1, (first + rows) % VOCAB, VOCAB - 1, first.saturating_sub(1)];
     let mut draw = Draw::new(4);
     let mut tokens: Vec<u32> = edges.into_iter().map(|token| token as u32).collect();

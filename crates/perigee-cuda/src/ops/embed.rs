@@ -1,6 +1,6 @@
 //! Embedding rows of the step's tokens.
 
-use perigee_backend::{BackendError, Result, TensorSlice};
+use perigee_backend::{BackendError, DType, Result, TensorSlice};
 
 use crate::backend::CudaBackend;
 use crate::loader::{Loader, Placement};
@@ -35,7 +35,7 @@ impl CudaBackend {
     }
 
     pub(crate) fn embed_run(&self, table: &Embedding, out: &Tensor) -> Result<()> {
-        out.expect("embed output", self.tokens(), table.table.pitch, self.precision)?;
+        out.expect("embed output", self.tokens(), table.table.pitch, DType::Fp32)?;
         let params = GatherParams {
             table: table.table.address(),
             indices: self.step.tokens.address,
@@ -45,6 +45,6 @@ impl CudaBackend {
             width: table.table.pitch as u32,
             reserved: 0,
         };
-        self.stream.launch(&self.kernels.gather, Grid::new(self.tokens(), 1, 256), &params)
+        self.stream.launch(&self.kernels.gather_widened, Grid::new(self.tokens(), 1, 256), &params)
     }
 }

@@ -2,7 +2,7 @@
 //! and the output projection.
 
 use perigee_backend::weights::KdaWeights;
-use perigee_backend::{BackendError, KdaShape, Result, TensorSlice};
+use perigee_backend::{BackendError, DType, KdaShape, Result, TensorSlice};
 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
@@ -66,7 +66,7 @@ impl CudaBackend {
         let element = self.precision.bytes();
         let chunk = self.kda_fast(dim).map_or(0, |_| chunk_bytes(shape, element));
         self.scratch.require(Need {
-            per_token: (width + 6 * channels) * element + chunk.div_ceil(CHUNK_TOKENS),
+            per_token: (width + 4 * channels) * element + 2 * channels * 4 + chunk.div_ceil(CHUNK_TOKENS),
             fixed: (MORE_CHUNKS + 1) * chunk + 16 * 256,
         });
         Ok(Kda {
@@ -103,11 +103,7 @@ impl CudaBackend {
         x.expect("kda_mixer input", tokens, shape.hidden, self.precision)?;
         out.expect("kda_mixer output", tokens, shape.hidden, self.precision)?;
         let (channels, width, element) = (layer.channels(), layer.projection.rows, self.precision.bytes());
-        self.scratch.reset();
-        let projected = self.scratch.take(tokens * width * element)?;
-        let gates = self.scratch.take(tokens * 2 * channels * element)?;
-        let mixed = self.scratch.take(tokens * channels * element)?;
-
+        let [projected, gates, mixed] = self.kda_places(layer)?;
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
         let operands = Operands { input: x.address(), weight: layer.projection.address(), out: projected };
         self.blas.run(&self.stream, &product, operands)?;
@@ -118,26 +114,52 @@ impl CudaBackend {
             input_stride: shape.head_dim,
             weight_stride: channels * shape.head_dim,
             out_stride: channels,
+            result: DType::Fp32,
             ..Product::dense(tokens, shape.head_dim, channels, self.precision)
         };
         let input = projected + (3 * channels * element) as u64;
         self.blas.run(&self.stream, &product, Operands { input, weight: layer.gates.address(), out: gates })?;
 
-        let params = self.kda_params(layer, index, [projected, gates, mixed])?;
-        match self.kda_fast(shape.head_dim) {
-            Some(fast) => {
-                self.kda_decode(fast, &params)?;
-                self.kda_prefill(fast, &params)?;
-            }
-            None => {
-                self.kda_recurrent(&params, self.step.decode_rows)?;
-                self.kda_recurrent(&params, self.step.prefill_rows)?;
-            }
-        }
-
+        self.kda_kernels(layer, index, [projected, gates, mixed])?;
         let product = Product::dense(tokens, channels, shape.hidden, self.precision);
         let operands = Operands { input: mixed, weight: layer.output.address(), out: out.address() };
         self.blas.run(&self.stream, &product, operands)
+    }
+
+    /// Working memory: the input's products, the gates, and what goes into the output product.
+    fn kda_places(&mut self, layer: &Kda) -> Result<[u64; 3]> {
+        let (tokens, element) = (self.tokens(), self.precision.bytes());
+        self.scratch.reset();
+        Ok([
+            self.scratch.take(tokens * layer.projection.rows * element)?,
+            self.scratch.take(tokens * 2 * layer.channels() * 4)?,
+            self.scratch.take(tokens * layer.channels() * element)?,
+        ])
+    }
+
+    /// Everything between the products.
+    fn kda_kernels(&mut self, layer: &Kda, index: usize, places: [u64; 3]) -> Result<()> {
+        let params = self.kda_params(layer, index, places)?;
+        match self.kda_fast(layer.shape.head_dim) {
+            Some(fast) => {
+                self.kda_decode(fast, &params)?;
+                self.kda_prefill(fast, &params)
+            }
+            None => {
+                self.kda_recurrent(&params, self.step.decode_rows)?;
+                self.kda_recurrent(&params, self.step.prefill_rows)
+            }
+        }
+    }
+
+    /// The KDA mixer without its products, on what the last `kda_mixer` of this step left in working memory: for
+    /// measurements beside implementations that have no products.
+    ///
+    /// # Errors
+    /// As the mixer's.
+    pub fn kda_without_products(&mut self, layer: &Kda, index: usize) -> Result<()> {
+        let places = self.kda_places(layer)?;
+        self.kda_kernels(layer, index, places)
     }
 
     fn kda_params(&self, layer: &Kda, index: usize, [projected, gates, mixed]: [u64; 3]) -> Result<KdaParams> {

@@ -5,6 +5,7 @@ use perigee_backend::{BackendError, DType, Result, TensorSlice};
 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
+use crate::exchange::Exchange;
 use crate::params::GatherParams;
 use crate::scratch::Need;
 use crate::stream::Grid;
@@ -22,17 +23,23 @@ impl Head {
     pub(crate) fn counts(&self) -> &[usize] {
         &self.counts
     }
+
+    /// Rows of the rank that has most.
+    pub(crate) fn most_rows(&self) -> usize {
+        self.counts.iter().copied().max().unwrap_or(0)
+    }
 }
 
 impl CudaBackend {
     pub(crate) fn head_load(&mut self, rows: &TensorSlice<'_>, counts: &[usize]) -> Result<Head> {
         let weight = self.load_matrix(rows)?;
-        let rank = self.group.rank();
-        if counts.len() != self.group.size() || counts.get(rank) != Some(&weight.rows) {
+        let rank = self.exchange.rank();
+        if counts.len() != self.exchange.size() || counts.get(rank) != Some(&weight.rows) {
             return Err(BackendError::shape(format!("rows of {} by rank", rows.name), counts, &[weight.rows]));
         }
         let vocabulary: usize = counts.iter().sum();
-        let mine = if counts.len() > 1 { weight.rows * 4 } else { 0 };
+        let through_host = matches!(self.exchange, Exchange::Host(_));
+        let mine = if through_host { weight.rows * 4 } else { 0 };
         self.scratch.require(Need { per_token: weight.pitch * self.precision.bytes() + mine, fixed: 1024 });
         if vocabulary == 0 {
             return Err(BackendError::shape(&rows.name, &[1, weight.pitch], &rows.shape));
@@ -62,12 +69,8 @@ impl CudaBackend {
         self.stream.launch(&self.kernels.gather, Grid::new(wanted, 1, 256), &params)?;
         let product =
             Product { result: DType::Fp32, ..Product::dense(wanted, width, head.weight.rows, self.precision) };
-        let alone = head.counts.len() == 1;
-        let target = if alone { out.address() } else { self.scratch.take(wanted * head.weight.rows * 4)? };
+        let target = self.logits_place(head, wanted, out)?;
         self.blas.run(&self.stream, &product, Operands { input: rows, weight: head.weight.address(), out: target })?;
-        if alone {
-            return Ok(());
-        }
         self.gather_logits(head, wanted, target, out)
     }
 }

@@ -9,3 +9,4 @@ pub(crate) mod mlp;
 pub(crate) mod moe;
 pub(crate) mod norm;
 pub(crate) mod reduce;
+pub(crate) mod sample;

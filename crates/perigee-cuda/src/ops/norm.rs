@@ -1,9 +1,10 @@
 //! RMS norms, alone or after adding to the residual stream.
 
-use perigee_backend::{Result, TensorSlice};
+use perigee_backend::{DType, Result, TensorSlice};
 
 use crate::backend::CudaBackend;
 use crate::buffer::Buffer;
+use crate::module::Kernel;
 use crate::params::NormParams;
 use crate::stream::Grid;
 use crate::tensor::Tensor;
@@ -32,7 +33,12 @@ impl CudaBackend {
         Ok(Norm { weight: self.loader.vector(&self.stream, &self.kernels, weight)?, width, eps })
     }
 
+    /// A norm of activations.
     pub(crate) fn norm_rows(&self, norm: &Norm, rows: &NormRows) -> Result<()> {
+        self.norm_launch(&self.kernels.rms_norm, norm, rows)
+    }
+
+    fn norm_launch(&self, kernel: &Kernel<NormParams>, norm: &Norm, rows: &NormRows) -> Result<()> {
         let params = NormParams {
             residual: rows.residual,
             delta: rows.delta,
@@ -44,20 +50,24 @@ impl CudaBackend {
             eps: norm.eps,
         };
         let threads = norm.width.div_ceil(4).next_multiple_of(32).clamp(32, 512) as u32;
-        self.stream.launch(&self.kernels.rms_norm, Grid::new(rows.rows, 1, threads), &params)
+        self.stream.launch(kernel, Grid::new(rows.rows, 1, threads), &params)
     }
 
-    pub(crate) fn norm_run(&self, x: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
-        x.expect("rms_norm input", self.tokens(), norm.width, self.precision)?;
+    /// A norm of the residual stream.
+    pub(crate) fn norm_run(&self, stream: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
+        stream.expect("residual", self.tokens(), norm.width, DType::Fp32)?;
         out.expect("rms_norm output", self.tokens(), norm.width, self.precision)?;
-        self.norm_rows(norm, &self.rows_of(x.address(), 0, out.address(), norm.width))
+        let rows = self.rows_of(stream.address(), 0, out.address(), norm.width);
+        self.norm_launch(&self.kernels.rms_norm_stream, norm, &rows)
     }
 
-    pub(crate) fn norm_add_run(&self, residual: &Tensor, delta: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
-        for (what, tensor) in [("residual", residual), ("delta", delta), ("add_rms_norm output", out)] {
+    pub(crate) fn norm_add_run(&self, stream: &Tensor, delta: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
+        stream.expect("residual", self.tokens(), norm.width, DType::Fp32)?;
+        for (what, tensor) in [("delta", delta), ("add_rms_norm output", out)] {
             tensor.expect(what, self.tokens(), norm.width, self.precision)?;
         }
-        self.norm_rows(norm, &self.rows_of(residual.address(), delta.address(), out.address(), norm.width))
+        let rows = self.rows_of(stream.address(), delta.address(), out.address(), norm.width);
+        self.norm_launch(&self.kernels.rms_norm_stream, norm, &rows)
     }
 
     fn rows_of(&self, residual: u64, delta: u64, out: u64, width: usize) -> NormRows {

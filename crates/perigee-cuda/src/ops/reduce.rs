@@ -1,9 +1,10 @@
-//! Exchange among the ranks of the group through host memory: right for any group, and the only way until ranks share a
-//! device-side communicator. A group of one moves nothing.
+//! Exchange among the ranks of the group: sums of activations and the gather of logits, on the device or through host memory
+//! as `exchange.rs` chose. A group of one moves nothing.
 
 use perigee_backend::{BackendError, DType, Result};
 
 use crate::backend::CudaBackend;
+use crate::exchange::Exchange;
 use crate::ops::logits::Head;
 use crate::tensor::Tensor;
 
@@ -18,24 +19,44 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 
 impl CudaBackend {
     pub(crate) fn all_reduce_run(&mut self, x: &mut Tensor) -> Result<()> {
-        if self.group.size() == 1 {
-            return Ok(());
-        }
         let rows = self.tokens().min(x.rows);
+        match &self.exchange {
+            Exchange::Alone => return Ok(()),
+            Exchange::Nccl(nccl) => return nccl.all_reduce(&self.stream, x.address(), rows * x.width, x.dtype),
+            Exchange::Host(_) => {}
+        }
         let mut values = self.read_rows(x, rows)?;
-        self.group.all_reduce(&mut values).map_err(failed)?;
+        if let Exchange::Host(group) = &mut self.exchange {
+            group.all_reduce(&mut values).map_err(failed)?;
+        }
         self.write_rows(x, &values)
     }
 
-    /// Logits of all ranks, row by row, from this rank's part at `mine` on the device.
+    /// Where this rank's part of the logits is to be written, [rows, its rows of the head].
+    pub(crate) fn logits_place(&mut self, head: &Head, rows: usize, out: &Tensor) -> Result<u64> {
+        match &mut self.exchange {
+            Exchange::Alone => Ok(out.address()),
+            Exchange::Nccl(nccl) => nccl.gather_place(&self.stream, rows * head.most_rows()),
+            Exchange::Host(group) => self.scratch.take(rows * head.counts()[group.rank()] * 4),
+        }
+    }
+
+    /// Logits of all ranks, row by row, once this rank's part is at its place.
     pub(crate) fn gather_logits(&mut self, head: &Head, rows: usize, mine: u64, out: &mut Tensor) -> Result<()> {
         let counts = head.counts();
-        let width = counts[self.group.rank()];
+        let group = match &mut self.exchange {
+            Exchange::Alone => return Ok(()),
+            Exchange::Nccl(nccl) => {
+                return nccl.gather_rows(&self.stream, (rows, rows * head.most_rows()), counts, &out.buffer);
+            }
+            Exchange::Host(group) => group,
+        };
+        let width = counts[group.rank()];
         let part = self.scratch.read(&self.stream, mine, rows * width * 4)?;
         let part = floats(&part);
         let shares: Vec<usize> = counts.iter().map(|count| count * rows).collect();
         let mut gathered = vec![0.0; shares.iter().sum()];
-        self.group.all_gather(&part, &shares, &mut gathered).map_err(failed)?;
+        group.all_gather(&part, &shares, &mut gathered).map_err(failed)?;
         // Ranks follow each other in the gathered values; a row of logits needs its pieces side by side.
         let mut values = Vec::with_capacity(gathered.len());
         for row in 0..rows {
@@ -59,6 +80,14 @@ impl CudaBackend {
                 bytes.chunks_exact(2).map(|pair| half::bf16::from_le_bytes([pair[0], pair[1]]).to_f32()).collect()
             }
         })
+    }
+
+    /// One row of a float32 tensor.
+    pub(crate) fn read_row(&self, tensor: &Tensor, row: usize) -> Result<Vec<f32>> {
+        tensor.expect("row read", row + 1, tensor.width, DType::Fp32)?;
+        let mut values = vec![0.0f32; tensor.width];
+        self.stream.read(&tensor.buffer, row * tensor.width * 4, bytemuck::cast_slice_mut(&mut values))?;
+        Ok(values)
     }
 
     /// Overwrites the first rows of a tensor.

@@ -5,7 +5,7 @@
 struct GatherParams {
   const void* table;       // [rows][width] T
   const uint32_t* indices; // [gridDim.x]; row number, counted from `first`
-  void* out;               // [gridDim.x][width] T; zero where the index lies outside the table
+  void* out;               // [gridDim.x][width] T, or float32 where widened; zero where the index lies outside the table
   uint32_t first;
   uint32_t rows;
   uint32_t width;

@@ -2,6 +2,7 @@
 // recurrent and the chunked kernels, so that both round at the same places.
 #pragma once
 #include "common/common.cuh"
+#include "common/faults.cuh"
 #include "kda/params.h"
 
 // Index of the first state element of a head in a slot.
@@ -37,10 +38,9 @@ __device__ __forceinline__ float convolved(const KdaParams& p, const KdaRow& row
 }
 
 // Log decay of a key channel (0 .. P) for a token of the step.
-template <class T>
 __device__ __forceinline__ float log_decay(const KdaParams& p, uint32_t token, uint32_t channel) {
   const uint64_t pitch = 2ull * p.heads * p.head_dim;
-  const float z = widen(static_cast<const T*>(p.gates)[token * pitch + channel]) + p.dt_bias[channel];
+  const float z = p.gates[token * pitch + channel] + p.dt_bias[channel];
   return -expf(p.a_log[channel / p.head_dim]) * softplus(z);
 }
 
@@ -52,8 +52,9 @@ __device__ __forceinline__ float write_strength(const KdaParams& p, uint32_t tok
 }
 
 // Output gate of a value channel (0 .. P) for a token of the step.
-template <class T>
+template <Fault kFault = Fault::kNone>
 __device__ __forceinline__ float output_gate(const KdaParams& p, uint32_t token, uint32_t channel) {
   const uint64_t width = static_cast<uint64_t>(p.heads) * p.head_dim;
-  return sigmoid(widen(static_cast<const T*>(p.gates)[token * 2 * width + width + channel]));
+  const float z = p.gates[token * 2 * width + width + channel];
+  return kFault == Fault::kSiluGate ? silu(z) : sigmoid(z);
 }

@@ -84,7 +84,7 @@ __device__ __forceinline__ void load_chunk(const KdaParams& p, Shared<T, kDim>& 
     for (int i = 0; i < kBlock; i++) {
       // Rows beyond the chunk read its last token and count for nothing.
       const uint32_t at = block * kBlock + i;
-      z[i] = log_decay<T>(p, first + min(at, tokens - 1), head * kDim + c) * kLog2e;
+      z[i] = log_decay(p, first + min(at, tokens - 1), head * kDim + c) * kLog2e;
       if (at >= tokens) z[i] = 0.0f;
     }
     float sum = 0.0f;
@@ -108,16 +108,17 @@ __device__ __forceinline__ void load_chunk(const KdaParams& p, Shared<T, kDim>& 
 
 // One row against the 16 columns of one block, pair by pair: e^{G_i - G_j} is formed directly and never above 1. Lane j gets
 // the sum for q, lane 16 + j the one for k.
-template <class T, int kDim>
+template <class T, int kDim, Fault kFault>
 __device__ __forceinline__ float pairwise_row(const Shared<T, kDim>& s, int i, int block, uint32_t lane) {
   constexpr int kSpan = kDim / kWarp;
-  float q[kSpan], k[kSpan], g[kSpan];
+  float q[kSpan], k[kSpan], g[kSpan], g_read[kSpan];
 #pragma unroll
   for (int e = 0; e < kSpan; e++) {
     const int c = e * kWarp + lane;
     q[e] = widen(s.query[i][c]);
     k[e] = widen(s.key[i][c]);
     g[e] = s.decay[i][c];
+    g_read[e] = kFault != Fault::kDecayAfterRead ? g[e] : i > 0 ? s.decay[i - 1][c] : 0.0f;
   }
   float sums[kWarp];
 #pragma unroll
@@ -130,7 +131,8 @@ __device__ __forceinline__ float pairwise_row(const Shared<T, kDim>& s, int i, i
         const int c = e * kWarp + lane;
         const float factor = widen(s.key[row][c]) * exp2f(g[e] - s.decay[row][c]);
         q_sum += q[e] * factor;
-        k_sum += k[e] * factor;
+        // With row == i the sum is not used.
+        k_sum += k[e] * (kFault == Fault::kDecayAfterRead ? widen(s.key[row][c]) * exp2f(g_read[e] - s.decay[row][c]) : factor);
       }
     }
     sums[j] = q_sum;
@@ -230,7 +232,7 @@ __device__ __forceinline__ void solve_column(const S& s, float* solved, int pitc
   }
 }
 
-template <class T, int kDim>
+template <class T, int kDim, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void prepare(const KdaParams& p) {
   extern __shared__ uint4 dynamic[];
   Shared<T, kDim>& s = *reinterpret_cast<Shared<T, kDim>*>(dynamic);
@@ -248,7 +250,7 @@ __device__ __forceinline__ void prepare(const KdaParams& p) {
     const int diagonal = i / kBlock;
 #pragma unroll 1
     for (int block = kTensorCores ? diagonal : 0; block <= diagonal; block++) {
-      const float sum = pairwise_row<T, kDim>(s, i, block, lane);
+      const float sum = pairwise_row<T, kDim, kFault>(s, i, block, lane);
       store_pair(s, attention, i, block * kBlock + lane % kBlock, lane < kBlock, sum);
     }
     for (int j = (diagonal + 1) * kBlock + lane; j < kChunk; j += kWarp) attention[i * kChunk + j] = narrow<T>(0.0f);
@@ -292,8 +294,11 @@ __device__ __forceinline__ void prepare(const KdaParams& p) {
     });
   } else if (threadIdx.x < 2 * kDim) {
     const uint32_t c = threadIdx.x - kDim;
+    float before = 0.0f;  // rows are asked for in order, and overwritten by the solution
     solve_column(s, &s.decay[0][c], kPitch, [&](int i) {
-      return s.strength[i] * s.key_factor[i] * widen(s.key[i][c]) * exp2f(s.decay[i][c]);
+      const float g = kFault == Fault::kDecayAfterRead ? before : s.decay[i][c];
+      if (kFault == Fault::kDecayAfterRead) before = s.decay[i][c];
+      return s.strength[i] * s.key_factor[i] * widen(s.key[i][c]) * exp2f(g);
     });
   }
   __syncthreads();
@@ -317,6 +322,16 @@ KDA_CHUNK(float, fp32, 128)
 KDA_CHUNK(bf16, bf16, 32)
 KDA_CHUNK(bf16, bf16, 64)
 KDA_CHUNK(bf16, bf16, 128)
+
+#ifdef PERIGEE_PLANTED_FAULTS
+#define KDA_CHUNK_FAULT(dim)                                                                                                          \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1) kda_chunk_fp32_##dim##_decay_after_read(const __grid_constant__ KdaParams p) { \
+    prepare<float, dim, Fault::kDecayAfterRead>(p);                                                                                   \
+  }
+KDA_CHUNK_FAULT(32)
+KDA_CHUNK_FAULT(64)
+KDA_CHUNK_FAULT(128)
+#endif
 
 // Sizes of the dynamic shared memory, as the launcher computes them.
 static_assert(sizeof(Shared<bf16, 128>) == 64 * 132 * 4 + 64 * 136 * 2 + 64 * 132 * 4 + 64 * 64 * 4 + 3 * 64 * 4 + 4 * 128 * 4, "launcher's size");

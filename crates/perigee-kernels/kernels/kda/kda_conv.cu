@@ -57,7 +57,7 @@ __device__ __forceinline__ void move_tails(const KdaParams& p) {
 }
 
 // One block a chunk, one warp a (token, head) at a time, in place: o is normed, weighted and gated.
-template <class T>
+template <class T, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void gate_output(const KdaParams& p) {
   const KdaChunk chunk = p.chunks[blockIdx.x];
   const uint32_t first = p.rows[chunk.row].first_token + chunk.first;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void gate_output(const KdaParams& p) {
     }
     const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(p.head_dim) + p.eps);
     for (uint32_t i = lane; i < p.head_dim; i += kWarp) {
-      row[i] = narrow<T>(widen(row[i]) * scale * p.o_norm[i] * output_gate<T>(p, token, head * p.head_dim + i));
+      row[i] = narrow<T>(widen(row[i]) * scale * p.o_norm[i] * output_gate<kFault>(p, token, head * p.head_dim + i));
     }
   }
 }
@@ -85,3 +85,6 @@ extern "C" __global__ void __launch_bounds__(256) kda_tails_fp32(const __grid_co
 extern "C" __global__ void __launch_bounds__(256) kda_tails_bf16(const __grid_constant__ KdaParams p) { move_tails<bf16>(p); }
 extern "C" __global__ void __launch_bounds__(256) kda_gate_fp32(const __grid_constant__ KdaParams p) { gate_output<float>(p); }
 extern "C" __global__ void __launch_bounds__(256) kda_gate_bf16(const __grid_constant__ KdaParams p) { gate_output<bf16>(p); }
+#ifdef PERIGEE_PLANTED_FAULTS
+extern "C" __global__ void __launch_bounds__(256) kda_gate_fp32_silu_gate(const __grid_constant__ KdaParams p) { gate_output<float, Fault::kSiluGate>(p); }
+#endif

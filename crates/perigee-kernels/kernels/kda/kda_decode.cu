@@ -6,7 +6,7 @@
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-template <class T, int kDim>
+template <class T, int kDim, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void decode(const KdaParams& p) {
   constexpr int kRowLanes = kDim / 4;               // lanes that hold one state row, four columns each
   constexpr int kWarpRows = kWarp / kRowLanes;      // state rows of a warp at a time
@@ -52,9 +52,9 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
         tails[static_cast<uint64_t>(tail) * 3 * width] = narrow<T>(conv_input<T>(p, row, at, which * width + channel));
       }
     } else if (which == 3) {
-      decay[c] = expf(log_decay<T>(p, token, channel));
+      decay[c] = expf(log_decay(p, token, channel));
     } else {
-      gate[c] = p.o_norm[c] * output_gate<T>(p, token, channel);
+      gate[c] = p.o_norm[c] * output_gate<kFault>(p, token, channel);
     }
   }
   q_squares = warp_sum(q_squares);
@@ -91,14 +91,16 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
   for (int r = 0; r < kRows; r++) {
     const uint32_t c = first_row + r * kStep;
     const float d = decay[c], k = key[c] * k_factor;
+    float4 seen = state[r];
     state[r].x *= d;
     state[r].y *= d;
     state[r].z *= d;
     state[r].w *= d;
-    read.x += k * state[r].x;
-    read.y += k * state[r].y;
-    read.z += k * state[r].z;
-    read.w += k * state[r].w;
+    if (kFault != Fault::kDecayAfterRead) seen = state[r];
+    read.x += k * seen.x;
+    read.y += k * seen.y;
+    read.z += k * seen.z;
+    read.w += k * seen.w;
   }
   gather(read, 0);
   float4 delta = *reinterpret_cast<const float4*>(&value[column]);
@@ -121,7 +123,9 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
     state[r].y += k * delta.y;
     state[r].z += k * delta.z;
     state[r].w += k * delta.w;
-    *reinterpret_cast<float4*>(target + r * kStep * kDim) = state[r];
+    float4 kept = state[r];
+    if (kFault == Fault::kRoundedState) kept = {rounded<bf16>(kept.x), rounded<bf16>(kept.y), rounded<bf16>(kept.z), rounded<bf16>(kept.w)};
+    *reinterpret_cast<float4*>(target + r * kStep * kDim) = kept;
     out.x += q * state[r].x;
     out.y += q * state[r].y;
     out.z += q * state[r].z;
@@ -157,3 +161,17 @@ KDA_DECODE(float, fp32, 128)
 KDA_DECODE(bf16, bf16, 32)
 KDA_DECODE(bf16, bf16, 64)
 KDA_DECODE(bf16, bf16, 128)
+
+#ifdef PERIGEE_PLANTED_FAULTS
+#define KDA_DECODE_FAULT(suffix, fault, dim)                                                                                       \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2) kda_decode_fp32_##dim##_##suffix(const __grid_constant__ KdaParams p) { \
+    decode<float, dim, fault>(p);                                                                                                  \
+  }
+#define KDA_DECODE_FAULTS(dim)                                         \
+  KDA_DECODE_FAULT(decay_after_read, Fault::kDecayAfterRead, dim)      \
+  KDA_DECODE_FAULT(rounded_state, Fault::kRoundedState, dim)           \
+  KDA_DECODE_FAULT(silu_gate, Fault::kSiluGate, dim)
+KDA_DECODE_FAULTS(32)
+KDA_DECODE_FAULTS(64)
+KDA_DECODE_FAULTS(128)
+#endif

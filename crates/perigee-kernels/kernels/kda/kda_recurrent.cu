@@ -1,7 +1,6 @@
 // The KDA recurrence token by token, for any head size up to 1024 and any number of taps: the fallback for shapes that the
 // fast kernels do not have. One block a (row, head); thread j owns value channel j, and with it column j of the state, which
 // stays in memory (the second-level cache, for short rows).
-#include "common/faults.cuh"
 #include "kda/inputs.cuh"
 
 constexpr int kMaxDim = 1024;
@@ -35,7 +34,7 @@ __device__ __forceinline__ void recurrent(const KdaParams& p) {
     if (active) {
       query[j] = q / sqrtf(q_squares + 1e-6f) * p.query_scale;
       key[j] = k / sqrtf(k_squares + 1e-6f);
-      decay[j] = expf(log_decay<T>(p, token, channel));
+      decay[j] = expf(log_decay(p, token, channel));
     }
     __syncthreads();
     float output = 0.0f;
@@ -56,10 +55,7 @@ __device__ __forceinline__ void recurrent(const KdaParams& p) {
     const float mean = block_sum(output * output, scratch) / static_cast<float>(dim);
     if (active) {
       const float normed = output / sqrtf(mean + p.eps) * p.o_norm[j];
-      float gate = output_gate<T>(p, token, channel);
-      if (kFault == Fault::kSiluGate) {
-        gate *= widen(static_cast<const T*>(p.gates)[static_cast<uint64_t>(token) * 2 * width + width + channel]);
-      }
+      const float gate = output_gate<kFault>(p, token, channel);
       static_cast<T*>(p.mixed)[static_cast<uint64_t>(token) * width + channel] = narrow<T>(normed * gate);
     }
   }

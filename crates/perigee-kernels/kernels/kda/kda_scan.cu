@@ -22,7 +22,7 @@ __device__ __forceinline__ Place place(const KdaParams& p) {
 }
 
 // Float32: a thread owns one column; its warp owns 16 rows of Delta and O and a quarter of the state's rows.
-template <int kDim>
+template <int kDim, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void scan_fp32(const KdaParams& p) {
   __shared__ float state[kDim][kColumns];
   __shared__ float delta[kChunk][kColumns];
@@ -58,7 +58,7 @@ __device__ __forceinline__ void scan_fp32(const KdaParams& p) {
     for (int c = part; c < kDim; c += kParts) {
       float sum = p.decay[entry * kDim + c] * state[c][column];
       for (int i = 0; i < kChunk; i++) sum += key[i * kDim + c] * delta[i][column];
-      state[c][column] = sum;
+      state[c][column] = kFault == Fault::kRoundedState ? rounded<bf16>(sum) : sum;
     }
     __syncthreads();
   }
@@ -279,6 +279,17 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
 KDA_SCAN(32)
 KDA_SCAN(64)
 KDA_SCAN(128)
+
+#ifdef PERIGEE_PLANTED_FAULTS
+// Once a chunk: the state of the tokens within it exists nowhere.
+#define KDA_SCAN_FAULT(dim)                                                                                                       \
+  extern "C" __global__ void __launch_bounds__(kThreads) kda_scan_fp32_##dim##_rounded_state(const __grid_constant__ KdaParams p) { \
+    scan_fp32<dim, Fault::kRoundedState>(p);                                                                                      \
+  }
+KDA_SCAN_FAULT(32)
+KDA_SCAN_FAULT(64)
+KDA_SCAN_FAULT(128)
+#endif
 
 // Size of the dynamic shared memory, as the launcher computes it.
 static_assert(sizeof(ScanShared<128>) == 2 * (3 * 64 * 136 + 64 * 72) * 2 + (128 + 64) * 40 * 2, "launcher's size");

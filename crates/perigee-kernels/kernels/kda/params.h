@@ -19,7 +19,7 @@ struct KdaChunk {
 
 struct KdaParams {
   const void* projected;  // [tokens][projected_pitch] T: q, k, v of P each before the convolution, f_a, g_a, then b of heads
-  const void* gates;      // [tokens][2 P] T: pre-activation of the decay without dt_bias, then of the output gate
+  const float* gates;     // [tokens][2 P]: pre-activation of the decay without dt_bias, then of the output gate
   const float* conv;      // [taps][3 P], the last tap is the current token's
   const float* dt_bias;   // [P]
   const float* a_log;     // [heads]

@@ -32,7 +32,7 @@ __device__ __forceinline__ void store(const MlaStoreParams& p) {
   const float mean = block_sum(squares, scratch) / static_cast<float>(p.latent);
   const float scale = 1.0f / sqrtf(mean + p.eps);
   for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) {
-    page[i] = i < p.latent ? narrow<T>(rounded<T>(widen(source[i]) * scale) * p.norm[i])
+    page[i] = i < p.latent ? narrow<T>(widen(source[i]) * scale * p.norm[i])
                            : narrow<T>(positioned<T, kFault>(p, source + p.latent, i - p.latent));
   }
   const T* queries = static_cast<const T*>(p.query_source) + token * p.query_pitch;

@@ -2,16 +2,11 @@
 #include "common/common.cuh"
 #include "norm/params.h"
 
-// The normed value is rounded to T before the weight multiplies it, as the reference does.
-template <class T>
-__device__ __forceinline__ float weighted(float x, float scale, float weight) {
-  return rounded<T>(x * scale) * weight;
-}
-
-template <class T>
+// R is the type of what is normed: the residual stream in float32, or an activation.
+template <class R, class T>
 __device__ __forceinline__ void rms_norm(const NormParams& p) {
   __shared__ float scratch[kWarp];
-  T* residual = static_cast<T*>(p.residual) + static_cast<uint64_t>(blockIdx.x) * p.residual_pitch;
+  R* residual = static_cast<R*>(p.residual) + static_cast<uint64_t>(blockIdx.x) * p.residual_pitch;
   const T* delta = p.delta ? static_cast<const T*>(p.delta) + static_cast<uint64_t>(blockIdx.x) * p.width : nullptr;
   T* out = static_cast<T*>(p.out) + static_cast<uint64_t>(blockIdx.x) * p.out_pitch;
   const bool wide = (p.width | p.residual_pitch | p.out_pitch) % 4 == 0;
@@ -22,7 +17,7 @@ __device__ __forceinline__ void rms_norm(const NormParams& p) {
       if (delta) {
         const Quad d = read4(delta + i);
 #pragma unroll
-        for (int e = 0; e < 4; e++) x.x[e] = rounded<T>(x.x[e] + d.x[e]);
+        for (int e = 0; e < 4; e++) x.x[e] = rounded<R>(x.x[e] + d.x[e]);
         write4(residual + i, x);
       }
 #pragma unroll
@@ -32,8 +27,8 @@ __device__ __forceinline__ void rms_norm(const NormParams& p) {
     for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) {
       float x = widen(residual[i]);
       if (delta) {
-        x = rounded<T>(x + widen(delta[i]));
-        residual[i] = narrow<T>(x);
+        x = rounded<R>(x + widen(delta[i]));
+        residual[i] = narrow<R>(x);
       }
       squares += x * x;
     }
@@ -46,15 +41,17 @@ __device__ __forceinline__ void rms_norm(const NormParams& p) {
       Quad x = read4(residual + i);
       const Quad w = read4(p.weight + i);
 #pragma unroll
-      for (int e = 0; e < 4; e++) x.x[e] = weighted<T>(x.x[e], scale, w.x[e]);
+      for (int e = 0; e < 4; e++) x.x[e] = x.x[e] * scale * w.x[e];
       write4(out + i, x);
     }
   } else {
     for (uint32_t i = threadIdx.x; i < p.width; i += blockDim.x) {
-      out[i] = narrow<T>(weighted<T>(widen(residual[i]), scale, p.weight[i]));
+      out[i] = narrow<T>(widen(residual[i]) * scale * p.weight[i]);
     }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(512) rms_norm_fp32(const __grid_constant__ NormParams p) { rms_norm<float>(p); }
-extern "C" __global__ void __launch_bounds__(512) rms_norm_bf16(const __grid_constant__ NormParams p) { rms_norm<bf16>(p); }
+extern "C" __global__ void __launch_bounds__(512) rms_norm_fp32(const __grid_constant__ NormParams p) { rms_norm<float, float>(p); }
+extern "C" __global__ void __launch_bounds__(512) rms_norm_bf16(const __grid_constant__ NormParams p) { rms_norm<bf16, bf16>(p); }
+extern "C" __global__ void __launch_bounds__(512) rms_norm_stream_fp32(const __grid_constant__ NormParams p) { rms_norm<float, float>(p); }
+extern "C" __global__ void __launch_bounds__(512) rms_norm_stream_bf16(const __grid_constant__ NormParams p) { rms_norm<float, bf16>(p); }

@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 struct NormParams {
-  void* residual;       // [rows][residual_pitch] T; with a delta it is updated in place, else only read
+  void* residual;       // [rows][residual_pitch], float32 for kernels of the stream, else T; with a delta it is updated in place, else only read
   const void* delta;    // [rows][width] T, or null
   const float* weight;  // [width]
   void* out;            // [rows][out_pitch] T
