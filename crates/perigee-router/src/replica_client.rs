@@ -12,11 +12,12 @@ use perigee_proto::internal::{
     router_message,
 };
 use perigee_registry::{BoxFuture, ReplicaRecord};
+use perigee_tls::Dialer;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::attachment::{Attachment, Identity};
 use crate::relay::Relay;
@@ -34,16 +35,16 @@ pub trait Connect: Send + Sync {
     fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, Result<Channel, String>>;
 }
 
-/// Connects over TCP.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct TcpConnector;
+/// Connects over TCP, with TLS where the dialer has it.
+#[derive(Debug, Clone, Default)]
+pub struct TcpConnector(pub Dialer);
 
 impl Connect for TcpConnector {
     fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, Result<Channel, String>> {
         Box::pin(async move {
-            let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| error.to_string())?;
-            let endpoint = endpoint.tcp_nodelay(true).initial_stream_window_size(1 << 20);
-            endpoint.connect().await.map_err(|error| format!("{address}: {error}"))
+            let endpoint = self.0.endpoint(address).map_err(|error| error.to_string())?;
+            let endpoint = endpoint.initial_stream_window_size(1 << 20);
+            self.0.connect(address, endpoint).await.map_err(|error| error.to_string())
         })
     }
 }

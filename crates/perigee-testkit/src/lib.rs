@@ -2,6 +2,7 @@
 //! runs, checkpoints with odd shapes or damage, whole clusters of real processes, and processes that are watched to their
 //! end. It is a dev-dependency only and no part of a shipped binary.
 
+pub mod certificates;
 pub mod checkpoints;
 pub mod compare;
 pub mod error;

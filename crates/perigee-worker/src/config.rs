@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use perigee_backend::DType;
+use perigee_tls::ServerTlsOptions;
 
 use crate::move_options::MoveOptions;
 
@@ -203,9 +204,9 @@ pub struct WorkerConfig {
     /// Seconds that running sessions may go on after the order to end.
     #[arg(long, default_value_t = 30)]
     pub grace: u64,
-    /// Serve without TLS on other than loopback addresses.
-    #[arg(long)]
-    pub insecure: bool,
+    /// TLS of the three listeners, and towards other replicas.
+    #[command(flatten)]
+    pub tls: ServerTlsOptions,
     /// Report events as JSON lines on standard output and end when standard input closes: for a parent process.
     #[arg(long, hide = true)]
     pub supervised: bool,
@@ -238,11 +239,8 @@ impl WorkerConfig {
         if self.replica.is_empty() || self.replica.len() > 255 {
             faults.push(format!("--replica: expected 1 to 255 bytes, found {}", self.replica.len()));
         }
-        for (name, address) in [("--listen", self.listen), ("--internal", self.internal), ("--http", self.http)] {
-            if !self.insecure && !address.ip().is_loopback() {
-                faults.push(format!("{name}: {address} is not a loopback address; without TLS that needs --insecure"));
-            }
-        }
+        let listeners = [("--listen", self.listen), ("--internal", self.internal), ("--http", self.http)];
+        faults.extend(self.tls.faults(&listeners));
         faults
     }
 

@@ -70,6 +70,7 @@ async fn lead<B: Backend + 'static>(
     members: Members,
     announcer: &Announcer,
 ) -> Result<()> {
+    let tls = config.tls.load()?;
     let listeners = LeaderListeners {
         internal: listen(config.internal, "--internal").await?,
         public: listen(config.listen, "--listen").await?,
@@ -147,7 +148,7 @@ async fn lead<B: Backend + 'static>(
     tracing::info!(replica = config.replica, "serving");
 
     let grace = Duration::from_secs(config.grace);
-    let parts = LeaderParts { engine, identity, metrics, worker_metrics, grace, homes };
+    let parts = LeaderParts { engine, identity, metrics, worker_metrics, grace, homes, tls };
     let shutdown = async {
         told_to_end().await;
         // The registry has taken this replica, so there is no refusal to hear of.

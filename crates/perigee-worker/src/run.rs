@@ -27,6 +27,8 @@ pub fn run(config: &WorkerConfig) -> Result<()> {
     if config.supervised {
         events::end_with_parent();
     }
+    // Read again once the replica is loaded; a bad file should be told before that.
+    config.tls.load()?;
     let opened = open(config)?;
     let identity = opened.identity(config);
     let announcer = Announcer::begin(config, &opened)?;

@@ -244,6 +244,7 @@ impl Sandbox {
             tokenizer: None,
             connector: Arc::new(network.clone()),
             random: Random::from_source(move || counter.fetch_add(1, Ordering::Relaxed)),
+            tls: None,
         };
         let mut router = Router::start(config, parts).expect("started");
         let incoming = UnboundedReceiverStream::new(network.listen("router:1"));

@@ -96,6 +96,7 @@ impl Leader {
             worker_metrics,
             grace,
             homes: options.homes,
+            tls: None,
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {

@@ -6,6 +6,7 @@ use perigee_worker::EngineOptions;
 use perigee_worker::events::WorkerEvent;
 use perigee_worker::score::{ScoreJob, ScoreRequest};
 
+use crate::commands::at_least_one;
 use crate::launch::{ReplicaLaunch, ReplicaProcesses};
 
 /// Arguments of `score`.
@@ -43,11 +44,6 @@ pub(crate) struct ScoreArgs {
     json: bool,
     #[command(flatten)]
     engine: EngineOptions,
-}
-
-/// A count that 0 makes no sense for.
-fn at_least_one() -> clap::builder::RangedU64ValueParser<usize> {
-    clap::builder::RangedU64ValueParser::new().range(1..)
 }
 
 pub(crate) fn run(mut args: ScoreArgs) -> anyhow::Result<()> {
