@@ -81,14 +81,37 @@ pub(crate) enum Command {
     Abort(SessionId, u64),
     Move(RouterId, SessionId, MoveCommand, Option<(Target, Mode)>),
     /// The target has the header and the first tokens of a handoff from here.
-    HandoffOpened { session: SessionId, next: u64 },
+    HandoffOpened {
+        session: SessionId,
+        next: u64,
+    },
     /// How a handoff from here ended.
-    HandoffDone { session: SessionId, next: u64, result: Result<Totals, String> },
-    HandoffOffer { header: Box<Header>, reply: Reply<()> },
-    HandoffParts { session: SessionId, next: u64, parts: Vec<Part>, reply: Reply<()> },
-    HandoffVerify { session: SessionId, next: u64, summary: Box<Summary>, reply: Reply<Vec<u64>> },
+    HandoffDone {
+        session: SessionId,
+        next: u64,
+        result: Result<Totals, String>,
+    },
+    HandoffOffer {
+        header: Box<Header>,
+        reply: Reply<()>,
+    },
+    HandoffParts {
+        session: SessionId,
+        next: u64,
+        parts: Vec<Part>,
+        reply: Reply<()>,
+    },
+    HandoffVerify {
+        session: SessionId,
+        next: u64,
+        summary: Box<Summary>,
+        reply: Reply<Vec<u64>>,
+    },
     /// A handoff to here broke off.
-    HandoffBroken { session: SessionId, next: u64 },
+    HandoffBroken {
+        session: SessionId,
+        next: u64,
+    },
     Sessions(oneshot::Sender<Vec<SessionInfo>>),
     FlushCache(oneshot::Sender<u64>),
     Shutdown,

@@ -69,7 +69,17 @@ impl Session {
         arrived: Instant,
         permit: Arc<QueuePermit>,
     ) -> Self {
-        Self { sequence, sink, deadline, arrived, last_token: None, permit, misses: 0, retry_at: None, renewed_at: None }
+        Self {
+            sequence,
+            sink,
+            deadline,
+            arrived,
+            last_token: None,
+            permit,
+            misses: 0,
+            retry_at: None,
+            renewed_at: None,
+        }
     }
 }
 

@@ -78,7 +78,8 @@ impl Incoming {
         let summary = self.decoder.take().ok_or(HandoffRefused::NotOffered)?.finish()?;
         let (session, next) = self.offered.clone().ok_or(HandoffRefused::NotOffered)?;
         let name = session.0.clone();
-        let digests = self.ask(|reply| Command::HandoffVerify { session, next, summary: Box::new(summary), reply }).await?;
+        let digests =
+            self.ask(|reply| Command::HandoffVerify { session, next, summary: Box::new(summary), reply }).await?;
         // From here on the router decides.
         self.offered = None;
         Ok(Prepared { session: name, epoch: next, digests })

@@ -18,8 +18,8 @@ use perigee_migration::epochs::{Failure, Report};
 use perigee_migration::handoff::Totals;
 use perigee_migration::{DigestMismatch, HandoffError, Mode, Place};
 
-pub use self::incoming::{Incoming, Prepared};
 pub(crate) use self::incoming::{Arriving, Reply};
+pub use self::incoming::{Incoming, Prepared};
 pub use self::outgoing::Outgoing;
 pub(crate) use self::outgoing::SourcePart;
 pub use self::record::{RECORD_VERSION, RecordError};

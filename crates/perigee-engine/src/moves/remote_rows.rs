@@ -67,7 +67,9 @@ impl EngineCore {
                     let message = "another replica owns it";
                     self.end(row.task, FinishReason::Error, Some(message.into()))?;
                 }
-                Some(AnswerStatus::Unknown | AnswerStatus::Missing) => self.rebuild(row.task, "a home has lost them")?,
+                Some(AnswerStatus::Unknown | AnswerStatus::Missing) => {
+                    self.rebuild(row.task, "a home has lost them")?
+                }
                 _ if held.misses >= config.misses => self.rebuild(row.task, "a home does not answer")?,
                 _ => {
                     let pause = config.patience.saturating_mul(1 << held.misses.min(8)).min(LONGEST_PAUSE);

@@ -37,8 +37,7 @@ impl EngineCore {
             source: config.place,
             mode,
         };
-        let (outgoing, parts) =
-            Outgoing::new(header, self.commands.clone()).map_err(|error| error.to_string())?;
+        let (outgoing, parts) = Outgoing::new(header, self.commands.clone()).map_err(|error| error.to_string())?;
         let tokens = held.sequence.tokens.clone();
         seat.course = Course { mode: Some(mode), ..Course::default() };
         seat.outgoing = Some(Link { next, parts: parts.clone(), tokens: tokens.len(), mode });

@@ -9,11 +9,11 @@ use perigee_migration::{
     Digest, Header, Mode, PAGE_POSITIONS, PageSlice, Part, SegmentTable, StateSlice, Tensor, TensorDigests,
 };
 
+use super::HandoffRefused;
 use super::incoming::{Arriving, Reply};
 use super::party::Then;
 use super::record::{Record, RecordError};
 use super::source::non_fatal;
-use super::HandoffRefused;
 use crate::cache::{HomePages, Latents};
 use crate::executor::PageSpan;
 use crate::handle::{EngineHealth, QueuePermit};
@@ -46,11 +46,12 @@ impl EngineCore {
         // A session with latents elsewhere needs a slot to read and one to write.
         let serves = *self.shared.health.borrow() == EngineHealth::Serving;
         let slots = if serves { self.scheduler.reserve(task, header.mode == Mode::Split) } else { None };
-        let answer = self.drive_offer(&session, header, (task, slots), PartyEvent::Offer {
-            epoch,
-            next,
-            has_room: slots.is_some(),
-        })?;
+        let answer = self.drive_offer(
+            &session,
+            header,
+            (task, slots),
+            PartyEvent::Offer { epoch, next, has_room: slots.is_some() },
+        )?;
         self.answer(reply, answer.map_err(HandoffRefused::from));
         Ok(())
     }
@@ -202,7 +203,8 @@ impl EngineCore {
         }
         let mut pages = BTreeMap::new();
         let mut lost: u64 = arrival.lost.iter().map(|range| range.end - range.start).sum();
-        for number in arrival.returned.iter().flat_map(|range| range.start / PAGE_POSITIONS..range.end / PAGE_POSITIONS) {
+        for number in arrival.returned.iter().flat_map(|range| range.start / PAGE_POSITIONS..range.end / PAGE_POSITIONS)
+        {
             match kept.get(&number) {
                 Some(&page) => drop(pages.insert(number, page)),
                 // The entry ran out.
@@ -300,9 +302,8 @@ impl EngineCore {
             return Ok(Then::Event(PartyEvent::Ended { epoch }));
         };
         let endpoint = |place: &perigee_migration::Place| {
-            let named = record.homes.iter().find(|home| {
-                home.replica == place.replica && home.incarnation == place.incarnation
-            });
+            let named =
+                record.homes.iter().find(|home| home.replica == place.replica && home.incarnation == place.incarnation);
             named.map(|home| home.endpoint.clone()).unwrap_or_default()
         };
         let latents = Latents::assemble(&table, endpoint, &pages, frozen.context);
@@ -337,7 +338,8 @@ impl EngineCore {
         let permit = QueuePermit::used(&self.shared).into();
         let sink = Sink::Router(router);
         let has_tokens = sequence.completion() > 0;
-        let held = Session { last_token: has_tokens.then_some(now), ..Session::new(sequence, sink, deadline, now, permit) };
+        let held =
+            Session { last_token: has_tokens.then_some(now), ..Session::new(sequence, sink, deadline, now, permit) };
         self.sessions.insert(task, held);
         self.names.insert(session.clone(), task);
         Ok(Then::Nothing)
