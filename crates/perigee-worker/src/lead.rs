@@ -13,10 +13,12 @@ use perigee_engine::{Engine, EngineConfig};
 use perigee_registry::ReplicaStatus;
 use perigee_telemetry::Metrics;
 use perigee_text::{GenerationConfig, Tokenizer};
+use perigee_tls::Tls;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+use crate::addresses::published;
 use crate::announce::Announcer;
 use crate::config::WorkerConfig;
 use crate::error::{Result, WorkerError};
@@ -52,6 +54,7 @@ pub(crate) fn run<B: Backend + 'static>(
     mut ranks: Ranks<B>,
     members: Members,
     announcer: &Announcer,
+    tls: Option<Arc<Tls>>,
 ) -> Result<()> {
     announcer.tell(ReplicaStatus::Warming)?;
     warm(&mut ranks)?;
@@ -60,7 +63,7 @@ pub(crate) fn run<B: Backend + 'static>(
         .enable_all()
         .build()
         .map_err(WorkerError::io("starting the runtime"))?;
-    runtime.block_on(lead(config, opened, ranks, members, announcer))
+    runtime.block_on(lead(config, opened, ranks, members, announcer, tls))
 }
 
 async fn lead<B: Backend + 'static>(
@@ -69,8 +72,8 @@ async fn lead<B: Backend + 'static>(
     ranks: Ranks<B>,
     members: Members,
     announcer: &Announcer,
+    tls: Option<Arc<Tls>>,
 ) -> Result<()> {
-    let tls = config.tls.load()?;
     let listeners = LeaderListeners {
         internal: listen(config.internal, "--internal").await?,
         public: listen(config.listen, "--listen").await?,
@@ -102,17 +105,18 @@ async fn lead<B: Backend + 'static>(
         replica: ready.replica.clone(),
         incarnation: ready.incarnation.clone(),
         tp: ready.tp,
-        endpoint: ready.internal.to_string(),
+        endpoint: published(config.advertise.as_deref(), ready.internal),
         digest: ready.digest.clone(),
     };
     let model = opened.source.config();
-    let connector = GrpcConnector::new(Handle::current(), Peers::default(), moving::attend_shape(model));
+    let connector = GrpcConnector::new(Handle::current(), Peers::new(tls.clone()), moving::attend_shape(model));
     let (moves, homes) = moving::set_up(place, model, &config.moves, Arc::new(connector), ranks.latent_reader());
     let engine = Engine::start(
         Box::new(ranks),
         EngineConfig {
             token_budget: config.engine.token_budget,
             max_batch: config.engine.max_batch,
+            queue_limit: config.engine.queue_limit,
             eos_token_ids: generation.eos_token_ids.clone(),
             tokenizer: tokenizer.clone(),
             observer: Arc::new(worker_metrics.clone()),
@@ -141,7 +145,7 @@ async fn lead<B: Backend + 'static>(
     let lost = watch_ranks(members.lost, members.abort)?;
     tokio::pin!(lost);
     tokio::select! {
-        published = announcer.ready(&ready) => published?,
+        published = announcer.ready(&ready, config.advertise.as_deref()) => published?,
         rank = &mut lost => return Err(rank_lost(rank)),
     }
     emit(config.supervised, &WorkerEvent::Ready(Box::new(ready)));

@@ -1,6 +1,7 @@
 //! One rank as a process; the leader also runs the replica's services. From options to a loaded rank is this crate's
 //! business, the step loop is the engine's.
 
+mod addresses;
 mod announce;
 pub mod attend;
 pub mod attention;

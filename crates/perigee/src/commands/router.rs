@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Context;
+use perigee_registry::EtcdOptions;
 use perigee_router::{MoveTimes, RouterConfig, RouterListeners, RouterParts};
 use perigee_tls::ServerTlsOptions;
 use tokio::net::TcpListener;
@@ -58,6 +59,9 @@ pub(crate) struct RouterArgs {
     /// {"replicas": [{"replica": NAME, "internal": HOST:PORT}]}.
     #[arg(long)]
     registry: String,
+    /// How etcd is reached.
+    #[command(flatten)]
+    etcd: EtcdOptions,
     /// The model whose tokenizer encodes prompts, and the only one that is routed to; without it clients send token ids.
     #[arg(long)]
     model: Option<String>,
@@ -69,9 +73,11 @@ pub(crate) struct RouterArgs {
 }
 
 pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
-    without_faults(&args.tls.faults(&[("--listen", args.listen), ("--http", args.http)]))?;
+    let mut faults = args.etcd.faults();
+    faults.extend(args.tls.faults(&[("--listen", args.listen), ("--http", args.http)]));
+    without_faults(&faults)?;
     let tls = args.tls.load()?;
-    let registry = perigee_registry::open(&args.registry).context("--registry")?;
+    let registry = perigee_registry::open(&args.registry, &args.etcd).context("--registry")?;
     let (tokenizer, model_digest) = match &args.model {
         Some(model) => {
             let spec: perigee_model::ModelSpec = model.parse()?;

@@ -62,6 +62,7 @@ pub(crate) fn run(mut args: ScoreArgs) -> anyhow::Result<()> {
         replica: "score".into(),
         tp: args.tp,
         engine: args.engine,
+        arguments: Vec::new(),
         leader_arguments: vec![format!("--score-job={}", serde_json::to_string(&job)?)],
     };
     let mut processes = ReplicaProcesses::start(&launch)?;

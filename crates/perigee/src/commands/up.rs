@@ -136,8 +136,8 @@ fn start_replica(args: &UpArgs, replica: usize, notices: mpsc::UnboundedSender<P
     }
     let mut leader_arguments = vec![format!("--grace={}", args.router.grace)];
     leader_arguments.extend(args.moves.to_arguments());
-    leader_arguments.extend(args.tls.to_arguments());
-    let launch = ReplicaLaunch { replica: format!("replica-{replica}"), tp: args.tp, engine, leader_arguments };
+    let (replica_name, arguments) = (format!("replica-{replica}"), args.tls.to_arguments());
+    let launch = ReplicaLaunch { replica: replica_name, tp: args.tp, engine, arguments, leader_arguments };
     let work = move || {
         let follow = || -> anyhow::Result<()> {
             let mut processes = ReplicaProcesses::start(&launch)?;
