@@ -13,6 +13,7 @@ pub mod group;
 pub mod handoff;
 pub mod identity;
 mod lead;
+mod lease;
 pub mod load;
 pub mod metrics;
 pub mod move_options;

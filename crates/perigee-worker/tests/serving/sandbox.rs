@@ -178,6 +178,16 @@ impl HandMade {
         Ok(message.and_then(|message| message.body))
     }
 
+    /// The leader's clock in the next batch; none once the stream has ended.
+    pub(crate) async fn clock(&mut self) -> Option<u64> {
+        loop {
+            match self.next().await.ok()?? {
+                replica_message::Body::Batch(batch) => return Some(batch.clock),
+                _ => {}
+            }
+        }
+    }
+
     /// The next message that is not a batch, and the batches before it are forgotten.
     pub(crate) async fn next_answer(&mut self) -> replica_message::Body {
         loop {
