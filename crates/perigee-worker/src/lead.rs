@@ -30,6 +30,7 @@ use crate::metrics::WorkerMetrics;
 use crate::moving::{self, LeaderPlace};
 use crate::peers::Peers;
 use crate::serve::{LeaderListeners, LeaderParts, serve};
+use crate::signals::told_to_end;
 
 /// How long a failing step may take to tell its sessions, once a rank is lost.
 const LAST_STEP: Duration = Duration::from_millis(1200);
@@ -241,22 +242,4 @@ fn watch_ranks(lost: Receiver<usize>, abort: Option<AbortHandle>) -> Result<impl
             Err(_) => std::future::pending().await,
         }
     })
-}
-
-/// Completes on SIGTERM or Ctrl-C.
-async fn told_to_end() {
-    let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
-    match terminate {
-        Ok(mut terminate) => {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = tokio::signal::ctrl_c() => {}
-            }
-        }
-        Err(error) => {
-            tracing::warn!(%error, "no handler for SIGTERM; only Ctrl-C ends this worker in order");
-            // An error here would leave no way to end in order; waiting on is all that is left.
-            let _ = tokio::signal::ctrl_c().await;
-        }
-    }
 }

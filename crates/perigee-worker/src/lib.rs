@@ -25,6 +25,7 @@ pub mod run;
 pub mod score;
 pub mod serve;
 mod service;
+mod signals;
 
 pub use config::{Device, EngineOptions, WorkerConfig};
 pub use error::WorkerError;

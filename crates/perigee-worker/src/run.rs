@@ -1,6 +1,7 @@
 //! One worker process from start to end: check the options, open the model, meet the other ranks, load, then lead or follow.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use perigee_backend::Backend;
 use perigee_engine::ranks::Ranks;
@@ -17,6 +18,7 @@ use crate::load::{Opened, cpu_backend, open};
 use crate::moving;
 use crate::peers::Peers;
 use crate::score;
+use crate::signals;
 
 /// Runs a worker until it is told to end.
 ///
@@ -89,7 +91,10 @@ fn run_rank<B: Backend + 'static>(
     let mut rank = opened.load(config, backend)?;
     moving::let_ask(&mut rank, opened.source.config(), Peers::new(tls.clone()))?;
     match group.control {
-        Control::Follower(mut link) => Ok(rank.follow(link.as_mut())?),
+        Control::Follower(mut link) => {
+            signals::follow_to_the_end(Duration::from_secs(config.grace))?;
+            Ok(rank.follow(link.as_mut())?)
+        }
         Control::Leader { links, lost } => {
             let mut ranks = Ranks::new(rank, links, config.step_timeout())?;
             if let Some(job) = &config.score_job {

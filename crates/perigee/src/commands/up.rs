@@ -134,10 +134,11 @@ fn start_replica(args: &UpArgs, replica: usize, notices: mpsc::UnboundedSender<P
     if engine.device == Device::Cpu && engine.threads.is_none() {
         engine.threads = Some(engine.threads(args.tp * args.replicas));
     }
-    let mut leader_arguments = vec![format!("--grace={}", args.router.grace)];
-    leader_arguments.extend(args.moves.to_arguments());
-    let (replica_name, arguments) = (format!("replica-{replica}"), args.tls.to_arguments());
-    let launch = ReplicaLaunch { replica: replica_name, tp: args.tp, engine, arguments, leader_arguments };
+    let mut arguments = vec![format!("--grace={}", args.router.grace)];
+    arguments.extend(args.tls.to_arguments());
+    let leader_arguments = args.moves.to_arguments();
+    let (name, tp) = (format!("replica-{replica}"), args.tp);
+    let launch = ReplicaLaunch { replica: name, tp, engine, arguments, leader_arguments };
     let work = move || {
         let follow = || -> anyhow::Result<()> {
             let mut processes = ReplicaProcesses::start(&launch)?;

@@ -66,8 +66,8 @@ impl Open {
     }
 
     /// How it ended; it must be something that a client repeats its request for.
-    pub(crate) async fn was_lost(self) {
-        let ended = tokio::time::timeout(PATIENCE, self.task).await.expect("no stream hangs").unwrap();
+    pub(crate) async fn was_lost(mut self) {
+        let ended = tokio::time::timeout(PATIENCE, &mut self.task).await.expect("no stream hangs").unwrap();
         let status = ended.expect_err("it has no end of its own");
         assert_eq!(status.code(), Code::Unavailable, "{status}");
     }
