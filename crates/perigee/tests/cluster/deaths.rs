@@ -54,7 +54,7 @@ async fn a_follower_a_leader_and_a_router_are_killed() {
     all_go_on(&of_two, 5).await;
     one.process.kill();
     for stream in of_one {
-        stream.was_lost().await;
+        stream.was_cut().await;
     }
     let two_run = async || {
         let running: u32 = two.clients.replicas().await?.values().map(|replica| replica.running).sum();

@@ -38,7 +38,7 @@ pub(crate) struct Identity {
 }
 
 /// Options of every worker: small, one thread each.
-const WORKER: [&str; 4] = ["--threads=1", "--state-slots=8", "--token-budget=64", "--max-model-len=16384"];
+const WORKER: [&str; 4] = ["--threads=1", "--state-slots=16", "--token-budget=64", "--max-model-len=16384"];
 
 /// The ranks of a replica, the leader first.
 pub(crate) struct Replica {

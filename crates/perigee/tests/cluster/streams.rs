@@ -65,6 +65,13 @@ impl Open {
         eventually(&format!("{more} more tokens"), PATIENCE, look).await.unwrap().0
     }
 
+    /// It ended with its connection, which each client library tells in its own way.
+    pub(crate) async fn was_cut(mut self) {
+        let ended = tokio::time::timeout(PATIENCE, &mut self.task).await.expect("no stream hangs").unwrap();
+        let status = ended.expect_err("it has no end of its own");
+        assert!([Code::Unavailable, Code::Unknown].contains(&status.code()), "{status}");
+    }
+
     /// How it ended; it must be something that a client repeats its request for.
     pub(crate) async fn was_lost(mut self) {
         let ended = tokio::time::timeout(PATIENCE, &mut self.task).await.expect("no stream hangs").unwrap();
