@@ -76,6 +76,7 @@ pub(crate) type ScoreReply = oneshot::Sender<Result<Scores, ScoreError>>;
 pub(crate) enum Command {
     Attach(RouterId, async_mpsc::UnboundedSender<EventBatch>),
     Detach(RouterId),
+    Renew(RouterId, Instant),
     Submit(RouterId, Box<Request>, QueuePermit),
     Score(Box<ScoreRequest>, QueuePermit, ScoreReply),
     Abort(SessionId, u64),
@@ -254,6 +255,12 @@ impl EngineHandle {
         let (sender, receiver) = async_mpsc::unbounded_channel();
         self.send(Command::Attach(router, sender));
         receiver
+    }
+
+    /// A router's sessions may be stepped until then and no longer: at the first turn after it, its stream closes as by
+    /// [`Self::detach`]. A router whose lease was never told has one without an end.
+    pub fn renew(&self, router: RouterId, until: Instant) {
+        self.send(Command::Renew(router, until));
     }
 
     /// Closes a router's stream and ends its sessions.

@@ -19,6 +19,7 @@ impl EngineCore {
         match command {
             Command::Attach(router, sender) => self.outbox.attach(router, sender),
             Command::Detach(router) => self.detach(router)?,
+            Command::Renew(router, until) => self.outbox.renew(router, until),
             Command::Submit(router, request, permit) => self.take_request(router, &request, permit)?,
             Command::Score(request, permit, reply) => self.take_score(*request, permit, reply)?,
             Command::Abort(session, up_to) => self.take_abort(&session, up_to)?,
@@ -43,8 +44,12 @@ impl EngineCore {
         Ok(())
     }
 
-    /// Ends sessions whose deadline passed, and scoring whose caller is gone.
+    /// Ends sessions whose deadline or router's lease is over, and scoring whose caller is gone.
     pub(crate) fn end_what_is_due(&mut self, now: Instant) -> Result<(), Fatal> {
+        for router in self.outbox.lapsed(now) {
+            tracing::warn!(?router, "a router's lease ran out; its sessions end");
+            self.detach(router)?;
+        }
         for id in self.scheduler.expired(now) {
             self.end(id, FinishReason::DeadlineExceeded, None)?;
         }

@@ -18,6 +18,8 @@ struct Stream {
     events: Vec<SessionEvent>,
     reports: Vec<Reported>,
     last_sent: Option<Instant>,
+    /// When the router's lease ends, where it has told one.
+    lease: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -30,11 +32,24 @@ impl Outbox {
     pub(crate) fn attach(&mut self, router: RouterId, sender: UnboundedSender<EventBatch>) {
         let (events, reports) =
             self.streams.remove(&router).map(|stream| (stream.events, stream.reports)).unwrap_or_default();
-        self.streams.insert(router, Stream { sender, events, reports, last_sent: None });
+        self.streams.insert(router, Stream { sender, events, reports, last_sent: None, lease: None });
     }
 
     pub(crate) fn detach(&mut self, router: RouterId) {
         self.streams.remove(&router);
+    }
+
+    /// A router's lease ends then.
+    pub(crate) fn renew(&mut self, router: RouterId, until: Instant) {
+        if let Some(stream) = self.streams.get_mut(&router) {
+            stream.lease = Some(until);
+        }
+    }
+
+    /// Routers whose lease is over.
+    pub(crate) fn lapsed(&self, now: Instant) -> Vec<RouterId> {
+        let over = |stream: &Stream| stream.lease.is_some_and(|until| until <= now);
+        self.streams.iter().filter(|(_, stream)| over(stream)).map(|(&router, _)| router).collect()
     }
 
     pub(crate) fn is_attached(&self, router: RouterId) -> bool {

@@ -47,6 +47,12 @@ pub enum RegistryError {
         /// What is wrong.
         reason: String,
     },
+    /// Options that contradict each other, one a line.
+    #[error("{faults}")]
+    Options {
+        /// What is wrong.
+        faults: String,
+    },
     /// A static registry does not list a replica that wants to publish.
     #[error("registry file {} does not list replica {replica}: add it, with its internal address", path.display())]
     NotListed {

@@ -9,7 +9,7 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::{BoxFuture, Publication, Registry, RegistryError, ReplicaRecord, Watch, WatchSource};
+use crate::{BoxFuture, Publication, Registry, RegistryError, ReplicaRecord, ReplicaStatus, Watch, WatchSource};
 
 /// A static registry. The file is JSON: `{"replicas": [{"replica": "a", "internal": "10.0.0.1:7001"}]}`; the fields of a
 /// replica are those of [`ReplicaRecord`], and unknown ones are an error.
@@ -22,7 +22,7 @@ pub struct FileRegistry {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Content {
-    replicas: Vec<ReplicaRecord>,
+    replicas: Vec<serde_json::Map<String, serde_json::Value>>,
 }
 
 impl FileRegistry {
@@ -49,7 +49,8 @@ fn parse(text: &str, path: &Path) -> Result<BTreeMap<String, ReplicaRecord>, Reg
     let malformed = |reason: String| RegistryError::Malformed { path: path.to_owned(), reason };
     let content: Content = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
     let mut records = BTreeMap::new();
-    for record in content.replicas {
+    for listed in content.replicas {
+        let record = record(listed).map_err(malformed)?;
         record.validate()?;
         let name = record.replica.clone();
         if records.insert(name.clone(), record).is_some() {
@@ -57,6 +58,18 @@ fn parse(text: &str, path: &Path) -> Result<BTreeMap<String, ReplicaRecord>, Reg
         }
     }
     Ok(records)
+}
+
+/// A record that a person wrote: a field of an unknown name is a slip of the pen, and no later version's.
+fn record(listed: serde_json::Map<String, serde_json::Value>) -> Result<ReplicaRecord, String> {
+    let names: Vec<String> = listed.keys().cloned().collect();
+    let record: ReplicaRecord = serde_json::from_value(listed.into()).map_err(|error| error.to_string())?;
+    let known = serde_json::to_value(&record).map_err(|error| error.to_string())?;
+    match names.iter().find(|name| known.get(name).is_none()) {
+        Some(name) => Err(format!("unknown field {name:?} of replica {}", record.replica)),
+        None if record.status == ReplicaStatus::Unknown => Err(format!("unknown status of replica {}", record.replica)),
+        None => Ok(record),
+    }
 }
 
 impl Registry for FileRegistry {
@@ -96,7 +109,7 @@ impl Publication for Listed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Change, ReplicaStatus};
+    use crate::Change;
 
     fn parse_text(text: &str) -> Result<BTreeMap<String, ReplicaRecord>, RegistryError> {
         parse(text, Path::new("replicas.json"))
@@ -109,6 +122,7 @@ mod tests {
             (r#"{"replica": []}"#, "unknown field"),
             (r#"{"replicas": [{"replica": "a"}]}"#, "internal"),
             (r#"{"replicas": [{"replica": "a", "internal": "h:1", "port": 1}]}"#, "unknown field"),
+            (r#"{"replicas": [{"replica": "a", "internal": "h:1", "status": "red"}]}"#, "unknown status"),
             (r#"{"replicas": [{"replica": "a", "internal": "h"}]}"#, "host:port"),
             (r#"{"replicas": [{"replica": "a", "internal": "h:1"}, {"replica": "a", "internal": "h:2"}]}"#, "twice"),
         ] {

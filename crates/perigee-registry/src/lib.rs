@@ -7,6 +7,7 @@ pub mod etcd;
 pub mod file;
 pub mod in_process;
 mod open;
+mod options;
 mod record;
 mod watch;
 
@@ -18,6 +19,7 @@ pub use etcd::{EtcdConfig, EtcdRegistry};
 pub use file::FileRegistry;
 pub use in_process::InProcessRegistry;
 pub use open::open;
+pub use options::EtcdOptions;
 pub use record::{ReplicaRecord, ReplicaStatus};
 pub use watch::{Change, Snapshot, Watch, WatchSource};
 

@@ -21,6 +21,9 @@ pub enum ReplicaStatus {
     Draining,
     /// It left.
     Gone,
+    /// Something that only a later version of Perigee knows; this one keeps away from it.
+    #[serde(other)]
+    Unknown,
 }
 
 impl ReplicaStatus {
@@ -33,6 +36,7 @@ impl ReplicaStatus {
             Self::Ready => "ready",
             Self::Draining => "draining",
             Self::Gone => "gone",
+            Self::Unknown => "unknown",
         }
     }
 
@@ -42,9 +46,8 @@ impl ReplicaStatus {
     }
 }
 
-/// One replica, as the cluster knows it.
+/// One replica, as the cluster knows it. Fields that a later version adds are ignored when it is read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ReplicaRecord {
     /// Name, unique in the cluster: 1 to 255 ASCII letters, digits, `-`, `_` or `.`.
     pub replica: String,
@@ -131,6 +134,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn records_of_later_versions_are_read() {
+        let text = r#"{"replica": "a", "internal": "h:1", "status": "dreaming", "rack": {"row": 3}}"#;
+        let record: ReplicaRecord = serde_json::from_str(text).expect("read");
+        let expected = ReplicaRecord { status: ReplicaStatus::Unknown, ..ReplicaRecord::new("a", "h:1") };
+        assert_eq!(record, expected);
+        assert!(!record.status.is_attachable());
+    }
+
+    #[test]
     fn names_and_addresses_are_checked() {
         assert!(ReplicaRecord::new("replica-0", "127.0.0.1:7001").validate().is_ok());
         assert!(ReplicaRecord::new("a", "[::1]:7001").validate().is_ok());
@@ -157,9 +169,11 @@ mod tests {
 
     #[test]
     fn only_serving_replicas_are_attached() {
-        use ReplicaStatus::{Draining, Forming, Gone, Loading, Ready, Warming};
-        let attachable: Vec<_> =
-            [Forming, Loading, Warming, Ready, Draining, Gone].into_iter().filter(|s| s.is_attachable()).collect();
+        use ReplicaStatus::{Draining, Forming, Gone, Loading, Ready, Unknown, Warming};
+        let attachable: Vec<_> = [Forming, Loading, Warming, Ready, Draining, Gone, Unknown]
+            .into_iter()
+            .filter(|s| s.is_attachable())
+            .collect();
         assert_eq!(attachable, [Ready, Draining]);
     }
 }

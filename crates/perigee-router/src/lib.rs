@@ -23,6 +23,7 @@ mod metrics;
 mod migrate;
 mod model;
 mod random;
+mod readiness;
 mod recovery;
 mod relay;
 mod replica_client;

@@ -12,11 +12,12 @@ use perigee_proto::internal::{
     router_message,
 };
 use perigee_registry::{BoxFuture, ReplicaRecord};
+use perigee_tls::Dialer;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::attachment::{Attachment, Identity};
 use crate::relay::Relay;
@@ -34,16 +35,16 @@ pub trait Connect: Send + Sync {
     fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, Result<Channel, String>>;
 }
 
-/// Connects over TCP.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct TcpConnector;
+/// Connects over TCP, with TLS where the dialer has it.
+#[derive(Debug, Clone, Default)]
+pub struct TcpConnector(pub Dialer);
 
 impl Connect for TcpConnector {
     fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, Result<Channel, String>> {
         Box::pin(async move {
-            let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| error.to_string())?;
-            let endpoint = endpoint.tcp_nodelay(true).initial_stream_window_size(1 << 20);
-            endpoint.connect().await.map_err(|error| format!("{address}: {error}"))
+            let endpoint = self.0.endpoint(address).map_err(|error| error.to_string())?;
+            let endpoint = endpoint.initial_stream_window_size(1 << 20);
+            self.0.connect(address, endpoint).await.map_err(|error| error.to_string())
         })
     }
 }
@@ -169,17 +170,28 @@ impl LiveStream {
     /// Reads until the stream breaks or is silent for the lease, and says which. The replica counts as attached from its
     /// first load on: before that, nobody knows whether it has room.
     async fn run(mut self, context: &ClientContext) -> &'static str {
-        let mut renew = tokio::time::interval(context.lease / 4);
-        renew.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut heard = Instant::now();
+        // What the leader's lease runs from, and when it was last told so.
+        let mut clock = 0;
+        let mut renewed = heard;
         let mut known = false;
         let why = loop {
+            // Here, because a leader that always has something to say leaves the clock below no turn.
+            if renewed.elapsed() >= context.lease / 8 {
+                renewed = Instant::now();
+                if self.attachment.send(router_message::Body::Renew(Renew { clock })).is_err() {
+                    break "its stream broke";
+                }
+            }
             tokio::select! {
                 // After a stall of this process, what has arrived counts before the clock.
                 biased;
                 message = self.messages.message() => match message {
                     Ok(Some(message)) => {
                         heard = Instant::now();
+                        if let Some(replica_message::Body::Batch(batch)) = &message.body {
+                            clock = batch.clock;
+                        }
                         let is_batch = self.take(context, message, heard);
                         if is_batch && !known {
                             known = true;
@@ -188,11 +200,7 @@ impl LiveStream {
                     }
                     Ok(None) | Err(_) => break "its stream broke",
                 },
-                _ = renew.tick() => {
-                    if self.attachment.send(router_message::Body::Renew(Renew {})).is_err() {
-                        break "its stream broke";
-                    }
-                }
+                () = tokio::time::sleep_until(renewed + context.lease / 8) => {}
                 () = tokio::time::sleep_until(heard + context.lease) => break "it was silent for its lease",
             }
         };

@@ -15,13 +15,15 @@ use perigee_proto::v1::inference_server::InferenceServer;
 use perigee_registry::Registry;
 use perigee_telemetry::{Metrics, probes};
 use perigee_text::Tokenizer;
+use perigee_tls::{Dialer, Listening, Purpose, Tls, require_certificate};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::Code;
+use tonic::service::interceptor::InterceptedService;
 use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
-use tonic::transport::server::{Router as GrpcRouter, TcpIncoming};
+use tonic::transport::server::Router as GrpcRouter;
 
 use crate::admission::Admission;
 use crate::cluster_service::ClusterService;
@@ -30,6 +32,7 @@ use crate::error::RouterError;
 use crate::membership;
 use crate::metrics::RouterMetrics;
 use crate::random::Random;
+use crate::readiness;
 use crate::relay::Relay;
 use crate::replica_client::{ClientContext, Connect, TcpConnector};
 use crate::replicas::Replicas;
@@ -49,6 +52,8 @@ pub struct RouterParts {
     pub connector: Arc<dyn Connect>,
     /// Names sessions and draws seeds.
     pub random: Random,
+    /// TLS of the listeners; none where they are plain TCP.
+    pub tls: Option<Arc<Tls>>,
 }
 
 impl RouterParts {
@@ -57,7 +62,18 @@ impl RouterParts {
     /// # Errors
     /// [`RouterError::Random`].
     pub fn new(registry: Arc<dyn Registry>, tokenizer: Option<Arc<Tokenizer>>) -> Result<Self, RouterError> {
-        Ok(Self { registry, tokenizer, connector: Arc::new(TcpConnector), random: Random::system()? })
+        Ok(Self {
+            registry,
+            tokenizer,
+            connector: Arc::new(TcpConnector::default()),
+            random: Random::system()?,
+            tls: None,
+        })
+    }
+
+    /// The same with TLS, where there is some, on the listeners and towards replicas.
+    pub fn with_tls(self, tls: Option<Arc<Tls>>) -> Self {
+        Self { connector: Arc::new(TcpConnector(Dialer::new(tls.clone()))), tls, ..self }
     }
 }
 
@@ -77,7 +93,10 @@ pub struct Router {
     pub(crate) inference: InferenceService,
     cluster: ClusterService,
     metrics: Metrics,
+    /// Whether to be sent requests.
     serving: watch::Receiver<bool>,
+    closing: watch::Sender<bool>,
+    tls: Option<Arc<Tls>>,
     pub(crate) tasks: JoinSet<()>,
 }
 
@@ -117,9 +136,11 @@ impl Router {
             metrics: router_metrics,
             random: parts.random,
         };
-        let serving = replicas.serving();
+        let (closing, closes) = watch::channel(false);
+        let (ready, serving) = watch::channel(false);
+        tasks.spawn(readiness::follow(replicas.serving(), closes, ready));
         let cluster = ClusterService { relay: inference.relay.clone(), replicas, patience: config.lease };
-        Ok(Self { config, inference, cluster, metrics, serving, tasks })
+        Ok(Self { config, inference, cluster, metrics, serving, closing, tls: parts.tls, tasks })
     }
 
     /// How many replicas take requests, now and whenever that changes.
@@ -136,7 +157,12 @@ impl Router {
         let inference = InferenceServer::new(self.inference.clone()).max_decoding_message_size(limits.message_bytes);
         // Operators' messages are small.
         let cluster = ClusterServer::new(self.cluster.clone()).max_decoding_message_size(64 << 10);
-        routes.add_service(inference).add_service(cluster);
+        routes.add_service(inference);
+        if self.tls.as_ref().is_some_and(|tls| tls.has_authority()) {
+            routes.add_service(InterceptedService::new(cluster, require_certificate));
+        } else {
+            routes.add_service(cluster);
+        }
         Ok(Server::builder()
             .max_concurrent_streams(limits.streams_per_connection)
             .http2_max_header_list_size(limits.header_bytes)
@@ -157,7 +183,7 @@ impl Router {
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), RouterError> {
         let grace = self.config.grace;
-        let (stop, stopped) = watch::channel(false);
+        let (stop, stopped) = (self.closing.clone(), self.closing.subscribe());
         let relay = self.inference.relay.clone();
         self.tasks.spawn(async move {
             shutdown.await;
@@ -175,10 +201,11 @@ impl Router {
             }
         };
 
-        let http =
-            axum::serve(listeners.http, probes::routes(self.metrics.clone(), self.serving.clone(), Arc::new(|| {})));
+        let listening = |listener, purpose| Listening::new(listener, self.tls.clone(), purpose);
+        let (http, incoming) =
+            (listening(listeners.http, Purpose::Http), listening(listeners.grpc, Purpose::Public).incoming());
+        let http = axum::serve(http, probes::routes(self.metrics.clone(), self.serving.clone(), Arc::new(|| {})));
         let http = http.with_graceful_shutdown(until_stopped());
-        let incoming = TcpIncoming::from(listeners.grpc).with_nodelay(Some(true));
         let grpc = self.grpc()?.serve_with_incoming_shutdown(incoming, until_stopped());
         let failed = |what, reason: String| RouterError::Listener { what, reason };
         let both = async {

@@ -1,10 +1,12 @@
 //! What tests share: golden cases and the comparison that judges them, ranks that run as threads of the test, undisturbed
-//! runs, checkpoints with odd shapes or damage, whole clusters of real processes, and processes that are watched to their
-//! end. It is a dev-dependency only and no part of a shipped binary.
+//! runs, checkpoints with odd shapes or damage, certificates, a real etcd, whole clusters of real processes, and processes
+//! that are watched to their end. It is a dev-dependency only and no part of a shipped binary.
 
+pub mod certificates;
 pub mod checkpoints;
 pub mod compare;
 pub mod error;
+pub mod etcd;
 pub mod golden;
 pub mod in_process;
 pub mod numbers;

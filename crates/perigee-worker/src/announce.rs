@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use perigee_registry::{Registry, ReplicaRecord, ReplicaStatus};
 use tokio::sync::{oneshot, watch};
 
+use crate::addresses::published;
 use crate::config::WorkerConfig;
 use crate::error::{Result, WorkerError};
 use crate::events::ReadyEvent;
@@ -56,12 +57,7 @@ impl Announcer {
         let Some(specification) = config.registry.as_deref().filter(|_| publishes) else {
             return Ok(Self { wanted, thread: None });
         };
-        if specification.starts_with("etcd://") && config.internal.ip().is_unspecified() {
-            let internal = config.internal;
-            let message = format!("--internal: {internal} cannot be published; name the address that routers reach");
-            return Err(WorkerError::Options(message));
-        }
-        let registry = perigee_registry::open(specification)
+        let registry = perigee_registry::open(specification, &config.etcd)
             .map_err(|error| WorkerError::Options(format!("--registry: {error}")))?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -102,15 +98,16 @@ impl Announcer {
         }
     }
 
-    /// Publishes a replica that takes requests, and waits until the registry knows of it.
+    /// Publishes a replica that takes requests, under the host `advertise` or where it listens, and waits until the
+    /// registry knows of it.
     ///
     /// # Errors
     /// [`WorkerError::Serve`] where the registry refuses the replica.
-    pub(crate) async fn ready(&self, ready: &ReadyEvent) -> Result<()> {
+    pub(crate) async fn ready(&self, ready: &ReadyEvent, advertise: Option<&str>) -> Result<()> {
         self.wanted.send_modify(|record| {
             record.status = ReplicaStatus::Ready;
-            record.internal = ready.internal.to_string();
-            record.endpoint = ready.listen.to_string();
+            record.internal = published(advertise, ready.internal);
+            record.endpoint = published(advertise, ready.listen);
             record.pids = ready.pids.clone();
             record.weight_bytes = ready.weight_bytes.clone();
         });

@@ -5,7 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use perigee_backend::DType;
+use perigee_registry::EtcdOptions;
+use perigee_tls::ServerTlsOptions;
 
+use crate::addresses;
 use crate::move_options::MoveOptions;
 
 /// A device as the command line names it.
@@ -91,6 +94,9 @@ pub struct EngineOptions {
     /// Most tokens in one step: decode rows and prefill chunks together.
     #[arg(long, default_value_t = 512)]
     pub token_budget: usize,
+    /// Most requests that wait for their first slot; more are refused with RESOURCE_EXHAUSTED. 0 refuses all.
+    #[arg(long, default_value_t = 1024)]
+    pub queue_limit: usize,
     /// Share of a GPU's memory to use, from 0 to 1.
     #[arg(long, default_value_t = 0.9)]
     pub memory_fraction: f64,
@@ -129,6 +135,7 @@ impl EngineOptions {
             format!("--state-slots={}", self.state_slots),
             format!("--max-batch={}", self.max_batch),
             format!("--token-budget={}", self.token_budget),
+            format!("--queue-limit={}", self.queue_limit),
             format!("--memory-fraction={}", self.memory_fraction),
             format!("--join-timeout={}", self.join_timeout),
             format!("--step-timeout={}", self.step_timeout),
@@ -184,9 +191,9 @@ pub struct WorkerConfig {
     /// Ranks of the replica: the tensor-parallel degree.
     #[arg(long, default_value_t = 1)]
     pub tp: usize,
-    /// Where rank 0 meets the others.
-    #[arg(long, default_value_t = loopback())]
-    pub leader: SocketAddr,
+    /// Where rank 0 meets the others, host:port. Ranks exchange activations there in plain TCP.
+    #[arg(long, default_value_t = loopback().to_string())]
+    pub leader: String,
     /// Public address of the leader: health, reflection, model information.
     #[arg(long, default_value_t = loopback())]
     pub listen: SocketAddr,
@@ -200,12 +207,19 @@ pub struct WorkerConfig {
     /// registers it.
     #[arg(long)]
     pub registry: Option<String>,
+    /// How etcd is reached.
+    #[command(flatten)]
+    pub etcd: EtcdOptions,
+    /// Host under which others reach this process, where it listens at all addresses of its machine: it is published with
+    /// the ports of --listen and --internal.
+    #[arg(long, value_name = "HOST")]
+    pub advertise: Option<String>,
     /// Seconds that running sessions may go on after the order to end.
     #[arg(long, default_value_t = 30)]
     pub grace: u64,
-    /// Serve without TLS on other than loopback addresses.
-    #[arg(long)]
-    pub insecure: bool,
+    /// TLS of the three listeners, and towards other replicas.
+    #[command(flatten)]
+    pub tls: ServerTlsOptions,
     /// Report events as JSON lines on standard output and end when standard input closes: for a parent process.
     #[arg(long, hide = true)]
     pub supervised: bool,
@@ -232,17 +246,34 @@ impl WorkerConfig {
         if self.tp == 0 || self.rank >= self.tp {
             faults.push(format!("--rank: expected below --tp ({}), found {}", self.tp, self.rank));
         }
-        if self.rank > 0 && self.leader.port() == 0 {
-            faults.push("--leader: a rank other than 0 needs the leader's port".into());
+        match addresses::host_and_port(&self.leader) {
+            None => faults.push(format!("--leader: expected host:port, found {:?}", self.leader)),
+            Some((_, 0)) if self.rank > 0 => {
+                faults.push("--leader: a rank other than 0 needs the leader's port".into());
+            }
+            Some(_) => {}
+        }
+        if self.tp > 1 && !self.tls.insecure && !addresses::is_loopback(&self.leader) {
+            let leader = &self.leader;
+            faults.push(format!(
+                "--leader: {leader} is not a loopback address; ranks talk in plain TCP, whatever the certificates, which \
+                 needs --insecure and a network of their own"
+            ));
         }
         if self.replica.is_empty() || self.replica.len() > 255 {
             faults.push(format!("--replica: expected 1 to 255 bytes, found {}", self.replica.len()));
         }
-        for (name, address) in [("--listen", self.listen), ("--internal", self.internal), ("--http", self.http)] {
-            if !self.insecure && !address.ip().is_loopback() {
-                faults.push(format!("{name}: {address} is not a loopback address; without TLS that needs --insecure"));
+        faults.extend(self.etcd.faults());
+        faults.extend(self.advertise.as_deref().and_then(addresses::host_fault));
+        if self.registry.is_some() && self.advertise.is_none() && self.rank == 0 {
+            for (name, address) in [("--internal", self.internal), ("--listen", self.listen)] {
+                if address.ip().is_unspecified() {
+                    faults.push(format!("{name}: {address} cannot be published; name a host with --advertise"));
+                }
             }
         }
+        let listeners = [("--listen", self.listen), ("--internal", self.internal), ("--http", self.http)];
+        faults.extend(self.tls.faults(&listeners));
         faults
     }
 

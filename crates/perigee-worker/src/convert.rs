@@ -98,12 +98,12 @@ pub(crate) fn messages(batch: EventBatch, draining: bool) -> Vec<Body> {
         let before: Vec<_> = events.by_ref().take(reported.before.saturating_sub(said)).collect();
         said += before.len();
         if !before.is_empty() {
-            messages.push(Body::Batch(internal::EventBatch { events: before, load: None }));
+            messages.push(Body::Batch(internal::EventBatch { events: before, ..internal::EventBatch::default() }));
         }
         messages.push(Body::MoveReport(move_report::report(reported)));
     }
     let load = Some(load(batch.load, draining));
-    messages.push(Body::Batch(internal::EventBatch { events: events.collect(), load }));
+    messages.push(Body::Batch(internal::EventBatch { events: events.collect(), load, clock: 0 }));
     messages
 }
 

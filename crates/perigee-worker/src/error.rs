@@ -42,6 +42,9 @@ pub enum WorkerError {
     /// The leader's connection broke.
     #[error("leader: {0}")]
     Link(#[from] LinkError),
+    /// The files of TLS cannot be used.
+    #[error(transparent)]
+    Tls(#[from] perigee_tls::TlsError),
     /// A file or socket failed.
     #[error("{what}: {source}")]
     Io {

@@ -2,7 +2,7 @@
 //! the control connections over which the leader will tell them its plans. They become a group together or not at all.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
@@ -10,6 +10,7 @@ use perigee_collectives::{AbortHandle, Collective, SocketCollective, SocketConfi
 use perigee_engine::link::{FollowerLink, LeaderLink, TcpFollowerLink, TcpLeaderLink};
 use perigee_engine::protocol::PROTOCOL_VERSION;
 
+use crate::addresses::resolve;
 use crate::config::WorkerConfig;
 use crate::error::{Result, WorkerError};
 use crate::events::{WorkerEvent, emit};
@@ -57,19 +58,20 @@ pub fn form(config: &WorkerConfig, identity: &str) -> Result<Group> {
         let control = Control::Leader { links: Vec::new(), lost };
         return Ok(Group { collective: Box::new(Solo), abort: None, pids: vec![std::process::id()], control });
     }
+    let meeting = resolve(&config.leader, Instant::now() + config.join_timeout())?;
     let socket = SocketConfig {
         rank: config.rank,
         size: config.tp,
-        leader: config.leader,
-        bind: config.leader.ip(),
+        leader: meeting,
+        bind: meeting.ip(),
         group: config.replica.clone(),
         incarnation: 0,
         join_timeout: config.join_timeout(),
         step_timeout: config.step_timeout(),
     };
     if config.rank == 0 {
-        let listener = TcpListener::bind(config.leader)
-            .map_err(WorkerError::io(format!("listening for ranks at {}", config.leader)))?;
+        let listener =
+            TcpListener::bind(meeting).map_err(WorkerError::io(format!("listening for ranks at {}", config.leader)))?;
         let leader = listener.local_addr().map_err(WorkerError::io("reading the listener's address"))?;
         emit(config.supervised, &WorkerEvent::Rendezvous { leader });
         let mut collective =
@@ -80,10 +82,14 @@ pub fn form(config: &WorkerConfig, identity: &str) -> Result<Group> {
         return Ok(Group { collective: Box::new(collective), abort, pids, control: Control::Leader { links, lost } });
     }
     // Connections to the leader come from whatever address this machine has.
-    let bind = if config.leader.ip().is_loopback() { config.leader.ip() } else { [0, 0, 0, 0].into() };
+    let bind = match meeting.ip() {
+        ip if ip.is_loopback() => ip,
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
     let mut collective = SocketCollective::join(SocketConfig { bind, ..socket })?;
     agree(&mut collective, identity)?;
-    let link = connect_link(config, &mut collective)?;
+    let link = connect_link(config, meeting.ip(), &mut collective)?;
     let abort = Some(collective.abort_handle());
     let control = Control::Follower(Box::new(link));
     Ok(Group { collective: Box::new(collective), abort, pids: Vec::new(), control })
@@ -168,10 +174,10 @@ fn accept_until(listener: &TcpListener, deadline: Instant) -> Result<(TcpStream,
     }
 }
 
-fn connect_link(config: &WorkerConfig, collective: &mut SocketCollective) -> Result<TcpFollowerLink> {
+fn connect_link(config: &WorkerConfig, leader: IpAddr, collective: &mut SocketCollective) -> Result<TcpFollowerLink> {
     let mut port = [0u8; 2];
     collective.broadcast(0, &mut port)?;
-    let address = (config.leader.ip(), u16::from_le_bytes(port));
+    let address = (leader, u16::from_le_bytes(port));
     let mut stream = TcpStream::connect(address).map_err(WorkerError::io("connecting to the leader"))?;
     let mut hello = Vec::with_capacity(12);
     hello.extend(PROTOCOL_VERSION.to_le_bytes());

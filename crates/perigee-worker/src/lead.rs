@@ -13,10 +13,12 @@ use perigee_engine::{Engine, EngineConfig};
 use perigee_registry::ReplicaStatus;
 use perigee_telemetry::Metrics;
 use perigee_text::{GenerationConfig, Tokenizer};
+use perigee_tls::Tls;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+use crate::addresses::published;
 use crate::announce::Announcer;
 use crate::config::WorkerConfig;
 use crate::error::{Result, WorkerError};
@@ -28,6 +30,7 @@ use crate::metrics::WorkerMetrics;
 use crate::moving::{self, LeaderPlace};
 use crate::peers::Peers;
 use crate::serve::{LeaderListeners, LeaderParts, serve};
+use crate::signals::told_to_end;
 
 /// How long a failing step may take to tell its sessions, once a rank is lost.
 const LAST_STEP: Duration = Duration::from_millis(1200);
@@ -52,6 +55,7 @@ pub(crate) fn run<B: Backend + 'static>(
     mut ranks: Ranks<B>,
     members: Members,
     announcer: &Announcer,
+    tls: Option<Arc<Tls>>,
 ) -> Result<()> {
     announcer.tell(ReplicaStatus::Warming)?;
     warm(&mut ranks)?;
@@ -60,7 +64,7 @@ pub(crate) fn run<B: Backend + 'static>(
         .enable_all()
         .build()
         .map_err(WorkerError::io("starting the runtime"))?;
-    runtime.block_on(lead(config, opened, ranks, members, announcer))
+    runtime.block_on(lead(config, opened, ranks, members, announcer, tls))
 }
 
 async fn lead<B: Backend + 'static>(
@@ -69,6 +73,7 @@ async fn lead<B: Backend + 'static>(
     ranks: Ranks<B>,
     members: Members,
     announcer: &Announcer,
+    tls: Option<Arc<Tls>>,
 ) -> Result<()> {
     let listeners = LeaderListeners {
         internal: listen(config.internal, "--internal").await?,
@@ -101,17 +106,18 @@ async fn lead<B: Backend + 'static>(
         replica: ready.replica.clone(),
         incarnation: ready.incarnation.clone(),
         tp: ready.tp,
-        endpoint: ready.internal.to_string(),
+        endpoint: published(config.advertise.as_deref(), ready.internal),
         digest: ready.digest.clone(),
     };
     let model = opened.source.config();
-    let connector = GrpcConnector::new(Handle::current(), Peers::default(), moving::attend_shape(model));
+    let connector = GrpcConnector::new(Handle::current(), Peers::new(tls.clone()), moving::attend_shape(model));
     let (moves, homes) = moving::set_up(place, model, &config.moves, Arc::new(connector), ranks.latent_reader());
     let engine = Engine::start(
         Box::new(ranks),
         EngineConfig {
             token_budget: config.engine.token_budget,
             max_batch: config.engine.max_batch,
+            queue_limit: config.engine.queue_limit,
             eos_token_ids: generation.eos_token_ids.clone(),
             tokenizer: tokenizer.clone(),
             observer: Arc::new(worker_metrics.clone()),
@@ -140,14 +146,14 @@ async fn lead<B: Backend + 'static>(
     let lost = watch_ranks(members.lost, members.abort)?;
     tokio::pin!(lost);
     tokio::select! {
-        published = announcer.ready(&ready) => published?,
+        published = announcer.ready(&ready, config.advertise.as_deref()) => published?,
         rank = &mut lost => return Err(rank_lost(rank)),
     }
     emit(config.supervised, &WorkerEvent::Ready(Box::new(ready)));
     tracing::info!(replica = config.replica, "serving");
 
     let grace = Duration::from_secs(config.grace);
-    let parts = LeaderParts { engine, identity, metrics, worker_metrics, grace, homes };
+    let parts = LeaderParts { engine, identity, metrics, worker_metrics, grace, homes, tls };
     let shutdown = async {
         told_to_end().await;
         // The registry has taken this replica, so there is no refusal to hear of.
@@ -236,22 +242,4 @@ fn watch_ranks(lost: Receiver<usize>, abort: Option<AbortHandle>) -> Result<impl
             Err(_) => std::future::pending().await,
         }
     })
-}
-
-/// Completes on SIGTERM or Ctrl-C.
-async fn told_to_end() {
-    let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
-    match terminate {
-        Ok(mut terminate) => {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = tokio::signal::ctrl_c() => {}
-            }
-        }
-        Err(error) => {
-            tracing::warn!(%error, "no handler for SIGTERM; only Ctrl-C ends this worker in order");
-            // An error here would leave no way to end in order; waiting on is all that is left.
-            let _ = tokio::signal::ctrl_c().await;
-        }
-    }
 }

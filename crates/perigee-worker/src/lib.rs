@@ -1,6 +1,7 @@
 //! One rank as a process; the leader also runs the replica's services. From options to a loaded rank is this crate's
 //! business, the step loop is the engine's.
 
+mod addresses;
 mod announce;
 pub mod attend;
 pub mod attention;
@@ -12,6 +13,7 @@ pub mod group;
 pub mod handoff;
 pub mod identity;
 mod lead;
+mod lease;
 pub mod load;
 pub mod metrics;
 pub mod move_options;
@@ -23,6 +25,7 @@ pub mod run;
 pub mod score;
 pub mod serve;
 mod service;
+mod signals;
 
 pub use config::{Device, EngineOptions, WorkerConfig};
 pub use error::WorkerError;

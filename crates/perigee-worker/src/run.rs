@@ -1,8 +1,12 @@
 //! One worker process from start to end: check the options, open the model, meet the other ranks, load, then lead or follow.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use perigee_backend::Backend;
 use perigee_engine::ranks::Ranks;
 use perigee_registry::ReplicaStatus;
+use perigee_tls::Tls;
 
 use crate::announce::Announcer;
 use crate::config::{Device, WorkerConfig};
@@ -14,6 +18,7 @@ use crate::load::{Opened, cpu_backend, open};
 use crate::moving;
 use crate::peers::Peers;
 use crate::score;
+use crate::signals;
 
 /// Runs a worker until it is told to end.
 ///
@@ -27,6 +32,7 @@ pub fn run(config: &WorkerConfig) -> Result<()> {
     if config.supervised {
         events::end_with_parent();
     }
+    let tls = config.tls.load()?;
     let opened = open(config)?;
     let identity = opened.identity(config);
     let announcer = Announcer::begin(config, &opened)?;
@@ -35,28 +41,42 @@ pub fn run(config: &WorkerConfig) -> Result<()> {
             let mut group = form(config, &identity)?;
             let collective = std::mem::replace(&mut group.collective, Box::new(perigee_collectives::Solo));
             let backend = cpu_backend(config, collective);
-            run_rank(config, opened, backend, group, &announcer)
+            run_rank(config, opened, backend, group, &announcer, tls)
         }
-        Device::Cuda(cards) => run_cuda(config, opened, &identity, cards, &announcer),
+        Device::Cuda(_) => run_cuda(config, opened, &identity, &announcer, tls),
     }
 }
 
 #[cfg(feature = "cuda")]
-fn run_cuda(config: &WorkerConfig, opened: Opened, identity: &str, cards: &[u32], announcer: &Announcer) -> Result<()> {
-    let card = cards[config.rank % cards.len()] as usize;
+fn run_cuda(
+    config: &WorkerConfig,
+    opened: Opened,
+    identity: &str,
+    announcer: &Announcer,
+    tls: Option<Arc<Tls>>,
+) -> Result<()> {
+    let card = card(config);
     // Before the ranks meet: a machine without a usable card should say so at once.
     perigee_cuda::check(card)?;
     let mut group = form(config, identity)?;
     let collective = std::mem::replace(&mut group.collective, Box::new(perigee_collectives::Solo));
     let options = perigee_cuda::Options { device: card, precision: config.engine.activation() };
     let backend = perigee_cuda::CudaBackend::open(options, collective)?;
-    run_rank(config, opened, backend, group, announcer)
+    run_rank(config, opened, backend, group, announcer, tls)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn run_cuda(config: &WorkerConfig, _: Opened, _: &str, cards: &[u32], _: &Announcer) -> Result<()> {
+fn run_cuda(config: &WorkerConfig, _: Opened, _: &str, _: &Announcer, _: Option<Arc<Tls>>) -> Result<()> {
     // The crate without its feature only knows why it cannot help.
-    Ok(perigee_cuda::check(cards[config.rank % cards.len()] as usize)?)
+    Ok(perigee_cuda::check(card(config))?)
+}
+
+/// The card of this rank.
+fn card(config: &WorkerConfig) -> usize {
+    match &config.engine.device {
+        Device::Cuda(cards) => cards[config.rank % cards.len()] as usize,
+        Device::Cpu => 0,
+    }
 }
 
 fn run_rank<B: Backend + 'static>(
@@ -65,12 +85,16 @@ fn run_rank<B: Backend + 'static>(
     backend: B,
     group: Group,
     announcer: &Announcer,
+    tls: Option<Arc<Tls>>,
 ) -> Result<()> {
     announcer.tell(ReplicaStatus::Loading)?;
     let mut rank = opened.load(config, backend)?;
-    moving::let_ask(&mut rank, opened.source.config(), Peers::default())?;
+    moving::let_ask(&mut rank, opened.source.config(), Peers::new(tls.clone()))?;
     match group.control {
-        Control::Follower(mut link) => Ok(rank.follow(link.as_mut())?),
+        Control::Follower(mut link) => {
+            signals::follow_to_the_end(Duration::from_secs(config.grace))?;
+            Ok(rank.follow(link.as_mut())?)
+        }
         Control::Leader { links, lost } => {
             let mut ranks = Ranks::new(rank, links, config.step_timeout())?;
             if let Some(job) = &config.score_job {
@@ -78,7 +102,8 @@ fn run_rank<B: Backend + 'static>(
                 ranks.shutdown();
                 return result;
             }
-            lead::run(config, &opened, ranks, lead::Members { pids: group.pids, abort: group.abort, lost }, announcer)
+            let members = lead::Members { pids: group.pids, abort: group.abort, lost };
+            lead::run(config, &opened, ranks, members, announcer, tls)
         }
     }
 }

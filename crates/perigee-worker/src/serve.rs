@@ -10,12 +10,12 @@ use perigee_proto::internal::replica_server::ReplicaServer;
 use perigee_proto::standard;
 use perigee_proto::v1::inference_server::InferenceServer;
 use perigee_telemetry::{Metrics, probes};
+use perigee_tls::{Listening, Purpose, Tls};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::service::RoutesBuilder;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
 use crate::attend::{AttendPool, HomeParts};
 use crate::error::{Result, WorkerError};
@@ -59,6 +59,8 @@ pub struct LeaderParts {
     pub grace: Duration,
     /// What other replicas' questions are answered from; none where the device cannot.
     pub homes: Option<HomeParts>,
+    /// TLS of the listeners; none where they are plain TCP.
+    pub tls: Option<Arc<Tls>>,
 }
 
 /// Serves until `shutdown` completes, then drains: no new requests, and the grace time for running ones.
@@ -95,8 +97,10 @@ pub async fn serve(
         let reporter = standard::add_services(routes).map_err(|error| WorkerError::Serve(error.to_string()))?;
         tasks.spawn(standard::report_health(reporter, services, serving.clone()));
     }
-    let grpc = |routes: RoutesBuilder, listener: TcpListener| {
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let tls = parts.tls;
+    let listening = |listener, purpose| Listening::new(listener, tls.clone(), purpose);
+    let grpc = |routes: RoutesBuilder, listener: Listening| {
+        let incoming = listener.incoming();
         // One stream carries all of a router's prompts.
         let mut server = Server::builder().initial_stream_window_size(1 << 20).initial_connection_window_size(1 << 20);
         server.add_routes(routes.routes()).serve_with_incoming_shutdown(incoming, until_stopped())
@@ -105,14 +109,16 @@ pub async fn serve(
         let (engine, metrics) = (engine.clone(), parts.worker_metrics);
         Arc::new(move || metrics.show(&engine.load()))
     };
-    let http = axum::serve(listeners.http, probes::routes(parts.metrics, serving, refresh));
+    let http = axum::serve(listening(listeners.http, Purpose::Http), probes::routes(parts.metrics, serving, refresh));
     let http = http.with_graceful_shutdown(until_stopped());
 
     let failed = |what: &str, reason: String| WorkerError::Serve(format!("{what}: {reason}"));
+    let internal_port = listening(listeners.internal, Purpose::Internal);
+    let public_port = listening(listeners.public, Purpose::Public);
     let services = async {
         tokio::try_join!(
-            async { grpc(internal, listeners.internal).await.map_err(|e| failed("internal port", e.to_string())) },
-            async { grpc(public, listeners.public).await.map_err(|e| failed("public port", e.to_string())) },
+            async { grpc(internal, internal_port).await.map_err(|e| failed("internal port", e.to_string())) },
+            async { grpc(public, public_port).await.map_err(|e| failed("public port", e.to_string())) },
             async { http.await.map_err(|error| failed("HTTP port", error.to_string())) },
         )
         .map(|_| ())

@@ -1,5 +1,5 @@
 //! `perigee.internal.v1.Replica` on a leader: one task for each attached router, between its stream and the engine's
-//! handle. Where the stream ends or the router is silent for its lease, its sessions are aborted; what they are, and how
+//! handle. Where the stream ends or the router's lease runs out, its sessions are aborted; what they are, and how
 //! they are stepped, is the engine's affair.
 
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::attend::{AttendPool, answer_channel};
 use crate::identity::ReplicaIdentity;
+use crate::lease::Lease;
 use crate::{convert, handoff, move_report};
 
 /// How long a router may take to say hello.
@@ -65,7 +66,7 @@ impl Replica for ReplicaService {
             // Not the router's own id: a second stream of the same router must not end with the first.
             id: RouterId(self.next_stream.fetch_add(1, Ordering::Relaxed)),
             outbox,
-            lease: Duration::from_millis(lease_ms.into()),
+            lease: Lease::new(Duration::from_millis(lease_ms.into()), Instant::now()),
         };
         let router = ids::RouterId(hello.router_id);
         let welcome = replica_message::Body::Welcome(self.identity.welcome());
@@ -122,7 +123,7 @@ struct RouterStream {
     engine: EngineHandle,
     id: RouterId,
     outbox: mpsc::Sender<Result<ReplicaMessage, Status>>,
-    lease: Duration,
+    lease: Lease,
 }
 
 impl Drop for RouterStream {
@@ -136,22 +137,20 @@ type Ended = &'static str;
 
 impl RouterStream {
     /// Carries messages until the stream ends, and says why it did.
-    async fn run(self, mut messages: Streaming<RouterMessage>, welcome: replica_message::Body) -> Ended {
+    async fn run(mut self, mut messages: Streaming<RouterMessage>, welcome: replica_message::Body) -> Ended {
         let mut events = self.engine.attach(self.id);
+        self.engine.renew(self.id, self.lease.until().into_std());
         if let Err(ended) = self.send(welcome) {
             return ended;
         }
-        let mut heard = Instant::now();
         let mut told = Instant::now();
+        let tell_every = LOAD_INTERVAL.min(self.lease.tell_every());
         loop {
             let result = tokio::select! {
                 // After a stall of this process, what has arrived counts before the clock.
                 biased;
                 message = messages.message() => match message {
-                    Ok(Some(message)) => {
-                        heard = Instant::now();
-                        self.take(message)
-                    }
+                    Ok(Some(message)) => self.take(message),
                     Ok(None) | Err(_) => Err("the router closed the stream"),
                 },
                 batch = events.recv() => match batch {
@@ -159,16 +158,16 @@ impl RouterStream {
                         told = Instant::now();
                         convert::messages(batch, self.draining()).into_iter().try_for_each(|body| self.send(body))
                     }
-                    None => Err("the engine ended"),
+                    None => Err("the engine ended, or its lease ran out"),
                 },
                 // The engine tells its load too, but not in the middle of a long step.
-                () = tokio::time::sleep_until(told + LOAD_INTERVAL) => {
+                () = tokio::time::sleep_until(told + tell_every) => {
                     told = Instant::now();
                     let load = Some(convert::load(self.engine.load(), self.draining()));
-                    self.send(replica_message::Body::Batch(EventBatch { events: Vec::new(), load }))
+                    self.send(replica_message::Body::Batch(EventBatch { load, ..EventBatch::default() }))
                 }
                 () = self.outbox.closed() => Err("the router closed the stream"),
-                () = tokio::time::sleep_until(heard + self.lease) => Err("the router was silent for its lease"),
+                () = tokio::time::sleep_until(self.lease.until()) => Err("its lease ran out"),
             };
             if let Err(ended) = result {
                 return ended;
@@ -180,14 +179,22 @@ impl RouterStream {
         *self.engine.health().borrow() != EngineHealth::Serving
     }
 
-    fn send(&self, body: replica_message::Body) -> Result<(), Ended> {
+    fn send(&self, mut body: replica_message::Body) -> Result<(), Ended> {
+        if let replica_message::Body::Batch(batch) = &mut body {
+            batch.clock = self.lease.clock(Instant::now());
+        }
         send(&self.outbox, body)
     }
 
-    fn take(&self, message: RouterMessage) -> Result<(), Ended> {
+    fn take(&mut self, message: RouterMessage) -> Result<(), Ended> {
         use router_message::Body;
         match message.body {
-            Some(Body::Renew(_)) | None => Ok(()),
+            None => Ok(()),
+            Some(Body::Renew(renew)) => {
+                self.lease.renew(renew.clock, Instant::now());
+                self.engine.renew(self.id, self.lease.until().into_std());
+                Ok(())
+            }
             Some(Body::Hello(_)) => Err("the router said hello twice"),
             Some(Body::Submit(submit)) => self.submit(submit),
             Some(Body::Abort(abort)) => {

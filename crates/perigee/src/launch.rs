@@ -22,6 +22,8 @@ pub(crate) struct ReplicaLaunch {
     pub(crate) tp: usize,
     /// What they run.
     pub(crate) engine: EngineOptions,
+    /// Further arguments of every rank.
+    pub(crate) arguments: Vec<String>,
     /// Further arguments of rank 0.
     pub(crate) leader_arguments: Vec<String>,
 }
@@ -54,6 +56,7 @@ impl ReplicaProcesses {
                 .arg(format!("--rank={rank}"))
                 .arg(format!("--tp={}", launch.tp))
                 .args(launch.engine.to_arguments())
+                .args(&launch.arguments)
                 .args(more)
                 // Ctrl-C in a terminal goes to the whole group. It is for the parent, which lets what runs end first.
                 .process_group(0)

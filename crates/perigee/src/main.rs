@@ -64,7 +64,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Config(args) => commands::config::run(&args),
         Command::Up(args) => commands::up::run(*args),
         Command::Router(args) => commands::router::run(args),
-        Command::Worker(config) => perigee_worker::run(&config).map_err(anyhow::Error::from),
+        Command::Worker(config) => {
+            commands::without_faults(&config.faults())?;
+            perigee_worker::run(&config).map_err(anyhow::Error::from)
+        }
         Command::Generate(args) => client::generate::run(&args),
         Command::Replicas(args) => client::replicas::run(&args),
         Command::Sessions(args) => client::sessions::run(&args),
@@ -88,7 +91,7 @@ fn main() -> ExitCode {
         Err(error) => {
             // In one write: the processes of a replica share one standard error. Nobody reads it where it is closed.
             let _ = std::io::stderr().write_all(format!("perigee: {}\n", told(&error)).as_bytes());
-            ExitCode::FAILURE
+            if error.is::<commands::UsageError>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }

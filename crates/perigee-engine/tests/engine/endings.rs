@@ -147,6 +147,27 @@ fn a_router_that_goes_away_takes_its_sessions_along() {
 }
 
 #[test]
+fn no_step_begins_after_a_lease_and_a_renewal_that_came_in_time_counts() {
+    let clock = Arc::new(ManualClock::default());
+    let settings = EngineConfig { clock: Arc::clone(&clock) as Arc<dyn Clock>, ..config() };
+    let mut driver = Driver::new(ModelExecutor::new(ModelSizes::default()), settings);
+    let lease = Duration::from_secs(2);
+    driver.submit(&greedy_request("s", vec![1], 1000));
+    driver.handle.renew(ROUTER, clock.now() + lease);
+    driver.turn();
+    // The step was long; a renewal came meanwhile.
+    clock.advance(lease);
+    driver.handle.renew(ROUTER, clock.now() + lease);
+    driver.turn();
+    assert_eq!((driver.core.load().running, driver.core.load().steps), (1, 2));
+    // The process stood still, and no word had come before.
+    clock.advance(lease);
+    assert_eq!(driver.turn(), Turn::Idle);
+    assert_eq!((driver.core.load().running, driver.core.load().steps), (0, 2));
+    driver.assert_nothing_is_held();
+}
+
+#[test]
 fn a_session_whose_delivered_tokens_already_end_it_only_ends() {
     let bias = [(EOS, 100.0)];
     let mut request = biased(&bias, StopRule { max_tokens: 9, ..StopRule::default() });

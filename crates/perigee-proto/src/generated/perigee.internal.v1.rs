@@ -14,7 +14,7 @@ pub mod router_message {
         /// The first message, and only that.
         #[prost(message, tag = "1")]
         Hello(super::Hello),
-        /// Goes on with the lease; any other message does too.
+        /// Goes on with the lease; no other message does.
         #[prost(message, tag = "2")]
         Renew(super::Renew),
         /// A request to run.
@@ -84,13 +84,18 @@ pub struct Hello {
     /// Drawn by the router at its start.
     #[prost(fixed64, tag = "2")]
     pub router_id: u64,
-    /// How long the leader may step this router's sessions after the router's last message, in milliseconds.
+    /// How long the leader may step this router's sessions after what renew tells, in milliseconds.
     #[prost(uint32, tag = "3")]
     pub lease_ms: u32,
 }
-/// Keeps the lease.
+/// Keeps the lease: it now ends lease_ms after the leader sent the batch that is named here. So it is over at the leader
+/// whenever the router has not heard from it for lease_ms.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Renew {}
+pub struct Renew {
+    /// Clock of the newest batch that the router has read; 0 before the first one, which renews nothing.
+    #[prost(uint64, tag = "1")]
+    pub clock: u64,
+}
 /// Who answers.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Welcome {
@@ -291,6 +296,9 @@ pub struct EventBatch {
     /// Load after the step.
     #[prost(message, optional, tag = "2")]
     pub load: ::core::option::Option<Load>,
+    /// The leader's clock for this stream when it sent the batch, at least 1. Only renew repeats it.
+    #[prost(uint64, tag = "3")]
+    pub clock: u64,
 }
 /// One thing that happened to a session.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -927,7 +935,7 @@ pub mod replica_client {
         }
         /// One stream for each pair of router and leader. The router's first message is hello, the leader's first is welcome.
         /// Every step the leader sends one batch with the events of all that router's sessions, and the load; at least twice a
-        /// second in any case. Where the stream ends or the router is silent for its lease, the leader aborts that router's
+        /// second in any case. Where the stream ends or the router's lease runs out, the leader aborts that router's
         /// sessions. FAILED_PRECONDITION where versions differ.
         pub async fn attach(
             &mut self,
@@ -1024,7 +1032,7 @@ pub mod replica_server {
             + 'static;
         /// One stream for each pair of router and leader. The router's first message is hello, the leader's first is welcome.
         /// Every step the leader sends one batch with the events of all that router's sessions, and the load; at least twice a
-        /// second in any case. Where the stream ends or the router is silent for its lease, the leader aborts that router's
+        /// second in any case. Where the stream ends or the router's lease runs out, the leader aborts that router's
         /// sessions. FAILED_PRECONDITION where versions differ.
         async fn attach(
             &self,

@@ -5,7 +5,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::time::Duration;
 
-use etcd_client::{Client, ConnectOptions, GetOptions, KeyValue};
+use etcd_client::{Certificate, Client, ConnectOptions, GetOptions, Identity, KeyValue, TlsOptions};
 
 use super::EtcdConfig;
 
@@ -50,17 +50,29 @@ impl Connector {
         Self { next: random() as usize }
     }
 
-    /// A client to the next member; it connects with its first call.
+    /// A client to the next member, with the certificates and password of now; it connects with its first call.
     pub(super) async fn client(&mut self, config: &EtcdConfig) -> Result<Client, Trouble> {
         let endpoint = &config.endpoints[self.next % config.endpoints.len()];
         self.next = self.next.wrapping_add(1);
-        let options = ConnectOptions::new()
+        let secrets = config.access.secrets().map_err(|error| Trouble::Broken(error.to_string()))?;
+        let mut options = ConnectOptions::new()
             .with_connect_timeout(config.call_timeout)
             .with_keep_alive(KEEP_ALIVE, config.call_timeout)
             // etcd takes signs of life without an open stream for abuse.
             .with_keep_alive_while_idle(false)
             .with_require_leader(true);
-        Ok(Client::connect([endpoint], Some(options)).await?)
+        if let Some(authority) = secrets.authority {
+            let tls = TlsOptions::new().ca_certificate(Certificate::from_pem(authority));
+            options = options.with_tls(match secrets.identity {
+                Some((chain, key)) => tls.identity(Identity::from_pem(chain, key)),
+                None => tls,
+            });
+        }
+        if let Some((name, password)) = secrets.user {
+            options = options.with_user(name, password);
+        }
+        // With a user, this asks etcd for a token.
+        within(config.call_timeout, Client::connect([endpoint], Some(options))).await
     }
 }
 

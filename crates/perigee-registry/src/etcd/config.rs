@@ -3,8 +3,8 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::RegistryError;
 use crate::record::is_address;
+use crate::{EtcdOptions, RegistryError};
 
 /// etcd's usual port for clients.
 const DEFAULT_PORT: u16 = 2379;
@@ -24,6 +24,8 @@ pub struct EtcdConfig {
     pub name_wait: Duration,
     /// How long etcd may take for one answer before another member is asked.
     pub call_timeout: Duration,
+    /// Certificates and user; the files are read with every connection.
+    pub access: EtcdOptions,
 }
 
 impl EtcdConfig {
@@ -35,13 +37,15 @@ impl EtcdConfig {
             lease_ttl: Duration::from_secs(10),
             name_wait: Duration::from_secs(15),
             call_timeout: Duration::from_secs(3),
+            access: EtcdOptions::default(),
         }
     }
 
-    /// Checks every field.
+    /// Checks every field, and that the files for access can be read.
     ///
     /// # Errors
-    /// [`RegistryError::Specification`] for the first bad one.
+    /// [`RegistryError::Specification`] for the first bad one; [`RegistryError::Options`] and [`RegistryError::Read`] for
+    /// access.
     pub fn validate(&self) -> Result<(), RegistryError> {
         if self.endpoints.is_empty() {
             return Err(self.invalid("it names no host"));
@@ -59,7 +63,7 @@ impl EtcdConfig {
         if self.lease_ttl < Duration::from_secs(1) || self.call_timeout.is_zero() {
             return Err(self.invalid("the lease must last at least 1 s, and an answer may take more than no time"));
         }
-        Ok(())
+        self.access.secrets().map(drop)
     }
 
     fn invalid(&self, reason: impl Into<String>) -> RegistryError {

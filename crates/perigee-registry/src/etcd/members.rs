@@ -275,6 +275,8 @@ mod tests {
         };
         let value = encode(&full).expect("a valid record");
         assert_eq!(decode("a", &value), Ok(full));
+        let later = br#"{"replica": "a", "incarnation": "3", "internal": "h:1", "later": {}}"#;
+        assert_eq!(decode("a", later), Ok(record("a", "3")));
         assert_eq!(holder(&value).as_deref(), Some("1"));
         assert_eq!(holder(br#"{"incarnation": "2", "later": true}"#).as_deref(), Some("2"));
         assert_eq!(holder(b"x"), None);

@@ -1,6 +1,7 @@
 //! The etcd registry against real etcd processes: publications, watches, leases, restarts and losses of etcd. Whether a
 //! replica that is listed lives is not asked here.
 
+mod access;
 mod outages;
 mod seen;
 mod server;
@@ -12,7 +13,7 @@ use etcd_client::PutOptions;
 use perigee_registry::{Change, EtcdConfig, EtcdRegistry, Registry, RegistryError, ReplicaRecord, ReplicaStatus};
 
 use crate::seen::Seen;
-use crate::server::{DEADLINE, Etcd};
+use crate::server::{DEADLINE, Etcd, client, config};
 
 /// Tells the process of [`publisher_process`] where etcd is.
 const ENDPOINT: &str = "PERIGEE_TEST_ETCD";
@@ -31,8 +32,8 @@ fn key(name: &str) -> String {
 
 #[tokio::test]
 async fn records_are_published_updated_and_withdrawn() {
-    let Some(etcd) = Etcd::start().await else { return };
-    let registry = registry(etcd.config());
+    let Some(etcd) = Etcd::start() else { return };
+    let registry = registry(config(&etcd));
     let mut seen = Seen::new(registry.watch());
     let forming = ReplicaRecord { status: ReplicaStatus::Forming, internal: String::new(), ..record("a", "1") };
     let publication = registry.publish(forming.clone()).await.expect("published");
@@ -48,7 +49,7 @@ async fn records_are_published_updated_and_withdrawn() {
 
     // The process may end right after the drop: the record must be gone by then.
     drop(publication);
-    let left = etcd.client().await.get(key("a"), None).await.expect("an answer");
+    let left = client(&etcd).await.get(key("a"), None).await.expect("an answer");
     assert_eq!(left.count(), 0);
     seen.until_names(&[]).await;
     late.until_names(&[]).await;
@@ -58,11 +59,11 @@ async fn records_are_published_updated_and_withdrawn() {
 
 #[tokio::test]
 async fn a_watch_outlives_its_registry_and_prefixes_are_apart() {
-    let Some(etcd) = Etcd::start().await else { return };
-    let blue = EtcdConfig { prefix: "team/blue".to_owned(), ..etcd.config() };
-    let mut seen = Seen::new(registry(etcd.config()).watch());
+    let Some(etcd) = Etcd::start() else { return };
+    let blue = EtcdConfig { prefix: "team/blue".to_owned(), ..config(&etcd) };
+    let mut seen = Seen::new(registry(config(&etcd)).watch());
     let _other = registry(blue).publish(record("a", "other")).await.expect("published");
-    let _publication = registry(etcd.config()).publish(record("a", "1")).await.expect("published");
+    let _publication = registry(config(&etcd)).publish(record("a", "1")).await.expect("published");
     seen.until_names(&["a"]).await;
     assert_eq!(seen.records["a"].incarnation, "1");
 }
@@ -80,8 +81,8 @@ async fn publisher_process() {
 
 #[tokio::test]
 async fn a_killed_replica_leaves_while_a_busy_one_stays() {
-    let Some(etcd) = Etcd::start().await else { return };
-    let registry = registry(etcd.config());
+    let Some(etcd) = Etcd::start() else { return };
+    let registry = registry(config(&etcd));
     let _busy = registry.publish(record("busy", "1")).await.expect("published");
     let mut killed = Command::new(std::env::current_exe().expect("this program"))
         .args(["publisher_process", "--exact", "--ignored"])
@@ -113,15 +114,15 @@ async fn a_killed_replica_leaves_while_a_busy_one_stays() {
     // This thread ran the publishing, and is now as busy as can be for longer than the lease.
     let seen = watch.join().expect("the killed one left");
     assert_eq!(seen.removals(), 2);
-    let leases = etcd.client().await.leases().await.expect("an answer");
+    let leases = client(&etcd).await.leases().await.expect("an answer");
     assert_eq!(leases.leases().len(), 1, "the busy one's");
 }
 
 #[tokio::test]
 async fn a_name_belongs_to_one_incarnation() {
-    let Some(etcd) = Etcd::start().await else { return };
-    let impatient = registry(EtcdConfig { name_wait: Duration::ZERO, ..etcd.config() });
-    let patient = registry(EtcdConfig { name_wait: DEADLINE, ..etcd.config() });
+    let Some(etcd) = Etcd::start() else { return };
+    let impatient = registry(EtcdConfig { name_wait: Duration::ZERO, ..config(&etcd) });
+    let patient = registry(EtcdConfig { name_wait: DEADLINE, ..config(&etcd) });
     let first = impatient.publish(record("a", "1")).await.expect("published");
     match impatient.publish(record("a", "2")).await.map(|_| ()) {
         Err(RegistryError::NameTaken { replica, incarnation }) => assert_eq!((&*replica, &*incarnation), ("a", "1")),
@@ -144,8 +145,8 @@ async fn a_name_belongs_to_one_incarnation() {
 
 #[tokio::test]
 async fn twenty_publishers_at_once() {
-    let Some(etcd) = Etcd::start().await else { return };
-    let registry = std::sync::Arc::new(registry(EtcdConfig { name_wait: Duration::ZERO, ..etcd.config() }));
+    let Some(etcd) = Etcd::start() else { return };
+    let registry = std::sync::Arc::new(registry(EtcdConfig { name_wait: Duration::ZERO, ..config(&etcd) }));
     let mut seen = Seen::new(registry.watch());
     let all_at_once = |name: fn(usize) -> String| {
         let publish = |index: usize| {
@@ -179,8 +180,8 @@ async fn twenty_publishers_at_once() {
 
 #[tokio::test]
 async fn malformed_records_are_skipped_and_their_names_can_be_used() {
-    let Some(etcd) = Etcd::start().await else { return };
-    let mut client = etcd.client().await;
+    let Some(etcd) = Etcd::start() else { return };
+    let mut client = client(&etcd).await;
     let misplaced = serde_json::to_vec(&record("b", "1")).expect("JSON");
     let values: [(&str, Vec<u8>); 5] = [
         ("empty", vec![]),
@@ -192,7 +193,7 @@ async fn malformed_records_are_skipped_and_their_names_can_be_used() {
     for (name, value) in values {
         client.put(key(name), value, None).await.expect("written");
     }
-    let registry = registry(etcd.config());
+    let registry = registry(config(&etcd));
     let mut seen = Seen::new(registry.watch());
     let _good = registry.publish(record("good", "1")).await.expect("published");
     seen.until_names(&["good"]).await;
@@ -207,15 +208,15 @@ async fn malformed_records_are_skipped_and_their_names_can_be_used() {
 
 #[tokio::test]
 async fn a_listing_of_many_keys_comes_whole() {
-    let Some(etcd) = Etcd::start().await else { return };
-    let mut client = etcd.client().await;
+    let Some(etcd) = Etcd::start() else { return };
+    let mut client = client(&etcd).await;
     let lease = client.lease_grant(60, None).await.expect("a lease").id();
     let names: Vec<String> = (0..150).map(|index| format!("replica-{index:03}")).collect();
     for name in &names {
         let value = serde_json::to_vec(&record(name, "1")).expect("JSON");
         client.put(key(name), value, Some(PutOptions::new().with_lease(lease))).await.expect("written");
     }
-    let mut seen = Seen::new(registry(etcd.config()).watch());
+    let mut seen = Seen::new(registry(config(&etcd)).watch());
     seen.until("all of them", |records| records.keys().eq(&names)).await;
     assert_eq!(seen.changes.len(), names.len());
     client.lease_revoke(lease).await.expect("revoked");

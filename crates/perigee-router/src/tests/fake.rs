@@ -47,7 +47,12 @@ impl Attached {
 
     /// Sends events as one step would, with a load that shows room.
     pub(super) fn step(&self, events: Vec<SessionEvent>) {
-        self.send(replica_message::Body::Batch(EventBatch { events, load: Some(roomy()) }));
+        self.step_at(1, events);
+    }
+
+    /// The same with a reading of the leader's clock.
+    pub(super) fn step_at(&self, clock: u64, events: Vec<SessionEvent>) {
+        self.send(replica_message::Body::Batch(EventBatch { events, load: Some(roomy()), clock }));
     }
 
     /// The next message that is not about the lease.
@@ -244,6 +249,7 @@ impl Sandbox {
             tokenizer: None,
             connector: Arc::new(network.clone()),
             random: Random::from_source(move || counter.fetch_add(1, Ordering::Relaxed)),
+            tls: None,
         };
         let mut router = Router::start(config, parts).expect("started");
         let incoming = UnboundedReceiverStream::new(network.listen("router:1"));

@@ -68,8 +68,10 @@ async fn targets_must_be_ready_and_other_than_the_owner() {
     scene.sandbox.until_status("d", "refused").await;
     let (_draining, attached) = scene.sandbox.add("e").await;
     let load = Load { draining: true, ..roomy() };
-    attached
-        .send(replica_message::Body::Batch(perigee_proto::internal::EventBatch { events: vec![], load: Some(load) }));
+    attached.send(replica_message::Body::Batch(perigee_proto::internal::EventBatch {
+        load: Some(load),
+        ..Default::default()
+    }));
     scene.sandbox.until_status("e", "draining").await;
     scene.sandbox.registry.register(ReplicaRecord::new("f", "f:1")).expect("registered");
     scene.sandbox.until_status("f", "unreachable").await;

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use perigee_proto::v1::cluster_client::ClusterClient;
 use perigee_proto::v1::inference_client::InferenceClient;
 use perigee_proto::v1::{ListReplicasRequest, ReplicaInfo};
+use perigee_tls::{Dialer, TlsError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 pub use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
@@ -36,12 +37,19 @@ impl Clients {
     /// # Errors
     /// It cannot be reached.
     pub async fn connect(address: SocketAddr) -> Result<Self> {
-        let unreachable = |source: tonic::transport::Error| TestkitError::Unreachable {
-            address: address.to_string(),
-            source: Box::new(source),
-        };
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(unreachable)?;
-        let channel = endpoint.tcp_nodelay(true).connect().await.map_err(unreachable)?;
+        Self::connect_by(&Dialer::plain(), address).await
+    }
+
+    /// Connects with TLS, if the dialer has it.
+    ///
+    /// # Errors
+    /// It cannot be reached, or does not let this client in.
+    pub async fn connect_by(dialer: &Dialer, address: SocketAddr) -> Result<Self> {
+        let address = address.to_string();
+        let unreachable =
+            |source: TlsError| TestkitError::Unreachable { address: address.clone(), source: Box::new(source) };
+        let endpoint = dialer.endpoint(&address).map_err(unreachable)?;
+        let channel = dialer.connect(&address, endpoint).await.map_err(unreachable)?;
         Ok(Self {
             // Log-probabilities of a long prompt make large messages.
             inference: InferenceClient::new(channel.clone()).max_decoding_message_size(64 << 20),

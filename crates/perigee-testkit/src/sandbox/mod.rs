@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 pub use clients::{Clients, HealthCheckRequest, eventually, metric};
 pub use fleet::{Fleet, FleetReplica, FleetSpec};
-pub use parts::{Parts, PartsSpec};
+pub use parts::{Parts, PartsSpec, free_port, router_address};
 pub use process::Started;
 
 use crate::error::{Result, TestkitError};

@@ -86,7 +86,10 @@ fn start_router(spec: &PartsSpec, registry: &str, folder: &Path) -> Result<(Sock
 }
 
 /// The gRPC address that a router's first line names.
-pub(super) fn router_address(line: &str) -> Result<SocketAddr> {
+///
+/// # Errors
+/// It names none.
+pub fn router_address(line: &str) -> Result<SocketAddr> {
     let address = line.split([' ', ',']).find_map(|word| word.parse().ok());
     address.ok_or_else(|| TestkitError::Process {
         what: "perigee router".into(),
@@ -95,7 +98,10 @@ pub(super) fn router_address(line: &str) -> Result<SocketAddr> {
 }
 
 /// An address that nobody listens at; each is given out once by this process, and processes begin at different ones.
-pub(super) fn free_port() -> Result<SocketAddr> {
+///
+/// # Errors
+/// All are taken.
+pub fn free_port() -> Result<SocketAddr> {
     static GIVEN: AtomicU16 = AtomicU16::new(0);
     let own = (std::process::id() as usize).wrapping_mul(97);
     for _ in PORTS {

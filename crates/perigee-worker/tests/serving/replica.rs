@@ -123,6 +123,7 @@ impl Replica {
             metrics: metrics.clone(),
             worker_metrics,
             grace: Duration::ZERO,
+            tls: None,
             homes,
         };
         let (stop, stopped) = oneshot::channel::<()>();

@@ -96,6 +96,7 @@ impl Leader {
             worker_metrics,
             grace,
             homes: options.homes,
+            tls: None,
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
@@ -175,6 +176,16 @@ impl HandMade {
     pub(crate) async fn next(&mut self) -> Result<Option<replica_message::Body>, Status> {
         let message = tokio::time::timeout(PATIENCE, self.from_leader.message()).await.expect("a message in time")?;
         Ok(message.and_then(|message| message.body))
+    }
+
+    /// The leader's clock in the next batch; none once the stream has ended.
+    pub(crate) async fn clock(&mut self) -> Option<u64> {
+        loop {
+            match self.next().await.ok()?? {
+                replica_message::Body::Batch(batch) => return Some(batch.clock),
+                _ => {}
+            }
+        }
     }
 
     /// The next message that is not a batch, and the batches before it are forgotten.

@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
+use perigee_registry::EtcdOptions;
 use perigee_router::{MoveTimes, RouterConfig, RouterListeners, RouterParts};
+use perigee_tls::ServerTlsOptions;
 use tokio::net::TcpListener;
 
-use crate::commands::interrupted;
+use crate::commands::{interrupted, without_faults};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
 /// What a router does with requests, wherever it runs.
@@ -57,23 +59,25 @@ pub(crate) struct RouterArgs {
     /// {"replicas": [{"replica": NAME, "internal": HOST:PORT}]}.
     #[arg(long)]
     registry: String,
+    /// How etcd is reached.
+    #[command(flatten)]
+    etcd: EtcdOptions,
     /// The model whose tokenizer encodes prompts, and the only one that is routed to; without it clients send token ids.
     #[arg(long)]
     model: Option<String>,
     #[command(flatten)]
     options: RouterOptions,
-    /// Serve without TLS on other than loopback addresses.
-    #[arg(long)]
-    insecure: bool,
+    /// TLS of both listeners, and towards replicas.
+    #[command(flatten)]
+    tls: ServerTlsOptions,
 }
 
 pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
-    for (option, address) in [("--listen", args.listen), ("--http", args.http)] {
-        if !args.insecure && !address.ip().is_loopback() {
-            bail!("{option}: {address} is not a loopback address; without TLS that needs --insecure");
-        }
-    }
-    let registry = perigee_registry::open(&args.registry).context("--registry")?;
+    let mut faults = args.etcd.faults();
+    faults.extend(args.tls.faults(&[("--listen", args.listen), ("--http", args.http)]));
+    without_faults(&faults)?;
+    let tls = args.tls.load()?;
+    let registry = perigee_registry::open(&args.registry, &args.etcd).context("--registry")?;
     let (tokenizer, model_digest) = match &args.model {
         Some(model) => {
             let spec: perigee_model::ModelSpec = model.parse()?;
@@ -90,7 +94,7 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
         let listeners =
             RouterListeners { grpc: bind("--listen", args.listen).await?, http: bind("--http", args.http).await? };
         println!("perigee router: gRPC {}, HTTP {}", listeners.grpc.local_addr()?, listeners.http.local_addr()?);
-        let parts = RouterParts::new(registry, tokenizer)?;
+        let parts = RouterParts::new(registry, tokenizer)?.with_tls(tls);
         perigee_router::serve(config, parts, listeners, async {
             if let Err(error) = interrupted().await {
                 tracing::warn!(%error, "no handler for signals; ending");

@@ -6,6 +6,7 @@ use perigee_worker::EngineOptions;
 use perigee_worker::events::WorkerEvent;
 use perigee_worker::score::{ScoreJob, ScoreRequest};
 
+use crate::commands::at_least_one;
 use crate::launch::{ReplicaLaunch, ReplicaProcesses};
 
 /// Arguments of `score`.
@@ -45,11 +46,6 @@ pub(crate) struct ScoreArgs {
     engine: EngineOptions,
 }
 
-/// A count that 0 makes no sense for.
-fn at_least_one() -> clap::builder::RangedU64ValueParser<usize> {
-    clap::builder::RangedU64ValueParser::new().range(1..)
-}
-
 pub(crate) fn run(mut args: ScoreArgs) -> anyhow::Result<()> {
     let request = ScoreRequest {
         tokens: &args.tokens,
@@ -66,6 +62,7 @@ pub(crate) fn run(mut args: ScoreArgs) -> anyhow::Result<()> {
         replica: "score".into(),
         tp: args.tp,
         engine: args.engine,
+        arguments: Vec::new(),
         leader_arguments: vec![format!("--score-job={}", serde_json::to_string(&job)?)],
     };
     let mut processes = ReplicaProcesses::start(&launch)?;

@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::Context;
 use perigee_registry::{InProcessRegistry, ReplicaRecord};
 use perigee_router::{Router, RouterListeners, RouterParts};
+use perigee_tls::ServerTlsOptions;
 use perigee_worker::events::{ReadyEvent, WorkerEvent};
 use perigee_worker::{Device, EngineOptions, MoveOptions};
 use tokio::net::TcpListener;
@@ -16,8 +17,8 @@ use tokio::sync::mpsc;
 
 use crate::client::ClientArgs;
 use crate::client::generate::GenerateArgs;
-use crate::commands::interrupted;
 use crate::commands::router::RouterOptions;
+use crate::commands::{at_least_one, interrupted, without_faults};
 use crate::launch::{ReplicaLaunch, ReplicaProcesses};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
@@ -25,10 +26,10 @@ use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 #[derive(clap::Args)]
 pub(crate) struct UpArgs {
     /// Replicas.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, value_parser = at_least_one(), default_value_t = 2)]
     replicas: usize,
     /// Ranks of each replica.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, value_parser = at_least_one(), default_value_t = 2)]
     tp: usize,
     /// Port of the router's gRPC service on 127.0.0.1; 0 takes a free one.
     #[arg(long, default_value_t = DEFAULT_PORT)]
@@ -51,6 +52,9 @@ pub(crate) struct UpArgs {
     engine: EngineOptions,
     #[command(flatten)]
     moves: MoveOptions,
+    /// TLS of the router's listeners and the replicas'.
+    #[command(flatten)]
+    tls: ServerTlsOptions,
 }
 
 /// What the starting threads tell.
@@ -61,9 +65,7 @@ enum Progress {
 }
 
 pub(crate) fn run(args: UpArgs) -> anyhow::Result<()> {
-    if args.replicas == 0 || args.tp == 0 {
-        anyhow::bail!("--replicas and --tp: expected at least 1");
-    }
+    without_faults(&args.tls.faults(&[]))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(serve(args))
 }
@@ -73,6 +75,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     let grpc = bind(args.prompt.as_ref().map_or(args.port, |_| 0), "--port").await?;
     let http = bind(args.prompt.as_ref().map_or(args.http_port, |_| 0), "--http-port").await?;
     let addresses = (grpc.local_addr()?, http.local_addr()?);
+    let tls = args.tls.load()?;
     let spec: perigee_model::ModelSpec = args.engine.model.parse()?;
     let tokenizer = perigee_worker::load::tokenizer(&spec)?;
     let digest = perigee_model::model_digest(&spec)?;
@@ -84,7 +87,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
         start_replica(&args, replica, notices.clone())?;
     }
     let config = args.router.config(Some(digest));
-    let parts = RouterParts::new(Arc::new(registry.clone()), tokenizer)?;
+    let parts = RouterParts::new(Arc::new(registry.clone()), tokenizer)?.with_tls(tls);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let router = Router::start(config, parts)?;
     let mut attached = router.ready_replicas();
@@ -104,7 +107,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
         );
     }
     if let Some(prompt) = &args.prompt {
-        let client = ClientArgs { router: addresses.0.to_string(), json: args.json };
+        let client = ClientArgs { router: addresses.0.to_string(), json: args.json, tls: args.tls.as_client() };
         let answered = GenerateArgs::greedy(prompt.clone(), args.max_tokens, client).ask().await;
         // Before the registry is gone, which the router would tell as a fault.
         router.abort();
@@ -131,9 +134,11 @@ fn start_replica(args: &UpArgs, replica: usize, notices: mpsc::UnboundedSender<P
     if engine.device == Device::Cpu && engine.threads.is_none() {
         engine.threads = Some(engine.threads(args.tp * args.replicas));
     }
-    let mut leader_arguments = vec![format!("--grace={}", args.router.grace)];
-    leader_arguments.extend(args.moves.to_arguments());
-    let launch = ReplicaLaunch { replica: format!("replica-{replica}"), tp: args.tp, engine, leader_arguments };
+    let mut arguments = vec![format!("--grace={}", args.router.grace)];
+    arguments.extend(args.tls.to_arguments());
+    let leader_arguments = args.moves.to_arguments();
+    let (name, tp) = (format!("replica-{replica}"), args.tp);
+    let launch = ReplicaLaunch { replica: name, tp, engine, arguments, leader_arguments };
     let work = move || {
         let follow = || -> anyhow::Result<()> {
             let mut processes = ReplicaProcesses::start(&launch)?;
@@ -229,9 +234,14 @@ fn announce(args: &UpArgs, (grpc, http): (SocketAddr, SocketAddr), ready: &[Read
     } else {
         println!("Perigee serves {} on {} replicas of {} ranks.", args.engine.model, args.replicas, args.tp);
         println!("  gRPC   {grpc}");
-        println!("  HTTP   http://{http}/health and /metrics");
+        let (scheme, client) = match (&args.tls.tls_cert, &args.tls.tls_ca) {
+            (None, _) => ("http", String::new()),
+            (Some(_), None) => ("https", " --tls-ca AUTHORITY".to_owned()),
+            (Some(_), Some(ca)) => ("https", format!(" --tls-ca {}", ca.display())),
+        };
+        println!("  HTTP   {scheme}://{http}/health and /metrics");
         println!("Ask something from another terminal:");
-        println!("  perigee generate --router {grpc} --prompt \"Hello\" --max-tokens 32");
+        println!("  perigee generate --router {grpc}{client} --prompt \"Hello\" --max-tokens 32");
         println!("Stop with Ctrl-C.");
     }
     // A closed pipe is the reader's business.

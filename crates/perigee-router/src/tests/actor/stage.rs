@@ -233,7 +233,7 @@ impl Stage {
     }
 
     fn flush(&mut self) {
-        let batch = EventBatch { events: std::mem::take(&mut self.events), load: Some(roomy()) };
+        let batch = EventBatch { events: std::mem::take(&mut self.events), load: Some(roomy()), clock: 1 };
         let message = ReplicaMessage { body: Some(replica_message::Body::Batch(batch)) };
         // The router may be gone at the end of a test.
         let _ = self.attached.to_router.send(Ok(message));

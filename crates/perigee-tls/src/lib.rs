@@ -1,0 +1,20 @@
+//! TLS of every listener and every client of Perigee: the options that name its files, the certificates read from them
+//! (again when they change), who is let in, and connections that are plain TCP where no files were named. It knows no
+//! service; who needs a client's certificate is told by whoever offers the service.
+
+mod client;
+mod error;
+mod listener;
+mod material;
+mod options;
+mod peer;
+mod stream;
+mod verify;
+
+pub use client::Dialer;
+pub use error::TlsError;
+pub use listener::{Incoming, Listening, Purpose};
+pub use material::{Tls, TlsFiles};
+pub use options::{ClientTlsOptions, ServerTlsOptions};
+pub use peer::{Peer, require_certificate};
+pub use stream::Stream;
