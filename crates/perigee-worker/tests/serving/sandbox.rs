@@ -181,9 +181,8 @@ impl HandMade {
     /// The leader's clock in the next batch; none once the stream has ended.
     pub(crate) async fn clock(&mut self) -> Option<u64> {
         loop {
-            match self.next().await.ok()?? {
-                replica_message::Body::Batch(batch) => return Some(batch.clock),
-                _ => {}
+            if let replica_message::Body::Batch(batch) = self.next().await.ok()?? {
+                return Some(batch.clock);
             }
         }
     }
