@@ -195,7 +195,7 @@ pub trait Backend: Send {
     fn logits(&mut self, head: &Self::Head, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
 
     /// One token for every entry of `draws`, entry `i` from row `i` of `logits` [rows, V]; there may be more rows than
-    /// draws. The outcome is that of [`perigee_sampling::sample`], margin included up to the rounding of sums and
+    /// draws. The outcome is that of [`perigee_sampling::sample()`], margin included up to the rounding of sums and
     /// logarithms. `scratch` is for draws made on the host.
     ///
     /// As provided it reads the rows and draws on the host. A device does better: what has to cross is the draws' parameters
