@@ -113,6 +113,11 @@ impl Choice {
         self.owner.as_ref().filter(|owner| owner.id == attachment.id).map(|_| Side::Source)
     }
 
+    /// Whether a replica is to be found for it now: it has no owner, and no alarm that says when to try again.
+    pub(crate) fn needs_owner(&self) -> bool {
+        self.pending.is_some() && self.alarm.is_none()
+    }
+
     /// The side whose tokens are accepted.
     pub(crate) fn owning_side(&self) -> Side {
         match self.coordinator.state() {

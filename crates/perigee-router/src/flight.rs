@@ -94,7 +94,7 @@ impl FlightState {
 
     /// Whether there is something to do about it after an event: a choice without a replica, or its end.
     pub(crate) fn is_unsettled(&self) -> bool {
-        self.end.is_some() || self.choices.iter().any(|choice| choice.pending.is_some())
+        self.end.is_some() || self.choices.iter().any(Choice::needs_owner)
     }
 
     /// Takes in an event of a choice's owner: only the index that is due, nothing after the end.

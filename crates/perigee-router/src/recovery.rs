@@ -108,9 +108,6 @@ impl Relay {
                 choice.is_held_by(&attachment);
                 choice.owner = Some(attachment.clone());
                 choice.pending = None;
-                if let Some(alarm) = choice.alarm.take() {
-                    self.timers.cancel(alarm);
-                }
             }
             return true;
         }
@@ -200,10 +197,10 @@ impl Relay {
     }
 }
 
-/// Choices that need an owner, from `from` on: one that goes on, or neighbours of one epoch that begin.
+/// Choices that need an owner now, from `from` on: one that goes on, or neighbours of one epoch that begin.
 fn next_group(choices: &[Choice], from: usize) -> Option<Range<usize>> {
-    let start = (from..choices.len()).find(|&index| choices[index].pending.is_some())?;
-    let begins = |choice: &Choice| choice.pending.is_some() && choice.tokens.is_empty();
+    let start = (from..choices.len()).find(|&index| choices[index].needs_owner())?;
+    let begins = |choice: &Choice| choice.needs_owner() && choice.tokens.is_empty();
     let epoch = choices[start].coordinator.epoch();
     let mut end = start + 1;
     if begins(&choices[start]) {

@@ -221,9 +221,17 @@ impl Relay {
         }
     }
 
+    /// Tries again whatever waits for a replica.
     fn settle_waiting(&self) {
         for flight in self.flights() {
-            if flight.state.lock().is_unsettled() {
+            let mut is_waiting = false;
+            for choice in &mut flight.state.lock().choices {
+                if choice.pending.is_some() {
+                    is_waiting = true;
+                    choice.alarm.take().into_iter().for_each(|alarm| self.timers.cancel(alarm));
+                }
+            }
+            if is_waiting {
                 self.settle(&flight, None);
             }
         }
