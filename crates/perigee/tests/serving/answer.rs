@@ -37,6 +37,7 @@ pub(crate) enum End {
 #[derive(Debug, Clone)]
 pub(crate) struct Answer {
     pub(crate) choices: Vec<Choice>,
+    /// Who served it first.
     pub(crate) replica: String,
     pub(crate) seed: Option<u64>,
     pub(crate) end: End,
@@ -84,30 +85,33 @@ pub(crate) async fn read(
     }
 }
 
+/// The same for a stream whose replica may die, so that another one goes on with it.
+pub(crate) async fn read_through_deaths(
+    clients: &Clients,
+    request: &GenerateRequest,
+    go_on: impl FnMut(&GenerateResponse) -> ControlFlow<()>,
+) -> Answer {
+    let reader = Reader { may_move: true, ..Reader::new(request) };
+    match clients.inference.clone().generate(request.clone()).await {
+        Ok(stream) => reader.read(stream.into_inner(), go_on).await,
+        Err(status) => reader.end(End::Failed(status)),
+    }
+}
+
 /// Reads an open stream.
 pub(crate) async fn read_stream(
-    mut stream: Streaming<GenerateResponse>,
+    stream: Streaming<GenerateResponse>,
     request: &GenerateRequest,
-    mut go_on: impl FnMut(&GenerateResponse) -> ControlFlow<()>,
+    go_on: impl FnMut(&GenerateResponse) -> ControlFlow<()>,
 ) -> Answer {
-    let mut reader = Reader::new(request);
-    loop {
-        match stream.message().await {
-            Ok(Some(response)) => {
-                let control = go_on(&response);
-                reader.take(response);
-                if control.is_break() {
-                    return reader.end(End::Dropped);
-                }
-            }
-            Ok(None) => return reader.end(End::Finished),
-            Err(status) => return reader.end(End::Failed(status)),
-        }
-    }
+    Reader::new(request).read(stream, go_on).await
 }
 
 struct Reader<'a> {
     request: &'a GenerateRequest,
+    may_move: bool,
+    /// Epoch and replica of the last response.
+    owner: (u64, String),
     answer: Answer,
 }
 
@@ -116,7 +120,27 @@ impl<'a> Reader<'a> {
         let choices = request.sampling.as_ref().and_then(|sampling| sampling.n).unwrap_or(1);
         let choices = vec![Choice::default(); choices as usize];
         let answer = Answer { choices, replica: String::new(), seed: None, end: End::Finished, ended: Instant::now() };
-        Self { request, answer }
+        Self { request, may_move: false, owner: (0, String::new()), answer }
+    }
+
+    async fn read(
+        mut self,
+        mut stream: Streaming<GenerateResponse>,
+        mut go_on: impl FnMut(&GenerateResponse) -> ControlFlow<()>,
+    ) -> Answer {
+        loop {
+            match stream.message().await {
+                Ok(Some(response)) => {
+                    let control = go_on(&response);
+                    self.take(response);
+                    if control.is_break() {
+                        return self.end(End::Dropped);
+                    }
+                }
+                Ok(None) => return self.end(End::Finished),
+                Err(status) => return self.end(End::Failed(status)),
+            }
+        }
     }
 
     fn take(&mut self, response: GenerateResponse) {
@@ -125,7 +149,7 @@ impl<'a> Reader<'a> {
         let choice = self.answer.choices.get_mut(response.choice as usize).expect("a choice that was asked for");
         assert!(choice.finish.is_none(), "a response after the end of its choice: {told}");
         assert_eq!(response.index, choice.tokens.len() as u64, "a gap or a repeat: {told}");
-        assert_eq!(response.epoch, 1, "nothing moved: {told}");
+        assert!(response.epoch == 1 || self.may_move, "nothing moved: {told}");
 
         let is_first = choice.responses == 0;
         choice.responses += 1;
@@ -145,7 +169,9 @@ impl<'a> Reader<'a> {
         if self.answer.replica.is_empty() {
             self.answer.replica.clone_from(&response.replica);
         }
-        assert!(!response.replica.is_empty() && response.replica == self.answer.replica, "who serves: {told}");
+        let owner = (response.epoch, response.replica);
+        assert!(owner.0 > self.owner.0 || owner == self.owner, "another replica has a later epoch: {told}");
+        self.owner = owner;
 
         if let Some(token) = response.token_id {
             choice.tokens.push(token);
