@@ -188,7 +188,6 @@ def refused_any(call):
 def calls_of_later_versions_are_unimplemented(client, _):
     unimplemented = grpc.StatusCode.UNIMPLEMENTED
     refused(unimplemented, lambda: client.inference.Resume(client.pb.ResumeRequest()))
-    refused(unimplemented, lambda: client.operator.Migrate(client.cluster_pb.MigrateRequest(session_id="s", to="r")))
     refused(unimplemented, lambda: client.operator.Drain(client.cluster_pb.DrainRequest(replica="r")))
 
 
