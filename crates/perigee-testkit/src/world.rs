@@ -3,21 +3,22 @@
 //! add is left out; in exchange everything between the parts can be broken on purpose.
 
 mod carry;
+mod course;
 mod faults;
 mod relay;
 
 pub use carry::{Carriage, Tamper};
-pub use faults::{Fault, Stage};
-pub use relay::{Course, Message, Order, Relay, Trouble};
+pub use course::{Course, Message, Moment, Order, Trouble};
+pub use faults::{Fault, Poisoned, Stage};
+pub use relay::Relay;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use clap::Parser;
 use perigee_collectives::{Collective, thread_group};
 use perigee_cpu::CpuBackend;
-use perigee_engine::executor::Executor;
 use perigee_engine::homes::HomeDirectory;
 use perigee_engine::link::{LeaderLink, channel_link};
 use perigee_engine::moves::MoveConfig;
@@ -44,8 +45,10 @@ pub struct WorldSpec {
     pub model: String,
     /// Number of ranks of every replica.
     pub degrees: Vec<usize>,
-    /// State slots of each.
+    /// State slots of each but the last.
     pub slots: usize,
+    /// State slots of the last.
+    pub last_slots: usize,
     /// Latent pages of each.
     pub pages: usize,
     /// Most tokens of a step.
@@ -65,6 +68,7 @@ impl WorldSpec {
             model: "random:tiny".into(),
             degrees: degrees.to_vec(),
             slots: 16,
+            last_slots: 16,
             pages: 128,
             step_tokens: 128,
             silence: Duration::from_secs(2),
@@ -82,8 +86,16 @@ pub struct Member {
     pub engine: EngineHandle,
     /// What asking others cost it.
     pub asked: Arc<Asked>,
-    /// Whether it answers questions.
-    pub homes: HomeDirectory,
+    /// What became of slots that it gave back after moves.
+    pub poisoned: Arc<Poisoned>,
+    is_dead: AtomicBool,
+}
+
+impl Member {
+    /// Whether it was not killed.
+    pub fn is_alive(&self) -> bool {
+        !self.is_dead.load(Ordering::Relaxed)
+    }
 }
 
 /// What remote rows cost, summed over steps.
@@ -117,6 +129,7 @@ pub struct World {
     /// What attention questions look like.
     pub shape: AttendShape,
     carriage: Carriage,
+    homes: Homes,
 }
 
 impl World {
@@ -125,7 +138,7 @@ impl World {
     /// # Errors
     /// The model cannot be opened, or a rank cannot start.
     pub fn start(spec: &WorldSpec) -> Result<Self> {
-        let first = config(spec, 1)?;
+        let first = config(spec, (1, spec.slots))?;
         let opened = open(&first)?;
         let shape = attend_shape(opened.source.config());
         let carriage = Carriage::new();
@@ -133,7 +146,8 @@ impl World {
         let mut members = Vec::new();
         for (index, &degree) in spec.degrees.iter().enumerate() {
             let name = format!("member-{index}");
-            let config = config(spec, degree)?;
+            let is_last = index + 1 == spec.degrees.len();
+            let config = config(spec, (degree, if is_last { spec.last_slots } else { spec.slots }))?;
             let opened = open(&config)?;
             let ranks = start_ranks(&opened, &config, (&homes, shape))?;
             let directory = HomeDirectory::new();
@@ -143,10 +157,8 @@ impl World {
                 let home = Home { directory: directory.clone(), reader, model: ranks.answer_model() };
                 homes.insert(name.clone(), home);
             }
-            let executor: Box<dyn Executor> = match spec.fault {
-                Some((fault, stage)) => Box::new(Faulty::new(ranks, fault, stage)),
-                None => Box::new(ranks),
-            };
+            let poisoned = Arc::new(Poisoned::default());
+            let executor = Box::new(Faulty::new(ranks, spec.fault, poisoned.clone()));
             let asked = Arc::new(Asked::default());
             let moves = MoveConfig {
                 place: Place {
@@ -175,14 +187,25 @@ impl World {
             let engine = Engine::start(executor, engine_config);
             let engine = engine.map_err(|error| TestkitError::Options(error.to_string()))?;
             carriage.add(&name, engine.clone());
-            members.push(Member { name, engine, asked, homes: directory });
+            members.push(Member { name, engine, asked, poisoned, is_dead: AtomicBool::new(false) });
         }
-        Ok(Self { members, shape, carriage })
+        Ok(Self { members, shape, carriage, homes })
     }
 
     /// The handoffs, to be damaged or recorded.
     pub fn carriage(&self) -> &Carriage {
         &self.carriage
+    }
+
+    /// Ends a replica at once: its engine, handoffs to it and its answers to others.
+    pub fn kill(&self, index: usize) {
+        let member = &self.members[index];
+        member.is_dead.store(true, Ordering::Relaxed);
+        self.carriage.remove(&member.name);
+        if let Ok(mut homes) = self.homes.lock() {
+            homes.remove(&member.name);
+        }
+        member.engine.shutdown();
     }
 
     /// Waits until no session is anywhere and every slot and page is free.
@@ -193,7 +216,8 @@ impl World {
         let free = async || {
             let is_free = |member: &Member| {
                 let load = member.engine.load();
-                load.slots_free == load.slots_total && load.pages_free == load.pages_total
+                let is_free = load.slots_free == load.slots_total && load.pages_free == load.pages_total;
+                is_free || !member.is_alive()
             };
             Ok(self.members.iter().all(is_free).then_some(()))
         };
@@ -213,7 +237,7 @@ impl Drop for World {
     }
 }
 
-fn config(spec: &WorldSpec, degree: usize) -> Result<WorkerConfig> {
+fn config(spec: &WorldSpec, (degree, slots): (usize, usize)) -> Result<WorkerConfig> {
     #[derive(Parser)]
     struct Line {
         #[command(flatten)]
@@ -224,10 +248,10 @@ fn config(spec: &WorldSpec, degree: usize) -> Result<WorkerConfig> {
         format!("--model={}", spec.model),
         format!("--tp={degree}"),
         "--threads=1".to_owned(),
-        format!("--state-slots={}", spec.slots),
+        format!("--state-slots={slots}"),
         format!("--latent-pages={}", spec.pages),
         format!("--token-budget={}", spec.step_tokens),
-        format!("--max-batch={}", spec.slots),
+        format!("--max-batch={slots}"),
     ];
     let line = Line::try_parse_from(arguments).map_err(|error| TestkitError::Options(error.to_string()))?;
     Ok(line.worker)

@@ -71,6 +71,10 @@ impl Carriage {
         self.with(|inner| inner.engines.insert(name.to_owned(), engine));
     }
 
+    pub(super) fn remove(&self, name: &str) {
+        self.with(|inner| inner.engines.remove(name));
+    }
+
     pub(super) fn forget(&self) {
         self.with(|inner| inner.engines.clear());
     }

@@ -2,6 +2,8 @@
 //! find, or behind their back, which only the output can show. The engine and the ranks themselves are the shipped ones.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use perigee_backend::{StateKind, StatePart};
 use perigee_engine::executor::{
@@ -56,11 +58,26 @@ pub enum Stage {
     Running,
 }
 
-/// An executor that makes a mistake.
+/// What became of slots that were given back after moves.
+#[derive(Debug, Default)]
+pub struct Poisoned {
+    slots: AtomicUsize,
+    readable: AtomicUsize,
+}
+
+impl Poisoned {
+    /// How many there were, and in how many of them a number was left.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.slots.load(Ordering::Relaxed), self.readable.load(Ordering::Relaxed))
+    }
+}
+
+/// An executor that makes a mistake, if it is to make one, and looks at what is given back.
 pub(super) struct Faulty<E> {
     inner: E,
-    fault: Fault,
+    fault: Option<Fault>,
     stage: Stage,
+    poisoned: Arc<Poisoned>,
     /// Slots that were written and not yet stepped.
     fresh: Vec<u32>,
     /// Last pages that were written and not yet stepped.
@@ -71,9 +88,10 @@ pub(super) struct Faulty<E> {
 }
 
 impl<E: Executor> Faulty<E> {
-    pub(super) fn new(inner: E, fault: Fault, stage: Stage) -> Self {
+    pub(super) fn new(inner: E, planted: Option<(Fault, Stage)>, poisoned: Arc<Poisoned>) -> Self {
         let (fresh, tails, arrived) = (Vec::new(), Vec::new(), BTreeMap::new());
-        Self { inner, fault, stage, fresh, tails, arrived, empty: TokenCounts::new() }
+        let (fault, stage) = planted.map_or((None, Stage::Running), |(fault, stage)| (Some(fault), stage));
+        Self { inner, fault, stage, poisoned, fresh, tails, arrived, empty: TokenCounts::new() }
     }
 
     fn known_geometry(&self) -> Result<Geometry, ExecutorError> {
@@ -91,10 +109,10 @@ impl<E: Executor> Faulty<E> {
         let mut bytes = slice.bytes.clone();
         let head = bytes.len() / heads.max(1) as usize;
         match self.fault {
-            Fault::TailDropped if (layer, kind) == (0, StateKind::ConvK) => bytes.fill(0),
-            Fault::LayerZero if (layer, kind) == (1, StateKind::Recurrent) => bytes.fill(0),
-            Fault::HeadsRotated if kind == StateKind::Recurrent => bytes.rotate_left(head),
-            Fault::SliceMissing => {
+            Some(Fault::TailDropped) if (layer, kind) == (0, StateKind::ConvK) => bytes.fill(0),
+            Some(Fault::LayerZero) if (layer, kind) == (1, StateKind::Recurrent) => bytes.fill(0),
+            Some(Fault::HeadsRotated) if kind == StateKind::Recurrent => bytes.rotate_left(head),
+            Some(Fault::SliceMissing) => {
                 for (index, bytes) in (first_head..).zip(bytes.chunks_exact_mut(head)) {
                     if index >= geometry.kda_heads / 2 {
                         bytes.fill(0);
@@ -166,7 +184,7 @@ impl<E: Executor> Executor for Faulty<E> {
         for slot in &plan.clear_slots {
             self.arrived.remove(slot);
         }
-        if self.stage == Stage::Running {
+        if self.stage == Stage::Running && self.fault.is_some() {
             self.spoil(plan)?;
         }
         let empty = self.empty.clone();
@@ -174,8 +192,8 @@ impl<E: Executor> Executor for Faulty<E> {
             .iter()
             .enumerate()
             .map(|(index, draw)| match (self.fault, self.steps_since(plan, index)) {
-                (Fault::NoiseReset, Some(steps)) => Draw { position: steps, ..*draw },
-                (Fault::CountsReset, Some(_)) => Draw { counts: &empty, ..*draw },
+                (Some(Fault::NoiseReset), Some(steps)) => Draw { position: steps, ..*draw },
+                (Some(Fault::CountsReset), Some(_)) => Draw { counts: &empty, ..*draw },
                 _ => *draw,
             })
             .collect();
@@ -219,7 +237,7 @@ impl<E: Executor> Executor for Faulty<E> {
 
     fn import_state(&mut self, slot: u32, slices: &[StateSlice]) -> Result<(), ExecutorError> {
         self.arrived.insert(slot, 0);
-        if self.stage == Stage::Writing {
+        if self.fault.is_some() && self.stage == Stage::Writing {
             let damaged = self.damaged(slices)?;
             return self.inner.import_state(slot, &damaged);
         }
@@ -238,7 +256,7 @@ impl<E: Executor> Executor for Faulty<E> {
     }
 
     fn import_pages(&mut self, pages: &[(u32, PageSlice)]) -> Result<(), ExecutorError> {
-        if self.fault != Fault::StalePage {
+        if self.fault != Some(Fault::StalePage) {
             return self.inner.import_pages(pages);
         }
         let is_tail = |slice: &PageSlice| u64::from(slice.positions) < PAGE_POSITIONS;
@@ -258,6 +276,15 @@ impl<E: Executor> Executor for Faulty<E> {
     }
 
     fn poison(&mut self, slots: &[u32], pages: &[u32]) -> Result<(), ExecutorError> {
-        self.inner.poison(slots, pages)
+        self.inner.poison(slots, pages)?;
+        for &slot in slots {
+            let slices = self.inner.export_slot(StateSource::Slot(slot))?;
+            // Random models run in float32.
+            let numbers = slices.iter().flat_map(|slice| slice.bytes.as_chunks().0);
+            let is_readable = numbers.map(|bytes| f32::from_le_bytes(*bytes)).any(|number| !number.is_nan());
+            self.poisoned.slots.fetch_add(1, Ordering::Relaxed);
+            self.poisoned.readable.fetch_add(usize::from(is_readable), Ordering::Relaxed);
+        }
+        Ok(())
     }
 }

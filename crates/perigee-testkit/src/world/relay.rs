@@ -15,6 +15,7 @@ use perigee_migration::epochs::{
 use tokio::sync::mpsc;
 
 use super::World;
+use super::course::{Course, Message, Moment, Order, Trouble};
 use crate::error::{Result, TestkitError};
 use crate::reference::Observed;
 
@@ -22,70 +23,6 @@ use crate::reference::Observed;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long each phase of a move may take before its message counts as lost, where a test does not say.
 const PHASE: Duration = Duration::from_secs(2);
-
-/// A move that is due.
-#[derive(Debug, Clone, Copy)]
-pub struct Order {
-    /// After that many tokens.
-    pub after: usize,
-    /// To which member; the next one where the session is there already.
-    pub to: usize,
-    /// What goes along.
-    pub mode: Mode,
-}
-
-/// A message between router and replica.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Message {
-    /// To the source.
-    Prepare,
-    /// To the target.
-    Start,
-    /// To the source.
-    Release,
-    /// To both.
-    AbortMove,
-    /// From the source.
-    Ready,
-    /// From the target.
-    Started,
-    /// From the source.
-    Released,
-    /// From both.
-    Aborted,
-}
-
-/// What goes wrong on purpose.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Trouble {
-    /// The first message of this kind never arrives.
-    pub lost: Option<Message>,
-    /// Every message of this kind arrives twice.
-    pub doubled: Option<Message>,
-    /// The router takes every move back once its target is ready.
-    pub cancels: bool,
-    /// After that many tokens the owner counts as lost, though it runs on, and the session is replayed elsewhere.
-    pub presumed_lost: Option<usize>,
-    /// Tokens of every epoch are accepted.
-    pub accepts_all_epochs: bool,
-    /// The router is gone once the target is ready: it neither commits nor takes back.
-    pub dies_when_ready: bool,
-}
-
-/// What became of a session.
-#[derive(Debug, Clone, Default)]
-pub struct Course {
-    /// What a client would have received.
-    pub observed: Observed,
-    /// What became of every move that was begun, with what it came to or why it failed.
-    pub moves: Vec<(Order, std::result::Result<MoveFacts, String>)>,
-    /// The epoch of every token.
-    pub epochs: Vec<u64>,
-    /// Rules that were broken.
-    pub broken: Vec<String>,
-    /// Tokens that were dropped because their sender did not own the session.
-    pub strays: usize,
-}
 
 /// Routers of a world.
 pub struct Relay<'a> {
@@ -275,8 +212,26 @@ impl Run<'_> {
         }
     }
 
+    /// Kills the side that is to die at this moment, and learns of it at once.
+    fn let_die(&mut self, moment: Moment) {
+        let Some((when, side)) = self.trouble.dies else { return };
+        if when != moment {
+            return;
+        }
+        self.trouble.dies = None;
+        self.world.kill(if side == Side::Source { self.source } else { self.target });
+        // A home is no side of a move any more.
+        if moment != Moment::Moved {
+            let actions = self.coordinator.on(CoordinatorEvent::Lost(side));
+            self.act(actions);
+        }
+    }
+
     /// The target holds the session: what now?
     fn decide(&mut self) {
+        if matches!(self.coordinator.state(), CoordinatorState::Ready { .. }) {
+            self.let_die(Moment::Ready);
+        }
         if !matches!(self.coordinator.state(), CoordinatorState::Ready { .. }) {
             return;
         }
@@ -287,6 +242,7 @@ impl Run<'_> {
         let decision = if self.trouble.cancels { CoordinatorEvent::Cancel } else { CoordinatorEvent::Commit };
         let actions = self.coordinator.on(decision);
         self.act(actions);
+        self.let_die(Moment::Committed);
     }
 
     fn mind_time(&mut self) {
@@ -316,6 +272,7 @@ impl Run<'_> {
         self.disturb();
         let actions = self.coordinator.on(CoordinatorEvent::Begin);
         self.act(actions);
+        self.let_die(Moment::Preparing);
     }
 
     /// From the last token on, something may be otherwise than undisturbed.
@@ -372,7 +329,9 @@ impl Run<'_> {
     }
 
     fn replay(&mut self, epoch: u64) {
-        self.owner = (self.owner + 1) % self.world.members.len();
+        let count = self.world.members.len();
+        let others = (1..=count).map(|further| (self.owner + further) % count);
+        self.owner = others.into_iter().find(|&member| self.world.members[member].is_alive()).unwrap_or(self.owner);
         self.holders.insert(self.owner);
         (self.source, self.target) = (self.owner, self.owner);
         let request = Request { epoch, delivered: self.course.observed.tokens.clone(), ..self.request.clone() };
@@ -384,7 +343,10 @@ impl Run<'_> {
 
     fn finished(&mut self, outcome: Outcome) {
         match outcome {
-            Outcome::Moved => self.owner = self.target,
+            Outcome::Moved => {
+                self.owner = self.target;
+                self.let_die(Moment::Moved);
+            }
             Outcome::Aborted => self.owner = self.source,
             Outcome::Replayed | Outcome::Ended => {}
         }

@@ -123,7 +123,10 @@ fn judge_move(sizes: &StateSizes, moved: &Moved) -> Result<String, String> {
         Err(status) => {
             return match status.code() {
                 // It ended before, or is on its way already.
-                Code::NotFound | Code::Aborted | Code::FailedPrecondition => Ok(format!("{:?}", status.code())),
+                Code::NotFound | Code::Aborted | Code::FailedPrecondition => {
+                    println!("not moved: {status}");
+                    Ok(format!("{:?}", status.code()))
+                }
                 Code::ResourceExhausted => Ok("full".into()),
                 _ => Err("a move failed".into()),
             };
