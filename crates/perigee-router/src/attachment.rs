@@ -108,7 +108,8 @@ impl Attachment {
             return None;
         }
         Some(Report {
-            step_ms: f64::from(load.step_ms),
+            decode_ms: f64::from(load.decode_ms),
+            prompt_token_ms: f64::from(load.prompt_token_ms),
             step_tokens: u64::from(self.identity.step_tokens),
             queued_tokens: load.queued_tokens + state.sent_tokens,
             running: u64::from(load.running),

@@ -291,7 +291,14 @@ mod tests {
         };
         let (outbox, inbox) = mpsc::unbounded_channel();
         let attachment = Attachment::new(id, identity, outbox);
-        attachment.set_load(Load { slots_free: 4, pages_free: 100, step_ms: 1.0, ..Load::default() });
+        attachment.set_load(Load {
+            slots_free: 4,
+            pages_free: 100,
+            step_ms: 1.0,
+            decode_ms: 1.0,
+            prompt_token_ms: 0.01,
+            ..Load::default()
+        });
         (Arc::new(attachment), inbox)
     }
 

@@ -8,14 +8,17 @@ const STEPS_LEFT: f64 = 128.0;
 /// Expected times within this factor of the least count as equal: they are guesses over smoothed measurements, and equal
 /// replicas must share the work rather than follow the noise.
 const NEARLY: f64 = 1.25;
-/// Time of a step before a replica has done one.
-const FIRST_STEP_MS: f64 = 1.0;
+/// Times of a step and of a prompt token where no replica has measured any.
+const UNKNOWN_STEP_MS: f64 = 1.0;
+const UNKNOWN_TOKEN_MS: f64 = 0.01;
 
 /// What a replica last reported, and what it was sent since.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Report {
-    /// Smoothed time of a step; 0 before the first one.
-    pub(crate) step_ms: f64,
+    /// Smoothed time of a step that only decodes; 0 before the first one.
+    pub(crate) decode_ms: f64,
+    /// What each prompt token adds to a step; 0 before the first one.
+    pub(crate) prompt_token_ms: f64,
     /// Most tokens in one step; 0 where not known.
     pub(crate) step_tokens: u64,
     /// Prompt tokens not yet prefilled, with those of requests sent since.
@@ -39,12 +42,15 @@ pub(crate) struct Demand {
     pub(crate) sessions: u64,
 }
 
-/// Milliseconds until the first token: steps until there is room, then steps until the prompts queued before and this
-/// one are done, each as long as steps are now.
+/// Milliseconds until the first token: decode steps until there is room, then the prompts queued before and this one, whose
+/// chunks share their steps with the rows that decode. What steps took on the whole says little: a replica that has just
+/// read a long prompt is not slow, and one that has only decoded has not shown how fast it reads.
 pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
-    let step_ms = if report.step_ms > 0.0 { report.step_ms } else { FIRST_STEP_MS };
+    let decode_ms = if report.decode_ms > 0.0 { report.decode_ms } else { UNKNOWN_STEP_MS };
+    let token_ms = if report.prompt_token_ms > 0.0 { report.prompt_token_ms } else { UNKNOWN_TOKEN_MS };
     let tokens = (report.queued_tokens + demand.prompt_tokens) as f64;
-    let prefill_steps = (tokens / report.step_tokens.max(1) as f64).max(1.0);
+    let chunks = (tokens / report.step_tokens.max(1) as f64).max(1.0);
+    let shared_ms = if report.running > 0 { chunks * decode_ms } else { 0.0 };
 
     // Slots come free at the rate at which running sessions end.
     let slots_short = (report.waiting + demand.sessions).saturating_sub(report.slots_free) as f64;
@@ -56,19 +62,25 @@ pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
     let pages_short = (waiting_pages + pages).saturating_sub(report.pages_free) as f64;
     let page_steps = pages_short / pages.max(1) as f64 * STEPS_LEFT / report.running.max(1) as f64;
 
-    step_ms * (prefill_steps + slot_steps.max(page_steps))
+    tokens * token_ms + shared_ms + decode_ms * slot_steps.max(page_steps)
 }
 
 /// Index of a report with nearly the least expected time: the one with fewest sessions, then the least time, then the
 /// first.
 pub(crate) fn choose(reports: &[Report], demand: Demand) -> Option<usize> {
-    // An idle replica's step time is that of its last load, whatever that was: take the best that anybody shows, so that
-    // it is tried and measured again.
-    let measured = reports.iter().map(|report| report.step_ms).filter(|&step_ms| step_ms > 0.0);
-    let best = measured.min_by(f64::total_cmp).unwrap_or(FIRST_STEP_MS);
+    // An idle replica's times are those of its last load, whatever that was, and one that has done nothing yet has none:
+    // both take the best that anybody shows, so that they are tried and measured again.
+    let best = |time: fn(&Report) -> f64| {
+        let measured = reports.iter().map(time).filter(|&milliseconds| milliseconds > 0.0);
+        measured.min_by(f64::total_cmp).unwrap_or_default()
+    };
+    let (best_decode, best_token) = (best(|report| report.decode_ms), best(|report| report.prompt_token_ms));
     let time = |report: &Report| {
         let is_idle = report.running + report.waiting == 0;
-        expected_ms(&if is_idle { Report { step_ms: best, ..*report } } else { *report }, demand)
+        let or_best = |own: f64, best: f64| if is_idle || own <= 0.0 { best } else { own };
+        let decode_ms = or_best(report.decode_ms, best_decode);
+        let prompt_token_ms = or_best(report.prompt_token_ms, best_token);
+        expected_ms(&Report { decode_ms, prompt_token_ms, ..*report }, demand)
     };
     let times: Vec<f64> = reports.iter().map(time).collect();
     let least = times.iter().copied().min_by(f64::total_cmp)?;
@@ -82,7 +94,8 @@ mod tests {
     use super::*;
 
     const IDLE: Report = Report {
-        step_ms: 10.0,
+        decode_ms: 10.0,
+        prompt_token_ms: 0.02,
         step_tokens: 512,
         queued_tokens: 0,
         running: 0,
@@ -92,17 +105,22 @@ mod tests {
     };
     const SMALL: Demand = Demand { prompt_tokens: 100, sessions: 1 };
 
+    /// It decodes for somebody.
+    const BUSY: Report = Report { running: 1, ..IDLE };
+
     #[test]
-    fn an_idle_replica_needs_as_many_steps_as_the_prompt_has_chunks() {
-        assert_eq!(expected_ms(&IDLE, SMALL), 10.0);
-        assert_eq!(expected_ms(&IDLE, Demand { prompt_tokens: 5120, ..SMALL }), 100.0);
-        assert_eq!(expected_ms(&Report { queued_tokens: 5020, ..IDLE }, SMALL), 100.0);
+    fn prompts_take_their_tokens_and_where_others_decode_their_steps_too() {
+        assert_eq!(expected_ms(&IDLE, SMALL), 2.0);
+        assert_eq!(expected_ms(&IDLE, Demand { prompt_tokens: 5000, ..SMALL }), 100.0);
+        assert_eq!(expected_ms(&Report { queued_tokens: 4900, ..IDLE }, SMALL), 100.0);
+        assert_eq!(expected_ms(&BUSY, SMALL), 12.0);
+        assert_eq!(expected_ms(&BUSY, Demand { prompt_tokens: 5120, ..SMALL }), 5120.0 * 0.02 + 100.0);
     }
 
     #[test]
     fn each_burden_alone_sends_the_request_elsewhere() {
         let burdened = [
-            ("slower steps", Report { step_ms: 20.0, running: 1, ..IDLE }),
+            ("decoding", BUSY),
             ("queued prompts", Report { queued_tokens: 4096, ..IDLE }),
             ("no free slot", Report { running: 64, slots_free: 0, ..IDLE }),
             ("no free page", Report { running: 64, pages_free: 0, ..IDLE }),
@@ -117,26 +135,39 @@ mod tests {
 
     #[test]
     fn a_short_queue_on_a_slow_replica_beats_a_long_one_on_a_fast_replica() {
-        let fast_but_full = Report { step_ms: 5.0, queued_tokens: 100_000, running: 1, ..IDLE };
-        let slow = Report { step_ms: 50.0, running: 1, ..IDLE };
+        let fast_but_full = Report { decode_ms: 5.0, prompt_token_ms: 0.01, queued_tokens: 100_000, ..BUSY };
+        let slow = Report { decode_ms: 50.0, prompt_token_ms: 0.1, ..BUSY };
         assert_eq!(choose(&[fast_but_full, slow], SMALL), Some(1));
         assert_eq!(choose(&[fast_but_full, slow], Demand { prompt_tokens: 1_000_000, sessions: 1 }), Some(0));
     }
 
     #[test]
-    fn noise_in_the_step_time_does_not_pile_sessions_up() {
-        let lucky = Report { step_ms: 9.0, running: 10, ..IDLE };
-        let quiet = Report { running: 1, ..IDLE };
-        assert_eq!(choose(&[lucky, quiet], SMALL), Some(1));
-        let faster = Report { step_ms: 5.0, ..lucky };
-        assert_eq!(choose(&[faster, quiet], SMALL), Some(0), "a real difference counts");
+    fn slow_reading_counts_for_long_prompts_and_slow_decoding_for_short_ones() {
+        let reads_slowly = Report { prompt_token_ms: 0.2, ..BUSY };
+        let decodes_slowly = Report { decode_ms: 40.0, ..BUSY };
+        assert_eq!(choose(&[reads_slowly, decodes_slowly], SMALL), Some(0));
+        assert_eq!(choose(&[reads_slowly, decodes_slowly], Demand { prompt_tokens: 5000, sessions: 1 }), Some(1));
     }
 
     #[test]
-    fn an_idle_replica_is_tried_whatever_its_last_steps_were() {
-        let after_a_long_prefill = Report { step_ms: 500.0, ..IDLE };
-        let busy = Report { step_ms: 5.0, running: 3, ..IDLE };
-        assert_eq!(choose(&[busy, after_a_long_prefill], SMALL), Some(1));
+    fn noise_in_the_times_does_not_pile_sessions_up() {
+        let lucky = Report { decode_ms: 9.0, running: 10, ..IDLE };
+        assert_eq!(choose(&[lucky, BUSY], SMALL), Some(1));
+        let faster = Report { decode_ms: 5.0, ..lucky };
+        assert_eq!(choose(&[faster, BUSY], SMALL), Some(0), "a real difference counts");
+    }
+
+    #[test]
+    fn replicas_that_are_idle_or_new_are_tried_whatever_they_show() {
+        let slow_once = Report { decode_ms: 500.0, prompt_token_ms: 50.0, ..IDLE };
+        let new = Report { decode_ms: 0.0, prompt_token_ms: 0.0, ..IDLE };
+        let busy = Report { decode_ms: 5.0, running: 3, ..IDLE };
+        for other in [slow_once, new] {
+            assert_eq!(choose(&[busy, other], SMALL), Some(1));
+        }
+        // It has decoded and never read a prompt of more than a token.
+        let never_read = Report { decode_ms: 5.0, prompt_token_ms: 0.0, ..BUSY };
+        assert_eq!(choose(&[busy, never_read], Demand { prompt_tokens: 50_000, sessions: 1 }), Some(1));
     }
 
     #[test]
@@ -149,7 +180,7 @@ mod tests {
     #[test]
     fn nothing_is_chosen_from_nothing_and_unknowns_do_not_divide_by_zero() {
         assert_eq!(choose(&[], SMALL), None);
-        let unknown = Report { step_ms: 0.0, step_tokens: 0, ..IDLE };
+        let unknown = Report { decode_ms: 0.0, prompt_token_ms: 0.0, step_tokens: 0, ..IDLE };
         assert!(expected_ms(&unknown, Demand { prompt_tokens: 0, sessions: 0 }).is_finite());
         assert!(
             expected_ms(&Report { pages_free: 0, ..unknown }, Demand { prompt_tokens: 0, sessions: 1 }).is_finite()

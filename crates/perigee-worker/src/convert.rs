@@ -122,6 +122,9 @@ pub(crate) fn load(load: Load, draining: bool) -> internal::Load {
         steps: load.steps,
         homes: load.homes,
         draining,
+        // Known beside the engine; set where the batch is sent.
+        decode_ms: 0.0,
+        prompt_token_ms: 0.0,
     }
 }
 

@@ -20,6 +20,7 @@ pub mod move_options;
 mod move_report;
 pub mod moving;
 pub mod peers;
+mod pace;
 mod public;
 pub mod run;
 pub mod score;

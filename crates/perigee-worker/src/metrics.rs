@@ -1,8 +1,10 @@
 //! What a leader measures: its engine's steps, queues and caches. Names and help are telemetry's; the engine calls the
 //! observer from its step loop, so nothing here blocks.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use perigee_engine::observer::{EngineObserver, MoveRecord, MoveResult, Preemption, StepPhase, TokenKind};
 use perigee_engine::remote::RemoteCounts;
 use perigee_engine::request::{Load, SessionId};
@@ -10,6 +12,8 @@ use perigee_migration::Mode;
 use perigee_telemetry::metrics::{
     self as table, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Metrics, MetricsError,
 };
+
+use crate::pace::Pace;
 
 /// Metrics of one replica.
 #[derive(Debug, Clone)]
@@ -26,6 +30,7 @@ pub struct WorkerMetrics {
     stalls: Histogram,
     moved_bytes: IntCounterVec,
     asking: Histogram,
+    pace: Arc<Mutex<Pace>>,
 }
 
 impl WorkerMetrics {
@@ -48,7 +53,13 @@ impl WorkerMetrics {
             stalls: metrics.histogram(&table::MIGRATION_STALL_SECONDS)?,
             moved_bytes: metrics.counters(&table::MIGRATION_BYTES_TOTAL)?,
             asking: metrics.histogram(&table::REMOTE_ATTENTION_SECONDS)?,
+            pace: Arc::default(),
         })
+    }
+
+    /// How long steps take.
+    pub(crate) fn pace(&self) -> Pace {
+        *self.pace.lock()
     }
 
     /// Takes over a load.
@@ -70,6 +81,7 @@ impl EngineObserver for WorkerMetrics {
     }
 
     fn stepped(&self, phase: StepPhase, time: Duration) {
+        self.pace.lock().stepped(phase, time);
         let phase = match phase {
             StepPhase::Prefill => "prefill",
             StepPhase::Decode => "decode",
@@ -83,6 +95,9 @@ impl EngineObserver for WorkerMetrics {
     }
 
     fn tokens(&self, kind: TokenKind, count: u64) {
+        if kind == TokenKind::Prompt {
+            self.pace.lock().prefilled(count);
+        }
         let kind = match kind {
             TokenKind::Prompt => "prompt",
             TokenKind::Completion => "completion",

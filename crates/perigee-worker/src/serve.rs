@@ -89,7 +89,7 @@ pub async fn serve(
     let mut internal = RoutesBuilder::default();
     let attend = parts.homes.map(AttendPool::start).transpose();
     let attend = attend.map_err(WorkerError::io("starting the threads that answer other replicas"))?;
-    let replica = ReplicaService::new(engine.clone(), identity.clone(), attend);
+    let replica = ReplicaService::new(engine.clone(), identity.clone(), attend, parts.worker_metrics.clone());
     internal.add_service(ReplicaServer::new(replica).max_decoding_message_size(MAX_INTERNAL_BYTES));
     let mut public = RoutesBuilder::default();
     public.add_service(InferenceServer::new(PublicService { identity }).max_decoding_message_size(MAX_PUBLIC_BYTES));

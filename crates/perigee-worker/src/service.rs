@@ -23,6 +23,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::attend::{AttendPool, answer_channel};
 use crate::identity::ReplicaIdentity;
 use crate::lease::Lease;
+use crate::metrics::WorkerMetrics;
 use crate::{convert, handoff, move_report};
 
 /// How long a router may take to say hello.
@@ -42,12 +43,19 @@ pub(crate) struct ReplicaService {
     identity: Arc<ReplicaIdentity>,
     /// None where this replica cannot answer other replicas' questions.
     attend: Option<AttendPool>,
+    /// Knows how long steps take.
+    metrics: WorkerMetrics,
     next_stream: Arc<AtomicU64>,
 }
 
 impl ReplicaService {
-    pub(crate) fn new(engine: EngineHandle, identity: Arc<ReplicaIdentity>, attend: Option<AttendPool>) -> Self {
-        Self { engine, identity, attend, next_stream: Arc::default() }
+    pub(crate) fn new(
+        engine: EngineHandle,
+        identity: Arc<ReplicaIdentity>,
+        attend: Option<AttendPool>,
+        metrics: WorkerMetrics,
+    ) -> Self {
+        Self { engine, identity, attend, metrics, next_stream: Arc::default() }
     }
 }
 
@@ -63,6 +71,7 @@ impl Replica for ReplicaService {
         let lease_ms = hello.lease_ms.clamp(SHORTEST_LEASE_MS, LONGEST_LEASE_MS);
         let stream = RouterStream {
             engine: self.engine.clone(),
+            metrics: self.metrics.clone(),
             // Not the router's own id: a second stream of the same router must not end with the first.
             id: RouterId(self.next_stream.fetch_add(1, Ordering::Relaxed)),
             outbox,
@@ -121,6 +130,7 @@ async fn read_hello(messages: &mut Streaming<RouterMessage>) -> Result<Hello, St
 /// One router's stream.
 struct RouterStream {
     engine: EngineHandle,
+    metrics: WorkerMetrics,
     id: RouterId,
     outbox: mpsc::Sender<Result<ReplicaMessage, Status>>,
     lease: Lease,
@@ -182,6 +192,10 @@ impl RouterStream {
     fn send(&self, mut body: replica_message::Body) -> Result<(), Ended> {
         if let replica_message::Body::Batch(batch) = &mut body {
             batch.clock = self.lease.clock(Instant::now());
+            if let Some(load) = &mut batch.load {
+                let pace = self.metrics.pace();
+                (load.decode_ms, load.prompt_token_ms) = (pace.decode_ms(), pace.prompt_token_ms());
+            }
         }
         send(&self.outbox, body)
     }

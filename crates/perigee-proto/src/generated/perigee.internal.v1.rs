@@ -390,7 +390,7 @@ pub struct Load {
     /// Sessions parked in host memory.
     #[prost(uint32, tag = "8")]
     pub parked: u32,
-    /// Smoothed time of a step, in milliseconds.
+    /// Smoothed time of a step, whatever was in it, in milliseconds.
     #[prost(float, tag = "9")]
     pub step_ms: f32,
     /// Steps since the start.
@@ -402,6 +402,12 @@ pub struct Load {
     /// Whether the replica takes no more requests.
     #[prost(bool, tag = "12")]
     pub draining: bool,
+    /// Smoothed time of a step that only decodes, in milliseconds; 0 before the first one.
+    #[prost(float, tag = "13")]
+    pub decode_ms: f32,
+    /// Milliseconds that each prompt token adds to a step; 0 before the first one.
+    #[prost(float, tag = "14")]
+    pub prompt_token_ms: f32,
 }
 /// Why a request does not run.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

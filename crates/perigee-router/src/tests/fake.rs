@@ -82,7 +82,16 @@ impl Attached {
 }
 
 pub(super) fn roomy() -> Load {
-    Load { slots_free: 8, slots_total: 8, pages_free: 100, pages_total: 100, step_ms: 1.0, ..Load::default() }
+    Load {
+        slots_free: 8,
+        slots_total: 8,
+        pages_free: 100,
+        pages_total: 100,
+        step_ms: 1.0,
+        decode_ms: 1.0,
+        prompt_token_ms: 0.01,
+        ..Load::default()
+    }
 }
 
 /// A token event of choice 0 in the first epoch.
