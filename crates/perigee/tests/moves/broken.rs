@@ -176,10 +176,18 @@ async fn damaged_handoffs_are_refused_and_the_session_goes_on() {
         let course = relay.run(&request, 0, &first, Trouble::default()).await.unwrap();
         let told = format!("{tamper:?}: {:?}", course.moves);
         assert_eq!(wrong(&mut undisturbed, &request, &course), None, "{told}");
+        let carried = world.carriage().carried();
+        let (Tamper::Flip { byte: place, .. } | Tamper::Cut { bytes: place } | Tamper::Break { bytes: place }) = tamper
+        else {
+            continue;
+        };
+        if carried.iter().all(|handoff| handoff.bytes.len() <= place) {
+            // This one stood still sooner and is shorter.
+            continue;
+        }
         let [(_, Err(why))] = &course.moves[..] else { panic!("it was taken: {told}") };
         // The session may end before anything of the damage is known.
         failed += usize::from(why.contains("the handoff failed: "));
-        let carried = world.carriage().carried();
         assert!(carried.iter().all(|handoff| handoff.refused.is_some()), "{told}");
     }
     assert!(failed * 10 >= count * 9, "only {failed} of {count} handoffs were refused");
