@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,9 @@ enum Notice {
 pub(crate) struct ReplicaProcesses {
     replica: String,
     children: Vec<Child>,
+    /// Standard inputs of the children, which take their end for the parent's. Kept apart, because waiting for a child
+    /// closes the one that it has, and would cut off what it still has to do.
+    lifelines: Vec<ChildStdin>,
     notices: Receiver<Notice>,
 }
 
@@ -47,7 +50,8 @@ impl ReplicaProcesses {
     pub(crate) fn start(launch: &ReplicaLaunch) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("finding this program's file")?;
         let (sender, notices) = channel();
-        let mut processes = Self { replica: launch.replica.clone(), children: Vec::new(), notices };
+        let mut processes =
+            Self { replica: launch.replica.clone(), children: Vec::new(), lifelines: Vec::new(), notices };
         let spawn = |rank: usize, more: &[String]| -> anyhow::Result<Child> {
             let mut child = Command::new(&program)
                 .arg("worker")
@@ -69,17 +73,22 @@ impl ReplicaProcesses {
             }
             Ok(child)
         };
-        processes.children.push(spawn(0, &launch.leader_arguments)?);
+        processes.take(spawn(0, &launch.leader_arguments)?);
         if launch.tp > 1 {
             let event = processes.next_event()?;
             let WorkerEvent::Rendezvous { leader } = event else {
                 bail!("{} reported {event:?} before it had ranks", launch.replica);
             };
             for rank in 1..launch.tp {
-                processes.children.push(spawn(rank, &[format!("--leader={leader}")])?);
+                processes.take(spawn(rank, &[format!("--leader={leader}")])?);
             }
         }
         Ok(processes)
+    }
+
+    fn take(&mut self, mut child: Child) {
+        self.lifelines.extend(child.stdin.take());
+        self.children.push(child);
     }
 
     /// The next report of a worker; an error when a worker ends instead.
