@@ -7,6 +7,9 @@ use perigee_engine::observer::StepPhase;
 
 /// Share of a new measurement in what is kept; the rest is the past.
 const NEW: f64 = 0.1;
+/// Steps without a prompt after which what prompts took is no longer told: the machine was in another state then, and who
+/// is thought slow gets no prompt that could show the contrary.
+const STALE: u32 = 64;
 
 /// Smoothed times.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -15,6 +18,8 @@ pub(crate) struct Pace {
     /// Milliseconds and prompt tokens of past steps, older ones counting less: long chunks weigh more than short ones.
     prompt_ms: f64,
     prompt_tokens: f64,
+    /// Steps since the last prompt token.
+    since_prompt: u32,
     /// A step whose prompt tokens were not told yet.
     step: Option<(StepPhase, Duration)>,
 }
@@ -32,12 +37,17 @@ impl Pace {
         let decode = self.decode_ms.unwrap_or_default();
         let of_prompts = match phase {
             StepPhase::Decode => {
+                self.since_prompt = self.since_prompt.saturating_add(1);
                 self.decode_ms = Some(self.decode_ms.map_or(milliseconds, |was| was + NEW * (milliseconds - was)));
                 return;
             }
             StepPhase::Prefill => milliseconds,
             StepPhase::Mixed => (milliseconds - decode).max(0.0),
         };
+        if self.since_prompt > STALE {
+            (self.prompt_ms, self.prompt_tokens) = (0.0, 0.0);
+        }
+        self.since_prompt = 0;
         self.prompt_ms = (1.0 - NEW) * self.prompt_ms + of_prompts;
         self.prompt_tokens = (1.0 - NEW) * self.prompt_tokens + prompt_tokens as f64;
     }
@@ -47,9 +57,13 @@ impl Pace {
         self.decode_ms.unwrap_or_default() as f32
     }
 
-    /// Milliseconds that each prompt token adds; 0 before the first one.
+    /// Milliseconds that each prompt token adds; 0 before the first one, and where the last one is long ago.
     pub(crate) fn prompt_token_ms(&self) -> f32 {
-        if self.prompt_tokens > 0.0 { (self.prompt_ms / self.prompt_tokens) as f32 } else { 0.0 }
+        if self.prompt_tokens > 0.0 && self.since_prompt <= STALE {
+            (self.prompt_ms / self.prompt_tokens) as f32
+        } else {
+            0.0
+        }
     }
 }
 
@@ -73,6 +87,18 @@ mod tests {
             step(&mut pace, StepPhase::Mixed, 260, 500);
         }
         assert_eq!((pace.decode_ms(), pace.prompt_token_ms()), (10.0, 0.5));
+    }
+
+    #[test]
+    fn what_prompts_took_long_ago_is_not_told() {
+        let mut pace = Pace::default();
+        step(&mut pace, StepPhase::Prefill, 500, 10);
+        (0..STALE).for_each(|_| step(&mut pace, StepPhase::Decode, 10, 0));
+        assert_eq!(pace.prompt_token_ms(), 50.0);
+        step(&mut pace, StepPhase::Decode, 10, 0);
+        assert_eq!(pace.prompt_token_ms(), 0.0);
+        step(&mut pace, StepPhase::Mixed, 20, 10);
+        assert_eq!(pace.prompt_token_ms(), 1.0);
     }
 
     #[test]
