@@ -1,8 +1,8 @@
 //! The conformance suite on a GPU, as a program that can be carried to a machine that has one: both activation types, or one,
-//! and all cases, or those whose name begins with a prefix, or one by its name; or the names of all cases. Exit status 1 when
+//! and all cases, or those whose name begins with a prefix or is given whole; or the names of all cases. Exit status 1 when
 //! a case failed.
 //!
-//! usage: conformance [both|fp32|bf16|names] [PREFIX|=NAME]
+//! usage: conformance [both|fp32|bf16|names] [PREFIX|=NAME]...
 
 use std::process::ExitCode;
 
@@ -44,11 +44,12 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let wanted = arguments.next().unwrap_or_default();
-    let chosen = |name: &str| match wanted.strip_prefix('=') {
+    let wanted: Vec<String> = arguments.collect();
+    let fits = |name: &str, wanted: &str| match wanted.strip_prefix('=') {
         Some(whole) => name == whole,
-        None => name.starts_with(&wanted),
+        None => name.starts_with(wanted),
     };
+    let chosen = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| fits(name, wanted));
     if let Err(error) = perigee_cuda::check(0) {
         eprintln!("conformance: not run: {error}");
         return ExitCode::from(2);
