@@ -106,8 +106,5 @@ pub fn run_chosen<F: Factory>(factory: &mut F, chosen: impl Fn(&str) -> bool) ->
         DType::Bf16 => "bf16",
     };
     let cases = cases::<F>().into_iter().filter(|case| chosen(case.name()));
-    Report {
-        backend: format!("{} {activation}", factory.name()),
-        cases: cases.map(|case| case.run(factory)).collect(),
-    }
+    Report { backend: format!("{} {activation}", factory.name()), cases: cases.map(|case| case.run(factory)).collect() }
 }
