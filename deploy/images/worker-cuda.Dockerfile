@@ -15,7 +15,7 @@ RUN CUDA_HOME=/opt/cuda cargo build --locked --release -p perigee --features etc
 RUN python3 -m pip install --no-cache-dir --no-deps --no-compile --only-binary=:all: --target /opt/libraries \
         nvidia-cublas==13.0.2.14 nvidia-nccl-cu13==2.28.9 \
     && mkdir /opt/lib \
-    && find /opt/libraries -name 'libcublas*.so.13' -exec cp {} /opt/lib \; \
+    && find /opt/libraries -name 'libcublasLt.so.13' -exec cp {} /opt/lib \; \
     && find /opt/libraries -name 'libnccl.so.2' -exec cp {} /opt/lib \; \
     && test -e /opt/lib/libcublasLt.so.13 && test -e /opt/lib/libnccl.so.2
 

@@ -1,0 +1,100 @@
+"""deploy/ does what it says: the ranks of a container start, drain and end together, and the runbook's table is computed."""
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tools"))
+
+import capacity  # noqa: E402  (the path above comes first)
+from test_serving import ROOT, binary  # noqa: E402
+
+RANKS = ROOT / "deploy" / "images" / "perigee-ranks"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def replica(tmp_path):
+    """Two ranks as the chart starts them, ready; with their HTTP port."""
+    ports = [free_port() for _ in range(2)]
+    command = [RANKS, "2", "0", "--replica=one", "--tp=2", f"--leader=127.0.0.1:{ports[0]}", "--threads=1", "--grace=60",
+               "--", "--internal=127.0.0.1:0", "--listen=127.0.0.1:0", f"--http=127.0.0.1:{ports[1]}"]
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, env={**os.environ, "PERIGEE": binary()}, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not is_healthy(ports[1]):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def is_healthy(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError):
+        return False
+
+
+def ranks(process):
+    """Process ids of the ranks, in their order."""
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    lines = {int(child): pathlib.Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0") for child in children}
+    return sorted(lines, key=lambda child: int(lines[child][lines[child].index(b"--rank") + 1]))
+
+
+def test_sigterm_drains_and_is_a_success(replica):
+    pids = ranks(replica)
+    assert len(pids) == 2
+    replica.send_signal(signal.SIGTERM)
+    assert replica.wait(30) == 0
+    assert not [pid for pid in pids if pathlib.Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_the_container(replica, rank):
+    pids = ranks(replica)
+    os.kill(pids[rank], signal.SIGKILL)
+    assert replica.wait(30) == 128 + signal.SIGKILL
+    assert not [pid for pid in pids if pathlib.Path(f"/proc/{pid}").exists()]
+
+
+def test_options_that_the_program_refuses_end_it(tmp_path):
+    command = [RANKS, "2", "0", "--tensor-parallel=2"]
+    result = subprocess.run(command, env={**os.environ, "PERIGEE": binary()}, capture_output=True, text=True, timeout=30,
+                            check=False)
+    assert result.returncode == 2 and "--tensor-parallel" in result.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["2"], ["two", "0"], ["0", "0"]])
+def test_wrong_usage_is_told(words):
+    result = subprocess.run([RANKS, *words], capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 2 and "perigee-ranks COUNT MACHINE" in result.stderr
+
+
+def test_the_runbook_has_the_computed_table():
+    text = (ROOT / "deploy" / "runbook.md").read_text()
+    assert "\n".join(capacity.table()) in text
+
+
+def test_capacity_follows_from_the_sizes_of_the_model():
+    assert capacity.STATE_BYTES == 41_943_040
+    assert capacity.TAIL_BYTES == 1_474_560
+    assert capacity.TOKEN_BYTES == 8064
