@@ -1,4 +1,5 @@
 """deploy/ does what it says: the ranks of a container start, drain and end together, and the runbook's table is computed."""
+import json
 import os
 import pathlib
 import signal
@@ -12,8 +13,10 @@ import urllib.request
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tools"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "helm"))
 
-import capacity  # noqa: E402  (the path above comes first)
+import capacity  # noqa: E402  (the paths above come first)
+import render  # noqa: E402
 from test_serving import ROOT, binary  # noqa: E402
 
 RANKS = ROOT / "deploy" / "images" / "perigee-ranks"
@@ -51,6 +54,30 @@ def is_healthy(port):
             return answer.status == 200
     except (urllib.error.URLError, ConnectionError):
         return False
+
+
+def probes():
+    """Paths that the chart has Kubernetes ask for, by the kind of probe."""
+    for document in render.documents(render.render({})):
+        if document["kind"] in ("Deployment", "StatefulSet"):
+            container = document["spec"]["template"]["spec"]["containers"][0]
+            yield {kind: container[kind]["httpGet"]["path"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
+
+
+def test_ready_processes_answer_every_probe_of_the_chart():
+    command = [binary(), "up", "--json", "--replicas=1", "--tp=1", "--threads=1", "--port=0", "--http-port=0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        places = json.loads(process.stdout.readline())
+        found = list(probes())
+        assert len(found) == 2 and found[0] == found[1]
+        for place in (places["http"], places["replicas"][0]["http"]):
+            for path in found[0].values():
+                with urllib.request.urlopen(f"http://{place}{path}", timeout=10) as answer:
+                    assert answer.status == 200, (place, path)
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def ranks(process):
