@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -125,3 +126,25 @@ def test_capacity_follows_from_the_sizes_of_the_model():
     assert capacity.STATE_BYTES == 41_943_040
     assert capacity.TAIL_BYTES == 1_474_560
     assert capacity.TOKEN_BYTES == 8064
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "deploy" / "images").glob("*.Dockerfile")), ids=lambda file: file.stem)
+def test_images_are_pinned_unprivileged_and_copy_what_is_there(file):
+    text = file.read_text()
+    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    assert len(bases) == 2 and all(re.search(r":\d+\.\d+", base) for base in bases)
+    assert re.findall(r"^USER (\S+)", text, re.MULTILINE) == ["65532:65532"]
+    for source in re.findall(r"^COPY (?!--from)(\S+)", text, re.MULTILINE):
+        assert (ROOT / source).exists(), source
+    for package in re.findall(r"nvidia-\S+", text):
+        assert "==" in package, package
+
+
+def test_there_is_an_image_for_each_that_the_chart_names():
+    named = {container["image"].rsplit("/", 1)[1].partition(":")[0]
+             for values in render.matrix().values()
+             for document in render.documents(render.render(values))
+             for spec in [document.get("spec", {})]
+             for template in [spec.get("template") or spec.get("leaderWorkerTemplate", {}).get("workerTemplate") or {}]
+             for container in template.get("spec", {}).get("containers", []) if container["name"] in ("router", "worker")}
+    assert named == {file.stem for file in (ROOT / "deploy" / "images").glob("*.Dockerfile")}

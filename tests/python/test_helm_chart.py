@@ -162,7 +162,7 @@ def changed(path, value):
     ("worker.device", "gpu"), ("worker.dtype", "fp16"), ("worker.extraArgs", "--threads=1"),
     ("worker.extraArgs", ["threads"]), ("worker.terminationGracePeriodSeconds", 10), ("worker.tolerations", {}),
     ("worker.nodeSelector", []), ("model.path", "models"), ("model.random", "huge"), ("model.hostPath", "srv"),
-    ("model.pvc", "A_B"), ("etcd.endpoints", []), ("etcd.endpoints", "etcd:2379"), ("etcd.endpoints", ["http://e:1"]),
+    ("model.pvc", "A_B"), ("etcd.endpoints", []), ("etcd.endpoints", "etcd:2379"), ("etcd.endpoints", ["etcd://e:1"]),
     ("etcd.bundled", "yes"), ("etcd.auth.user", "perigee"), ("tls.enabled", True), ("tls.secretName", 1),
     ("monitoring.rules", "on"), ("networkPolicy.enabled", 1), ("image.tag", 1.2), ("router.service.type", "Headless"),
 ])
@@ -174,6 +174,7 @@ def test_the_schema_refuses(path, value):
 @pytest.mark.parametrize(("values", "reason"), [
     ({"worker": {"tp": 6, "machines": 4}}, "worker.tp .6. must be a multiple of worker.machines .4."),
     ({"model": {"pvc": "a", "random": "tiny"}}, "one of pvc, hostPath"),
+    ({"etcd": {"endpoints": ["https://etcd:2379"]}}, "etcd.tls.secretName"),
     ({"router": {"autoscaling": {"enabled": True, "min": 5, "max": 2}}}, "min is greater than max"),
 ])
 def test_contradictions_are_told(values, reason):

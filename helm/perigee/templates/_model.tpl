@@ -1,8 +1,16 @@
 {{/* Where the model comes from: the option, the volume, and the container that fills it. */}}
 
+{{/* Which sources are given: one, or a mistake. */}}
 {{- define "perigee.modelSources" -}}
-{{- $model := .Values.model -}}
-{{- join " " (compact (list (ternary "pvc" "" (ne $model.pvc "")) (ternary "hostPath" "" (ne $model.hostPath "")) (ternary "init" "" (ne $model.init.image "")) (ternary "random" "" (ne $model.random "")))) -}}
+{{- $given := dict "pvc" .Values.model.pvc "hostPath" .Values.model.hostPath "init" .Values.model.init.image -}}
+{{- $_ := set $given "random" .Values.model.random -}}
+{{- $found := list -}}
+{{- range $source := list "pvc" "hostPath" "init" "random" -}}
+{{- if get $given $source -}}
+{{- $found = append $found $source -}}
+{{- end -}}
+{{- end -}}
+{{- join " " $found -}}
 {{- end }}
 
 {{/* Value of --model. */}}

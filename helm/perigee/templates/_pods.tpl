@@ -39,7 +39,13 @@ capabilities:
 {{/* The registry: one prefix for each release, so that several may share an etcd. */}}
 {{- define "perigee.registryArguments" -}}
 {{- $etcd := .Values.etcd -}}
-{{- $hosts := $etcd.endpoints -}}
+{{- $hosts := list -}}
+{{- range $etcd.endpoints -}}
+{{- if and (hasPrefix "https://" .) (not $etcd.tls.secretName) (not $etcd.bundled) -}}
+{{- fail (printf "etcd.endpoints: %s needs the authority of its certificate, etcd.tls.secretName" .) -}}
+{{- end -}}
+{{- $hosts = append $hosts (regexReplaceAll "^https?://" . "") -}}
+{{- end -}}
 {{- if $etcd.bundled -}}
 {{- $hosts = list (printf "%s-etcd.%s.svc:2379" (include "perigee.fullname" .) .Release.Namespace) -}}
 {{- end -}}
@@ -149,7 +155,9 @@ readinessProbe:
   failureThreshold: 2
 {{- end }}
 
-{{/* Seconds of --grace out of a termination grace period: the rest is for preStop, last steps and last words. */}}
+{{/*
+Seconds of --grace out of a termination grace period: 30 of them, at most half, are for preStop, last steps and last words.
+*/}}
 {{- define "perigee.grace" -}}
-{{- sub (int .) 30 -}}
+{{- max (sub (int .) 30) (div (int .) 2) -}}
 {{- end }}
