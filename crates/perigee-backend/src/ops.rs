@@ -189,6 +189,9 @@ pub trait Backend: Send {
     fn moe(&mut self, layer: &Self::Moe, x: &Self::Tensor, routing: Routing<'_>, out: &mut Self::Tensor) -> Result<()>;
     /// The layer's own selection in the last `moe`, `top_k` for each token, ascending; also under forced routing.
     fn selected_experts(&mut self) -> Result<Vec<u32>>;
+    /// Distinct experts that `moe` computed with, summed over all its calls since the backend was opened; on every rank the
+    /// same. Waits for the device.
+    fn experts_touched(&mut self) -> Result<u64>;
     /// Sums `x` over the ranks of the group, the same bits on every rank.
     fn all_reduce(&mut self, x: &mut Self::Tensor) -> Result<()>;
     /// Logits [batch.logits.len(), V], full precision, gathered from all ranks; `x` is the finally normed stream.

@@ -27,7 +27,7 @@ use crate::ops::norm::Norm;
 use crate::ops::sample::Draws;
 use crate::scratch::Scratch;
 use crate::step::{Planning, Step};
-use crate::stream::{Event, Stream};
+use crate::stream::Stream;
 use crate::tensor::Tensor;
 
 /// How a backend is opened.
@@ -49,6 +49,8 @@ pub struct CudaBackend {
     pub(crate) scratch: Scratch,
     pub(crate) step: Step,
     pub(crate) selected: Option<Selected>,
+    /// Experts touched so far, one 64-bit number.
+    pub(crate) touched: Buffer,
     pub(crate) draws: Draws,
     cache: Option<Cache>,
     /// Query heads of MLA layers, once one is loaded.
@@ -70,6 +72,8 @@ impl CudaBackend {
         let formula = Formula::from_environment()?;
         let device = Device::open(options.device)?;
         let stream = Stream::new(&device)?;
+        let touched = Buffer::new(&device, 8, "count of experts")?;
+        stream.fill(&touched, 0, 8, 0)?;
         Ok(Self {
             precision: options.precision,
             formula,
@@ -78,6 +82,7 @@ impl CudaBackend {
             scratch: Scratch::default(),
             step: Step::default(),
             selected: None,
+            touched,
             draws: Draws::default(),
             cache: None,
             mla_heads: None,
@@ -112,19 +117,6 @@ impl CudaBackend {
     pub fn wait(&self) -> Result<()> {
         self.stream.wait()?;
         self.exchange.check()
-    }
-
-    /// Milliseconds that the device spends on `work`, for measurements.
-    ///
-    /// # Errors
-    /// Those of `work`, and [`BackendError::Device`] with a fault of the device in it.
-    pub fn timed(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<f32> {
-        let (start, end) = (Event::new(self.stream.device(), true)?, Event::new(self.stream.device(), true)?);
-        start.record(&self.stream)?;
-        work(self)?;
-        end.record(&self.stream)?;
-        end.wait()?;
-        end.since(&start)
     }
 
     /// Tokens of the current step.
@@ -271,6 +263,12 @@ impl Backend for CudaBackend {
 
     fn selected_experts(&mut self) -> Result<Vec<u32>> {
         self.moe_read_selected()
+    }
+
+    fn experts_touched(&mut self) -> Result<u64> {
+        let count = self.moe_read_touched()?;
+        self.exchange.check()?;
+        Ok(count)
     }
 
     fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {

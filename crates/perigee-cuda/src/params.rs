@@ -253,6 +253,7 @@ pub(crate) struct MoeSortParams {
     pub(crate) position: u64,
     pub(crate) tiles: u64,
     pub(crate) tile_count: u64,
+    pub(crate) touched: u64,
     pub(crate) entries: u32,
     pub(crate) experts: u32,
     pub(crate) tile_rows: u32,

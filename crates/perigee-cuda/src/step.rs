@@ -5,13 +5,10 @@ use bytemuck::{NoUninit, cast_slice};
 use perigee_backend::{BackendError, PAGE_TOKENS, Result, Row, StepBatch};
 
 use crate::formula::{Fault, Formula};
+use crate::needs::{CHUNK_TOKENS, ITEM_ROWS};
 use crate::params::{AttendItem, AttendMerge, AttendRange, KdaChunk, KdaRow};
 use crate::stream::{Stream, Upload};
 
-/// Query rows (tokens times heads) of one attention item.
-pub(crate) const ITEM_ROWS: usize = 64;
-/// Tokens of one chunk of the chunked KDA form.
-pub(crate) const CHUNK_TOKENS: usize = 64;
 /// An item's result that needs no merge.
 const NO_PART: u32 = u32::MAX;
 /// Least keys of a split: below it a split costs more than it gains.

@@ -2,7 +2,7 @@
 //! around the residual stream, then the head. What happens inside an op is the backend's business; what a caller wants to
 //! see or to change on the way (traces, forced routing, attention answered elsewhere) goes through [`StepHooks`].
 
-use perigee_backend::{Backend, Partials, Precision, Routing, StepBatch};
+use perigee_backend::{Backend, DType, Partials, Precision, Routing, StepBatch};
 
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -106,6 +106,15 @@ impl<B: Backend> Activations<B> {
             logits: backend.tensor(limits.logits, config.vocab, Precision::Full)?,
         })
     }
+}
+
+/// Bytes of the activations of one rank of `tp`, in the activation type `precision` where they are not full.
+pub fn activation_bytes(config: &ModelConfig, tp: usize, limits: StepLimits, precision: DType) -> u64 {
+    let mla = config.mla_shape(tp);
+    let full = DType::Fp32.bytes();
+    let token =
+        config.hidden * (full + 2 * precision.bytes()) + mla.heads * (mla.cache_width() + mla.latent + 1) * full;
+    (limits.tokens * token + limits.logits * config.vocab * full) as u64
 }
 
 /// A model on one rank: its layers and the activations that steps work in.

@@ -213,11 +213,12 @@ extern "C" __global__ void __launch_bounds__(1024) moe_sort(const __grid_constan
   for (uint32_t i = threadIdx.x; i < p.entries; i += blockDim.x) atomicAdd(&counts[p.chosen[i]], 1u);
   __syncthreads();
   if (threadIdx.x < kWarp) {
-    uint32_t rows_before = 0, tiles_before = 0;
+    uint32_t rows_before = 0, tiles_before = 0, touched = 0;
     for (uint32_t base = 0; base < p.experts; base += kWarp) {
       const uint32_t expert = base + threadIdx.x;
       const uint32_t count = expert < p.experts ? counts[expert] : 0;
       const uint32_t tiles = (count + p.tile_rows - 1) / p.tile_rows;
+      touched += __popc(__ballot_sync(~0u, count > 0));
       uint32_t rows_to = count, tiles_to = tiles;
 #pragma unroll
       for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -237,7 +238,10 @@ extern "C" __global__ void __launch_bounds__(1024) moe_sort(const __grid_constan
       rows_before += __shfl_sync(~0u, rows_to, kWarp - 1);
       tiles_before += __shfl_sync(~0u, tiles_to, kWarp - 1);
     }
-    if (threadIdx.x == 0) *p.tile_count = tiles_before;
+    if (threadIdx.x == 0) {
+      *p.tile_count = tiles_before;
+      *p.touched += touched;
+    }
   }
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < p.entries; i += blockDim.x) {

@@ -43,6 +43,7 @@ struct MoeSortParams {
   uint32_t* position;       // [entries]: sorted row of every entry
   MoeTile* tiles;
   uint32_t* tile_count;     // [1]
+  unsigned long long* touched;  // [1]: experts with entries are added to it
   uint32_t entries;
   uint32_t experts;
   uint32_t tile_rows;
