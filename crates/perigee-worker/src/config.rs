@@ -99,7 +99,8 @@ pub struct EngineOptions {
     /// Most requests that wait for their first slot; more are refused with RESOURCE_EXHAUSTED. 0 refuses all.
     #[arg(long, default_value_t = 1024)]
     pub queue_limit: usize,
-    /// Share of a GPU's memory that each rank on it may use, from 0 to 1; what does not fit is refused before it is loaded.
+    /// Share of a GPU's memory to use, from 0 to 1, for all ranks of a replica on it together (under `up`, of all replicas);
+    /// what does not fit is refused before it is loaded.
     #[arg(long, default_value_t = 0.9)]
     pub memory_fraction: f64,
     /// Threads of each rank on CPUs; by default the cores divided by the ranks.
@@ -129,6 +130,11 @@ impl EngineOptions {
             Device::Cuda(cards) => cards.get(rank % cards.len().max(1)).map(|&card| card as usize),
             Device::Cpu => None,
         }
+    }
+
+    /// How many of `tp` ranks are on the card of this one, itself included.
+    pub fn sharers(&self, rank: usize, tp: usize) -> usize {
+        (0..tp).filter(|&other| self.card(other) == self.card(rank)).count().max(1)
     }
 
     /// Threads of a rank out of `tp` on this machine.

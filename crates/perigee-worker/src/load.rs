@@ -113,7 +113,7 @@ fn divide(
     let working = perigee_cuda::working_bytes(&shapes, steps.tokens, precision);
     let request = memory::Request {
         card,
-        fraction: options.memory_fraction,
+        fraction: options.memory_fraction / options.sharers(seat.rank, tp) as f64,
         weights: (elements - routers) * element + routers * DType::Fp32.bytes() as u64,
         working: working + activation_bytes(model, tp, steps, precision),
         graphs: perigee_cuda::ladder(options.max_batch).len(),
@@ -122,6 +122,9 @@ fn divide(
         pages: options.latent_pages,
         page_bytes: cache.page_bytes(precision),
         longest: longest.div_ceil(PAGE_TOKENS),
+        most_pages: options
+            .state_slots
+            .saturating_mul(options.max_model_len.unwrap_or(model.max_length).div_ceil(PAGE_TOKENS)),
     };
     Ok(MemoryPlan::make(&request)?)
 }

@@ -34,8 +34,10 @@ pub struct Request {
     pub page_bytes: u64,
     /// Latent pages that were asked for; none for as many as fit.
     pub pages: Option<usize>,
-    /// Pages of the longest session, of which at least one must fit.
+    /// Pages of a session that must fit at least.
     pub longest: usize,
+    /// Pages that all slots together can ever use.
+    pub most_pages: usize,
 }
 
 /// A card's memory, divided.
@@ -101,7 +103,8 @@ impl MemoryPlan {
             left -= bytes;
         }
         let more = left.checked_div(request.page_bytes).unwrap_or(0);
-        let pages = request.pages.unwrap_or(least_pages.saturating_add(usize::try_from(more).unwrap_or(usize::MAX)));
+        let fit = least_pages.saturating_add(usize::try_from(more).unwrap_or(usize::MAX));
+        let pages = request.pages.unwrap_or(fit.min(request.most_pages.max(least_pages)));
         Ok(Self {
             card: request.card,
             budget,
@@ -166,6 +169,7 @@ mod tests {
             page_bytes: 516_096,
             pages: None,
             longest: 16_384,
+            most_pages: usize::MAX,
         }
     }
 
@@ -200,6 +204,12 @@ mod tests {
         assert!(longest.contains("--max-model-len"), "{longest}");
         let small = refused(|request| request.fraction = 0.001);
         assert!(small.contains("the driver") && small.contains("raise --memory-fraction"), "{small}");
+    }
+
+    #[test]
+    fn no_more_pages_are_taken_than_sessions_can_use() {
+        let plan = MemoryPlan::make(&Request { most_pages: 20_000, ..request() }).unwrap();
+        assert_eq!(plan.pages, 20_000);
     }
 
     #[test]
