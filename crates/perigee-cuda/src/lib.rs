@@ -17,6 +17,8 @@ mod exchange;
 #[cfg(feature = "cuda")]
 mod formula;
 #[cfg(feature = "cuda")]
+mod graph;
+#[cfg(feature = "cuda")]
 mod kernels;
 mod ladder;
 #[cfg(feature = "cuda")]
@@ -34,6 +36,8 @@ mod ops;
 mod params;
 #[cfg(feature = "cuda")]
 mod reader;
+#[cfg(feature = "cuda")]
+mod recorder;
 #[cfg(feature = "cuda")]
 mod scratch;
 #[cfg(feature = "cuda")]

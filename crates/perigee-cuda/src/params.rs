@@ -232,6 +232,7 @@ pub(crate) struct MoeSelectParams {
     pub(crate) bias: u64,
     pub(crate) forced: u64,
     pub(crate) own: u64,
+    pub(crate) live: u64,
     pub(crate) chosen: u64,
     pub(crate) weights: u64,
     pub(crate) tokens: u32,

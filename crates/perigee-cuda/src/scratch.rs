@@ -36,6 +36,11 @@ impl Scratch {
         Ok(())
     }
 
+    /// Device address of the block, 0 while there is none.
+    pub(crate) fn address(&self) -> u64 {
+        self.buffer.as_ref().map_or(0, Buffer::address)
+    }
+
     /// Tokens that it has room for.
     pub(crate) fn tokens(&self) -> usize {
         self.tokens

@@ -229,6 +229,10 @@ struct ForcedRouting<'a> {
 }
 
 impl StepHooks for ForcedRouting<'_> {
+    fn is_plain(&self) -> bool {
+        self.forced.is_empty()
+    }
+
     fn routing(&mut self, layer: usize) -> Routing<'_> {
         match self.forced.iter().find(|(number, _)| *number as usize == layer) {
             Some((_, experts)) => Routing::Forced(experts),

@@ -299,6 +299,10 @@ struct LeaderHooks<'a, 'b> {
 }
 
 impl StepHooks for LeaderHooks<'_, '_> {
+    fn is_plain(&self) -> bool {
+        self.forced.is_empty() && self.trace.is_none()
+    }
+
     fn routing(&mut self, layer: usize) -> Routing<'_> {
         match self.forced.iter().find(|(number, _)| *number as usize == layer) {
             Some((_, experts)) => Routing::Forced(experts),

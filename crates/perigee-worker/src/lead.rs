@@ -59,7 +59,7 @@ pub(crate) fn run<B: Backend + 'static>(
     tls: Option<Arc<Tls>>,
 ) -> Result<()> {
     announcer.tell(ReplicaStatus::Warming)?;
-    warm(&mut ranks)?;
+    warm(&mut ranks, &config.engine.device)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -52,21 +52,21 @@ pub struct Seat {
 /// # Errors
 /// The model cannot be opened, the degree does not divide it, or the card has no room for it.
 pub fn open(config: &WorkerConfig) -> Result<Opened> {
-    open_engine(&config.engine, Seat { rank: config.rank, tp: config.tp }, config.score_job.is_some())
+    open_engine(&config.engine, Seat { rank: config.rank, tp: config.tp })
 }
 
-/// The same from the engine's options; `scores` where logits of whole chunks are wanted.
+/// The same from the engine's options.
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_engine(options: &EngineOptions, seat: Seat, scores: bool) -> Result<Opened> {
+pub fn open_engine(options: &EngineOptions, seat: Seat) -> Result<Opened> {
     let spec: ModelSpec = options.model.parse()?;
     let source = WeightSource::open(&spec)?;
     source.config().check_tp(seat.tp)?;
     let digest = model_digest(&spec)?;
     let step_tokens = options.token_budget.max(options.max_batch);
-    // The engine asks for no more rows of logits than a step has rows; a score job takes them of whole chunks.
-    let logit_rows = if scores { step_tokens } else { options.max_batch };
+    // The engine asks for no more rows of logits than a step has rows.
+    let logit_rows = options.max_batch;
     let steps = StepLimits { tokens: step_tokens, logits: logit_rows };
     let memory = match options.card(seat.rank) {
         Some(card) => Some(divide(options, seat, source.config(), steps, perigee_cuda::memory(card)?)?),
@@ -116,7 +116,7 @@ fn divide(
         fraction: options.memory_fraction / options.sharers(seat.rank, tp) as f64,
         weights: (elements - routers) * element + routers * DType::Fp32.bytes() as u64,
         working: working + activation_bytes(model, tp, steps, precision),
-        graphs: perigee_cuda::ladder(options.max_batch).len(),
+        graphs: perigee_cuda::ladder(options.max_batch.min(options.state_slots)).len(),
         slots: options.state_slots,
         slot_bytes: cache.slot_bytes(precision),
         pages: options.latent_pages,

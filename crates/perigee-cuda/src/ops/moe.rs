@@ -232,6 +232,7 @@ impl CudaBackend {
             bias: layer.bias.address(),
             forced,
             own: self.moe_selected(entries)?,
+            live: self.step.live.address,
             chosen: work.chosen,
             weights: work.weights,
             tokens: tokens as u32,
@@ -275,6 +276,11 @@ impl CudaBackend {
             }
             None => Ok(0),
         }
+    }
+
+    /// Device address of the layers' own selections, 0 before the first.
+    pub(crate) fn selected_address(&self) -> u64 {
+        self.selected.as_ref().map_or(0, |selected| selected.own.address())
     }
 
     pub(crate) fn moe_read_touched(&self) -> Result<u64> {

@@ -29,6 +29,8 @@ const GPU_BUDGET: usize = 8192;
 const HEAVY: usize = 70_000;
 /// A cell that is run first and thrown away.
 const FIRST: Cell = Cell { batch: 1, context: 64 };
+/// Its decode steps.
+const FIRST_STEPS: usize = 2;
 
 /// A batch of sessions and the prompt that each has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,7 +96,7 @@ pub fn run(request: &BenchRequest, done: &mut dyn FnMut(&CellResult)) -> Result<
     if !faults.is_empty() {
         return Err(WorkerError::Options(faults.join("\n")));
     }
-    let opened = open_engine(&options, Seat { rank: 0, tp: 1 }, false)?;
+    let opened = open_engine(&options, Seat { rank: 0, tp: 1 })?;
     let bench = Bench { options: &options, opened: &opened, request };
     match options.device {
         Device::Cpu => bench.on_cpu(done),
@@ -120,7 +122,8 @@ fn sized(request: &BenchRequest) -> Result<EngineOptions> {
     options.max_batch = batch;
     options.state_slots = batch;
     options.queue_limit = options.queue_limit.max(batch);
-    let most = |cell: Cell| cell.context + max_tokens(cell, request.steps, options.token_budget);
+    let steps = request.steps.max(FIRST_STEPS);
+    let most = |cell: Cell| cell.context + max_tokens(cell, steps, options.token_budget);
     let pages = |cell: Cell| cell.batch * (most(cell).div_ceil(PAGE_TOKENS) + 1);
     options.max_model_len = all().map(most).max();
     // The scheduler keeps a part of the pages free for those that grow.
@@ -173,7 +176,7 @@ impl Bench<'_> {
     ) -> Result<Vec<CellResult>> {
         let rank = self.opened.load_at(Seat { rank: 0, tp: 1 }, backend, &mut |_, _| {})?;
         let mut ranks = Ranks::new(rank, Vec::new(), std::time::Duration::from_secs(self.options.step_timeout))?;
-        warm(&mut ranks)?;
+        warm(&mut ranks, &self.options.device)?;
         let shared = SharedRanks::new(ranks);
         let config = EngineConfig {
             token_budget: self.options.token_budget,
@@ -184,7 +187,7 @@ impl Bench<'_> {
         let (core, handle) =
             Engine::by_hand(Box::new(shared.clone()), config).map_err(|error| WorkerError::Bench(error.to_string()))?;
         let mut driver = Driver::new(core, handle, shared, self.opened.limits.vocab);
-        driver.cell(FIRST, max_tokens(FIRST, 2, self.options.token_budget))?;
+        driver.cell(FIRST, max_tokens(FIRST, FIRST_STEPS, self.options.token_budget))?;
         let mut results = Vec::new();
         for &cell in &self.request.cells {
             let result = self.measure(&mut driver, cell, &device, bandwidth)?;

@@ -40,6 +40,11 @@ fn a_grid_on_cpus_gives_every_figure() {
 }
 
 #[test]
+fn a_single_step_is_enough() {
+    assert!(run(&request(&[(2, 8)], 1), &mut |_| {}).unwrap()[0].steps >= 1);
+}
+
+#[test]
 fn a_bandwidth_that_is_given_is_used() {
     let request = BenchRequest { bandwidth: Some(4e12), ..request(&[(1, 8)], 2) };
     let result = run(&request, &mut |_| {}).unwrap().remove(0);
