@@ -13,7 +13,7 @@ use perigee_proto::standard;
 use perigee_proto::v1::cluster_server::ClusterServer;
 use perigee_proto::v1::inference_server::InferenceServer;
 use perigee_registry::Registry;
-use perigee_telemetry::{Metrics, probes};
+use perigee_telemetry::{Metrics, Readiness, probes};
 use perigee_text::Tokenizer;
 use perigee_tls::{Dialer, Listening, Purpose, Tls, require_certificate};
 use tokio::net::TcpListener;
@@ -82,7 +82,7 @@ impl RouterParts {
 pub struct RouterListeners {
     /// For gRPC.
     pub grpc: TcpListener,
-    /// For /health and /metrics.
+    /// For /live, /health and /metrics.
     pub http: TcpListener,
 }
 
@@ -94,7 +94,7 @@ pub struct Router {
     cluster: ClusterService,
     metrics: Metrics,
     /// Whether to be sent requests.
-    serving: watch::Receiver<bool>,
+    readiness: watch::Receiver<Readiness>,
     closing: watch::Sender<bool>,
     tls: Option<Arc<Tls>>,
     pub(crate) tasks: JoinSet<()>,
@@ -137,10 +137,10 @@ impl Router {
             random: parts.random,
         };
         let (closing, closes) = watch::channel(false);
-        let (ready, serving) = watch::channel(false);
+        let (ready, readiness) = watch::channel(readiness::WAITING);
         tasks.spawn(readiness::follow(replicas.serving(), closes, ready));
         let cluster = ClusterService { relay: inference.relay.clone(), replicas, patience: config.lease };
-        Ok(Self { config, inference, cluster, metrics, serving, closing, tls: parts.tls, tasks })
+        Ok(Self { config, inference, cluster, metrics, readiness, closing, tls: parts.tls, tasks })
     }
 
     /// How many replicas take requests, now and whenever that changes.
@@ -153,7 +153,7 @@ impl Router {
         let limits = &self.config.limits;
         let mut routes = RoutesBuilder::default();
         let reporter = standard::add_services(&mut routes)?;
-        self.tasks.spawn(standard::report_health(reporter, &SERVICES, self.serving.clone()));
+        self.tasks.spawn(standard::report_health(reporter, &SERVICES, self.readiness.clone(), |now| now.is_ready));
         let inference = InferenceServer::new(self.inference.clone()).max_decoding_message_size(limits.message_bytes);
         // Operators' messages are small.
         let cluster = ClusterServer::new(self.cluster.clone()).max_decoding_message_size(64 << 10);
@@ -204,21 +204,22 @@ impl Router {
         let listening = |listener, purpose| Listening::new(listener, self.tls.clone(), purpose);
         let (http, incoming) =
             (listening(listeners.http, Purpose::Http), listening(listeners.grpc, Purpose::Public).incoming());
-        let http = axum::serve(http, probes::routes(self.metrics.clone(), self.serving.clone(), Arc::new(|| {})));
-        let http = http.with_graceful_shutdown(until_stopped());
+        // Probes are answered to the end, so that whoever asks while requests still run hears why no more are taken.
+        let http = axum::serve(http, probes::routes(self.metrics.clone(), self.readiness.clone(), Arc::new(|| {})));
         let grpc = self.grpc()?.serve_with_incoming_shutdown(incoming, until_stopped());
         let failed = |what, reason: String| RouterError::Listener { what, reason };
         let both = async {
-            tokio::try_join!(async { grpc.await.map_err(|error| failed("gRPC", error.to_string())) }, async {
-                http.await.map_err(|error| failed("HTTP", error.to_string()))
-            },)
+            tokio::select! {
+                ended = grpc => ended.map_err(|error| failed("gRPC", error.to_string())),
+                ended = http.into_future() => ended.map_err(|error| failed("HTTP", error.to_string())),
+            }
         };
         let overdue = async {
             until_stopped().await;
             tokio::time::sleep(grace).await;
         };
         tokio::select! {
-            result = both => result.map(|_| ()),
+            result = both => result,
             () = overdue => {
                 tracing::warn!(?grace, "requests still run after the grace time, ending them");
                 Ok(())

@@ -202,7 +202,10 @@ fn start_ranks(
         command.args(["worker", "--threads=1", &format!("--model={}", spec.model), registry]);
         command.args([format!("--replica={}", replica.name), format!("--rank={rank}"), format!("--tp={degree}")]);
         command.args([format!("--leader={}", replica.leader), format!("--internal={}", replica.internal)]);
-        command.arg(format!("--http={}", replica.http)).args(&spec.worker);
+        if rank == 0 {
+            command.arg(format!("--http={}", replica.http));
+        }
+        command.args(&spec.worker);
         *started += 1;
         Started::spawn(&format!("{} rank {rank} start {started}", replica.name), command, folder)
     });

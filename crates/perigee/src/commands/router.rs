@@ -52,7 +52,7 @@ pub(crate) struct RouterArgs {
     /// Address of the gRPC service.
     #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_PORT)))]
     listen: SocketAddr,
-    /// Address of /health and /metrics.
+    /// Address of /live, /health and /metrics. /health is 200 while requests are taken, else 503 and waiting or draining.
     #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_HTTP_PORT)))]
     http: SocketAddr,
     /// Where replicas are found: etcd://HOST:PORT,HOST:PORT[/PREFIX], or file:PATH, a JSON file
