@@ -35,6 +35,11 @@ pub enum RouterError {
     Random(String),
 }
 
+/// The router takes no more requests.
+pub(crate) fn closing() -> WireError {
+    WireError::unavailable("ROUTER_DRAINING", "this router is about to end: repeat the request at another one")
+}
+
 /// No replica can take requests.
 pub(crate) fn no_replica() -> WireError {
     WireError::unavailable("NO_REPLICA", "no replica is ready: wait until one is, or see `perigee replicas`")
@@ -109,17 +114,26 @@ pub(crate) fn router_full(limit: usize) -> WireError {
 
 /// Text was given or asked for without a tokenizer.
 pub(crate) fn no_tokenizer(field: &str) -> WireError {
-    let message = format!("{field} needs a tokenizer, and there is none: send token_ids, or add tokenizer.json");
+    let message = format!(
+        "{field} needs a tokenizer, and there is none: send token_ids, or add tokenizer.json or tiktoken.model"
+    );
     WireError { reason: Some("NO_TOKENIZER"), ..WireError::new(ErrorKind::FailedPrecondition, message) }
+}
+
+/// A conversation was given without a template.
+pub(crate) fn no_template() -> WireError {
+    let message = "messages need a chat template, and this model has none: add chat_template.jinja, or send a prompt";
+    WireError { reason: Some("NO_TEMPLATE"), ..WireError::new(ErrorKind::FailedPrecondition, message) }
 }
 
 /// A tokenizer refused what a client sent in `field`.
 pub(crate) fn text_refused(field: &str, error: &TextError) -> WireError {
     match error {
         TextError::NoTokenizer { .. } => no_tokenizer(field),
-        TextError::Encode { .. } | TextError::Decode { .. } | TextError::SpecialInText { .. } => {
-            WireError::invalid(field, error.to_string())
-        }
+        TextError::Encode { .. }
+        | TextError::Decode { .. }
+        | TextError::SpecialInText { .. }
+        | TextError::Template { .. } => WireError::invalid(field, error.to_string()),
         TextError::Read { .. }
         | TextError::Malformed { .. }
         | TextError::StateMismatch

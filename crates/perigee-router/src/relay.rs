@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use perigee_proto::internal::{Abort, EventBatch, MoveReport, Submit, router_message::Body};
@@ -23,6 +24,9 @@ use crate::recovery::demand;
 use crate::replicas::Replicas;
 use crate::reply::Reply;
 use crate::timers::Timers;
+
+/// How often a router that ends looks whether requests still run.
+const IDLE_LOOK: Duration = Duration::from_millis(20);
 
 /// All requests of this router.
 #[derive(Debug)]
@@ -64,6 +68,9 @@ impl Relay {
     /// # Errors
     /// UNAVAILABLE without a replica, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED where its deadline comes too soon.
     pub(crate) fn start(self: &Arc<Self>, new: NewFlight) -> Result<Reply, WireError> {
+        if self.is_closing.load(Ordering::Relaxed) {
+            return Err(error::closing());
+        }
         let demand = demand(&new.submit);
         let placement = self.replicas.place(demand, &[]).ok_or_else(error::no_replica)?;
         let report = placement.report;
@@ -241,6 +248,13 @@ impl Relay {
     pub(crate) fn stop_waiting(&self) {
         self.is_closing.store(true, Ordering::Relaxed);
         self.settle_waiting();
+    }
+
+    /// Completes once no request runs here. To be waited for when no more are taken.
+    pub(crate) async fn until_idle(&self) {
+        while !self.sessions.lock().is_empty() {
+            tokio::time::sleep(IDLE_LOOK).await;
+        }
     }
 
     /// Tells replicas to end the sessions of this router that `wanted` names and that have not ended; their streams end by

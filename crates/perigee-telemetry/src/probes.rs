@@ -1,4 +1,5 @@
-//! The HTTP port of every process: /live and /health for probes, /metrics for Prometheus. Clients' calls do not come here.
+//! The HTTP port of every process: /live and /health for probes, /metrics for Prometheus. A router puts its API beside
+//! them.
 
 use std::sync::Arc;
 
