@@ -91,6 +91,17 @@ pub(crate) fn cannot_move(reason: &'static str, message: impl Into<String>) -> W
     WireError { reason: Some(reason), ..WireError::new(ErrorKind::FailedPrecondition, message) }
 }
 
+/// A replica drains, and a session did not come away from it as it is.
+pub(crate) fn left_behind(replica: &str) -> WireError {
+    WireError::unavailable("REPLICA_DRAINING", format!("replica {replica} is about to end: repeat the request"))
+        .with_fact("replica", replica)
+}
+
+/// A replica that cannot be drained as things are; `reason` says why in a word.
+pub(crate) fn cannot_drain(reason: &'static str, message: impl Into<String>) -> WireError {
+    WireError { reason: Some(reason), ..WireError::new(ErrorKind::FailedPrecondition, message) }
+}
+
 /// No replica of that name.
 pub(crate) fn unknown_replica(replica: &str) -> WireError {
     WireError::new(ErrorKind::NotFound, format!("no replica {replica:?} is known: see `perigee replicas`"))

@@ -189,7 +189,7 @@ impl Relay {
     }
 
     /// Every request once.
-    fn flights(&self) -> Vec<Arc<Flight>> {
+    pub(crate) fn flights(&self) -> Vec<Arc<Flight>> {
         let sessions = self.sessions.lock();
         sessions.values().filter(|(_, index)| *index == 0).map(|(flight, _)| flight.clone()).collect()
     }

@@ -136,6 +136,7 @@ impl Router {
         let mut tasks = JoinSet::new();
         tasks.spawn(membership::follow(parts.registry.watch(), Arc::new(context)));
         tasks.spawn(relay.clone().keep_time());
+        tasks.spawn(relay.clone().evacuate());
         let inference = InferenceService {
             relay,
             replicas: replicas.clone(),

@@ -15,7 +15,7 @@ use perigee_registry::ReplicaStatus;
 use perigee_text::{GenerationConfig, Tokenizer};
 use perigee_tls::Tls;
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::addresses::published;
 use crate::announce::Announcer;
@@ -156,9 +156,14 @@ async fn lead<B: Backend + 'static>(
     tracing::info!(replica = config.replica, "serving");
 
     let grace = Duration::from_secs(config.grace);
-    let parts = LeaderParts { engine, identity, front, worker_metrics, grace, homes, tls };
+    let (drain, mut ordered) = watch::channel(false);
+    let parts = LeaderParts { engine, identity, front, worker_metrics, drain, grace, homes, tls };
     let shutdown = async {
-        told_to_end().await;
+        tokio::select! {
+            () = told_to_end() => {}
+            // Its sender is this leader's.
+            _ = ordered.wait_for(|drain| *drain) => {}
+        }
         // The registry has taken this replica, so there is no refusal to hear of.
         let _ = announcer.tell(ReplicaStatus::Draining);
     };

@@ -41,6 +41,8 @@ pub struct LeaderParts {
     pub front: Front,
     /// The gauges of its /metrics; the same value is the engine's observer.
     pub worker_metrics: WorkerMetrics,
+    /// Set by a router that was told to have this replica drain; whoever made it completes `shutdown` then.
+    pub drain: watch::Sender<bool>,
     /// How long running sessions may go on after the order to shut down.
     pub grace: Duration,
     /// What other replicas' questions are answered from; none where the device cannot.
@@ -55,7 +57,7 @@ pub struct LeaderParts {
 /// # Errors
 /// [`WorkerError::Serve`] where a listener fails, or the engine does: the replica must be started anew.
 pub async fn serve(parts: LeaderParts, internal: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
-    let LeaderParts { engine, identity, mut front, worker_metrics, grace, homes, tls } = parts;
+    let LeaderParts { engine, identity, mut front, worker_metrics, drain, grace, homes, tls } = parts;
     let identity = Arc::new(identity);
     let refresh = {
         let (engine, metrics) = (engine.clone(), worker_metrics.clone());
@@ -69,7 +71,7 @@ pub async fn serve(parts: LeaderParts, internal: TcpListener, shutdown: impl Fut
     let mut routes = RoutesBuilder::default();
     let attend = homes.map(AttendPool::start).transpose();
     let attend = attend.map_err(WorkerError::io("starting the threads that answer other replicas"))?;
-    let replica = ReplicaService::new(engine.clone(), identity, attend, worker_metrics);
+    let replica = ReplicaService::new(engine.clone(), identity, attend, worker_metrics, drain);
     routes.add_service(ReplicaServer::new(replica).max_decoding_message_size(MAX_INTERNAL_BYTES));
     let reporter = standard::add_services(&mut routes).map_err(|error| WorkerError::Serve(error.to_string()))?;
     let health = front.readiness().subscribe();
@@ -119,7 +121,7 @@ async fn run_to_end(engine: &EngineHandle, shutdown: impl Future<Output = ()>, g
         outcome = &mut failure => return outcome,
         () = shutdown => {}
     }
-    tracing::info!(?grace, "shutting down, running sessions may end");
+    tracing::info!(?grace, "shutting down, running sessions may leave or end");
     engine.drain();
     let idle = async {
         while !is_idle(engine) {

@@ -188,7 +188,8 @@ def refused_any(call):
 def calls_of_later_versions_are_unimplemented(client, _):
     unimplemented = grpc.StatusCode.UNIMPLEMENTED
     refused(unimplemented, lambda: client.inference.Resume(client.pb.ResumeRequest()))
-    refused(unimplemented, lambda: client.operator.Drain(client.cluster_pb.DrainRequest(replica="r")))
+    nobody = client.cluster_pb.DrainRequest(replica="nobody")
+    refused(grpc.StatusCode.NOT_FOUND, lambda: client.operator.Drain(nobody))
 
 
 def a_cancelled_call_frees_everything(client, _):

@@ -123,6 +123,7 @@ impl Replica {
             engine: engine.clone(),
             identity,
             front,
+            drain: tokio::sync::watch::channel(false).0,
             worker_metrics,
             grace: Duration::ZERO,
             tls: None,

@@ -94,6 +94,7 @@ impl Leader {
             engine: engine.clone(),
             identity,
             front,
+            drain: tokio::sync::watch::channel(false).0,
             worker_metrics,
             grace,
             homes: options.homes,

@@ -24,7 +24,8 @@ pub(crate) struct RouterOptions {
     /// Milliseconds that a moving session may take until its target holds it; then the move is taken back.
     #[arg(long, default_value_t = 10_000)]
     prepare_ms: u64,
-    /// Milliseconds that a session whose replica was lost may wait for another one; then its request fails.
+    /// Milliseconds that a session whose replica was lost may wait for another one; then its request fails. One with a
+    /// deadline waits until that.
     #[arg(long, default_value_t = 30_000)]
     replay_ms: u64,
 }
