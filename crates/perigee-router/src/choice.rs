@@ -25,6 +25,8 @@ pub(crate) struct Choice {
     pub(crate) coordinator: Coordinator,
     /// What the client has of it, in order; the next token's index is its length. A replay goes on after these.
     pub(crate) tokens: Vec<u32>,
+    /// How many tokens from the first its client has from another router: they are taken in and not sent on.
+    pub(crate) withheld: u64,
     pub(crate) is_finished: bool,
     pub(crate) first_token: Option<Instant>,
     pub(crate) last_token: Option<Instant>,
@@ -90,6 +92,7 @@ impl Choice {
             owner: None,
             coordinator: Coordinator::new(FIRST_EPOCH),
             tokens: Vec::new(),
+            withheld: 0,
             is_finished: false,
             first_token: None,
             last_token: None,

@@ -152,8 +152,3 @@ pub(crate) fn text_refused(field: &str, error: &TextError) -> WireError {
         | TextError::SpecialIdOutOfRange { .. } => WireError::new(ErrorKind::Internal, error.to_string()),
     }
 }
-
-/// A call that this version does not offer.
-pub(crate) fn unimplemented(what: &str) -> WireError {
-    WireError::new(ErrorKind::Unimplemented, format!("{what} is not offered by this version"))
-}

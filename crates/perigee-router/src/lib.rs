@@ -34,6 +34,7 @@ mod relay;
 mod replica_client;
 mod replicas;
 mod reply;
+mod resume;
 mod route;
 mod serve;
 mod service;
@@ -47,6 +48,7 @@ pub use config::{Limits, MoveTimes, RouterConfig};
 pub use error::RouterError;
 pub use random::Random;
 pub use replica_client::{Connect, TcpConnector};
+pub use resume::ResumeKey;
 pub use serve::{Router, RouterListeners, RouterParts, serve};
 
 #[cfg(test)]

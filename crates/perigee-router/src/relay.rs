@@ -23,6 +23,7 @@ use crate::metrics::RouterMetrics;
 use crate::recovery::demand;
 use crate::replicas::Replicas;
 use crate::reply::Reply;
+use crate::resume::{ResumeKey, Resumed, Seal};
 use crate::timers::Timers;
 
 /// How often a router that ends looks whether requests still run.
@@ -50,6 +51,10 @@ pub(crate) struct NewFlight {
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
     pub(crate) place: Place,
+    /// Where it goes on, if another router began it.
+    pub(crate) resumed: Option<Resumed>,
+    /// Signs its resume tokens, where it is to have some.
+    pub(crate) key: Option<ResumeKey>,
 }
 
 impl Relay {
@@ -77,11 +82,23 @@ impl Relay {
         let room = report.waiting == 0 && report.slots_free >= demand.sessions;
         admission::check_wait(placement.expected_ms, room, new.deadline)?;
 
-        let choice = |session: &String| Choice::new(session.clone(), new.arrived, error::no_replica());
+        let choice = |(index, session): (usize, &String)| {
+            let mut choice = Choice::new(session.clone(), new.arrived, error::no_replica());
+            if let Some(resumed) = &new.resumed {
+                resumed.bring(index, &mut choice);
+            }
+            choice
+        };
+        let choices: Vec<Choice> = new.submit.sessions.iter().enumerate().map(choice).collect();
+        let seal = new.key.as_ref().map(|key| match new.resumed {
+            Some(resumed) => resumed.into_seal(key),
+            None => Seal::new(key, &new.submit, choices.len()),
+        });
         let state = FlightState {
-            choices: new.submit.sessions.iter().map(choice).collect(),
+            end: choices.iter().all(|choice| choice.is_finished).then_some(Ok(())),
+            choices,
             buffer: EventBuffer::new(self.buffered_bytes),
-            end: None,
+            seal,
             is_forgotten: false,
             waker: None,
         };

@@ -37,6 +37,7 @@ use crate::readiness;
 use crate::relay::Relay;
 use crate::replica_client::{ClientContext, Connect, TcpConnector};
 use crate::replicas::Replicas;
+use crate::resume::ResumeKey;
 use crate::service::InferenceService;
 use crate::text::Text;
 
@@ -57,6 +58,8 @@ pub struct RouterParts {
     pub random: Random,
     /// TLS of the listeners; none where they are plain TCP.
     pub tls: Option<Arc<Tls>>,
+    /// Signs resume tokens; without one they are good at this router only.
+    pub resume_key: Option<ResumeKey>,
 }
 
 impl RouterParts {
@@ -72,7 +75,13 @@ impl RouterParts {
             connector: Arc::new(TcpConnector::default()),
             random: Random::system()?,
             tls: None,
+            resume_key: None,
         })
+    }
+
+    /// The same with a key that routers share.
+    pub fn with_resume_key(self, resume_key: Option<ResumeKey>) -> Self {
+        Self { resume_key, ..self }
     }
 
     /// The same with a chat template, where there is one.
@@ -133,6 +142,13 @@ impl Router {
             lease: config.lease,
             next_attachment: AtomicU64::new(0),
         };
+        let resume_key = match parts.resume_key {
+            Some(key) => key,
+            None => {
+                let drawn = (0..4).map(|_| parts.random.next().map(u64::to_le_bytes)).collect::<Result<Vec<_>, _>>();
+                ResumeKey::new(&drawn.map_err(|error| RouterError::Random(error.message))?.concat())?
+            }
+        };
         let mut tasks = JoinSet::new();
         tasks.spawn(membership::follow(parts.registry.watch(), Arc::new(context)));
         tasks.spawn(relay.clone().keep_time());
@@ -145,6 +161,7 @@ impl Router {
             limits: Arc::new(config.limits.clone()),
             metrics: router_metrics,
             random: parts.random,
+            resume_key,
         };
         let (closing, closes) = watch::channel(false);
         let (ready, readiness) = watch::channel(readiness::WAITING);

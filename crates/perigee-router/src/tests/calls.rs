@@ -109,12 +109,12 @@ async fn operators_see_replicas_and_sessions() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_not_offered_says_so() {
+async fn calls_without_what_they_need_say_so() {
     let sandbox = Sandbox::start(RouterConfig::default()).await;
     let mut cluster = sandbox.cluster.clone();
     let mut inference = sandbox.inference.clone();
-    let later = inference.resume(v1::ResumeRequest::default()).await.expect_err("later");
-    assert_eq!(later.code(), Code::Unimplemented);
+    let nothing = inference.resume(v1::ResumeRequest::default()).await.expect_err("no request");
+    assert_eq!(nothing.code(), Code::InvalidArgument);
     for (replica, code) in [("", Code::InvalidArgument), ("nobody", Code::NotFound)] {
         let refused = cluster.drain(v1::DrainRequest { replica: replica.to_owned() }).await.expect_err("nobody's name");
         assert_eq!(refused.code(), code, "{replica:?}");

@@ -168,6 +168,16 @@ impl Fleet {
         Ok(())
     }
 
+    /// One more router, at an address of its own.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn another_router(&mut self) -> Result<(SocketAddr, Started)> {
+        self.started += 1;
+        let places = (self.registry.as_str(), self.folder.path());
+        start_router(&self.spec, places, self.started, None)
+    }
+
     /// Kills the router and starts another one at the same address.
     ///
     /// # Errors

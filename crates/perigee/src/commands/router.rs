@@ -1,15 +1,16 @@
 //! `perigee router`: the front door as a process of its own. Replicas are found in the registry.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 use perigee_registry::EtcdOptions;
-use perigee_router::{MoveTimes, RouterConfig, RouterListeners, RouterParts};
+use perigee_router::{MoveTimes, ResumeKey, RouterConfig, RouterListeners, RouterParts};
 use perigee_tls::ServerTlsOptions;
 use tokio::net::TcpListener;
 
-use crate::commands::{interrupted, without_faults};
+use crate::commands::{UsageError, interrupted, without_faults};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
 /// What a router does with requests, wherever it runs.
@@ -69,15 +70,27 @@ pub(crate) struct RouterArgs {
     model: Option<String>,
     #[command(flatten)]
     options: RouterOptions,
+    /// File with the key that signs resume tokens, at least 32 bytes, the same at all routers; without it a resumable request
+    /// can only go on at the router that began it.
+    #[arg(long, value_name = "FILE")]
+    resume_key_file: Option<PathBuf>,
     /// TLS of both listeners, and towards replicas.
     #[command(flatten)]
     tls: ServerTlsOptions,
+}
+
+/// The key in a file, byte for byte.
+fn resume_key(path: &Path) -> anyhow::Result<ResumeKey> {
+    let told = |error: String| UsageError(format!("--resume-key-file: {}: {error}", path.display()));
+    let secret = std::fs::read(path).map_err(|error| told(error.to_string()))?;
+    Ok(ResumeKey::new(&secret).map_err(|error| told(error.to_string()))?)
 }
 
 pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
     let mut faults = args.etcd.faults();
     faults.extend(args.tls.faults(&[("--listen", args.listen), ("--http", args.http)]));
     without_faults(&faults)?;
+    let resume_key = args.resume_key_file.as_deref().map(resume_key).transpose()?;
     let tls = args.tls.load()?;
     let registry = perigee_registry::open(&args.registry, &args.etcd).context("--registry")?;
     let (tokenizer, template, model_digest) = match &args.model {
@@ -97,7 +110,8 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
         let listeners =
             RouterListeners { grpc: bind("--listen", args.listen).await?, http: bind("--http", args.http).await? };
         println!("perigee router: gRPC {}, HTTP {}", listeners.grpc.local_addr()?, listeners.http.local_addr()?);
-        let parts = RouterParts::new(registry, tokenizer)?.with_template(template).with_tls(tls);
+        let parts =
+            RouterParts::new(registry, tokenizer)?.with_template(template).with_tls(tls).with_resume_key(resume_key);
         perigee_router::serve(config, parts, listeners, async {
             if let Err(error) = interrupted().await {
                 tracing::warn!(%error, "no handler for signals; ending");

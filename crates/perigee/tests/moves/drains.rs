@@ -42,7 +42,8 @@ impl Streams {
                     let answer = known.again(&clients, number).await;
                     known.judge(number, &answer);
                     ended.fetch_add(1, Ordering::Relaxed);
-                    moves.fetch_add(answer.choices[0].epochs.len() - 1, Ordering::Relaxed);
+                    let further = answer.choices.iter().map(|choice| choice.epochs.len() - 1).sum();
+                    moves.fetch_add(further, Ordering::Relaxed);
                 }
             });
         }

@@ -14,7 +14,8 @@ use crate::plan::{Schedule, prompt};
 
 /// Requests with their answers.
 pub(crate) struct Known {
-    asked: Vec<(GenerateRequest, Vec<u32>)>,
+    /// Each with the tokens of its choices.
+    asked: Vec<(GenerateRequest, Vec<Vec<u32>>)>,
     undisturbed: Mutex<Undisturbed>,
     excused: Mutex<usize>,
 }
@@ -24,6 +25,7 @@ fn request(numbers: &mut Numbers, number: usize, tokens: (usize, usize)) -> Gene
         temperature: Some(if number % 2 == 0 { 0.0 } else { 0.8 }),
         repetition_penalty: numbers.one_in(3).then_some(1.2),
         seed: Some(numbers.next_u64()),
+        n: Some(if number % 5 == 4 { 2 } else { 1 }),
         ignore_eos: true,
         ..SamplingParams::default()
     };
@@ -51,39 +53,44 @@ impl Known {
         answers.sort_by_key(|(number, _)| *number);
         let tokens = answers.into_iter().map(|(_, answer)| {
             assert_eq!((answer.failed.is_none(), &answer.broken), (true, &Vec::new()), "nothing happens yet");
-            answer.choices[0].tokens.clone()
+            answer.choices.into_iter().map(|choice| choice.tokens).collect()
         });
         let asked = requests.into_iter().zip(tokens).collect();
         let undisturbed = Mutex::new(Undisturbed::open("random:tiny", 1024).unwrap());
         Self { asked, undisturbed, excused: Mutex::new(0) }
     }
 
+    /// One of them.
+    pub(crate) fn request(&self, number: usize) -> &GenerateRequest {
+        &self.asked[number % self.asked.len()].0
+    }
+
     /// Asks one of them again.
     pub(crate) async fn again(&self, clients: &Clients, number: usize) -> Answer {
-        let (request, _) = &self.asked[number % self.asked.len()];
-        answer(clients, request.clone()).await
+        answer(clients, self.request(number).clone()).await
     }
 
     /// Panics where an answer is not whole and right.
     pub(crate) fn judge(&self, number: usize, answer: &Answer) {
         let (request, expected) = &self.asked[number % self.asked.len()];
         let name = &request.request_id;
-        let choice = &answer.choices[0];
         assert_eq!(answer.broken, Vec::<String>::new(), "{name}");
-        assert!(answer.failed.is_none(), "{name}: {:?}; epochs {:?}", answer.failed, choice.epochs);
-        if choice.tokens == *expected {
-            return;
-        }
-        let mut seen = observed(request, choice);
-        // A replay computes the prompt anew, in other chunks.
-        seen.disturbed = 0;
-        match self.undisturbed.lock().judge(&engine_request(request), 0, &seen).unwrap() {
-            Verdict::Same => {}
-            Verdict::Excused(excuses) => {
-                println!("{name} excused: {excuses:?}");
-                *self.excused.lock() += 1;
+        assert!(answer.failed.is_none(), "{name}: {:?}", answer.failed);
+        for (index, (choice, expected)) in answer.choices.iter().zip(expected).enumerate() {
+            if choice.tokens == *expected && choice.finish.is_some() {
+                continue;
             }
-            Verdict::Different(what) => panic!("{name}: {what}; epochs {:?}", choice.epochs),
+            let mut seen = observed(request, choice);
+            // A replay computes the prompt anew, in other chunks.
+            seen.disturbed = 0;
+            match self.undisturbed.lock().judge(&engine_request(request), index as u32, &seen).unwrap() {
+                Verdict::Same => {}
+                Verdict::Excused(excuses) => {
+                    println!("{name} choice {index} excused: {excuses:?}");
+                    *self.excused.lock() += 1;
+                }
+                Verdict::Different(what) => panic!("{name} choice {index}: {what}; epochs {:?}", choice.epochs),
+            }
         }
     }
 

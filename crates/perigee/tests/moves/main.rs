@@ -24,6 +24,8 @@ mod plan;
 #[cfg(test)]
 mod restarts;
 #[cfg(test)]
+mod resumes;
+#[cfg(test)]
 mod schedules;
 
 use std::time::Duration;

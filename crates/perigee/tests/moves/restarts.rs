@@ -104,12 +104,9 @@ async fn no_request_fails_while_replicas_are_killed_and_started_again() {
     // It may have ended with a failure of its own, which is told below.
     let _ = stop.send(());
     let (_fleet, hit) = killing.await.expect("replicas that come back");
-    let replayed: BTreeSet<&String> = answers
-        .iter()
-        .map(|answer| &answer.choices[0])
-        .filter(|choice| choice.epochs.len() > 1)
-        .map(|c| &c.session)
-        .collect();
+    let choices = answers.iter().flat_map(|answer| &answer.choices);
+    let replayed: BTreeSet<&String> =
+        choices.filter(|choice| choice.epochs.len() > 1).map(|choice| &choice.session).collect();
     let hits: Vec<usize> =
         hit.iter().map(|running| running.iter().filter(|one| replayed.contains(one)).count()).collect();
     println!("{} answers, 0 failed; streams hit by each of {} kills: {hits:?}", answers.len(), hits.len());
