@@ -58,13 +58,9 @@ impl Relay {
         let is_there = |flight: &Arc<Flight>, index: usize| {
             let mut state = flight.state.lock();
             let is_over = state.end.is_some();
-            let Some(choice) = state.choices.get_mut(index).filter(|choice| !choice.is_finished && !is_over) else {
-                return None;
-            };
-            if choice.owner.as_ref().is_none_or(|owner| owner.id != from.id) {
-                return None;
-            }
-            Some(choice.coordinator.is_idle())
+            let choice = state.choices.get_mut(index).filter(|choice| !choice.is_finished && !is_over)?;
+            let is_owner = choice.owner.as_ref().is_some_and(|owner| owner.id == from.id);
+            is_owner.then(|| choice.coordinator.is_idle())
         };
         let mut standing = Vec::new();
         let mut moving = 0;

@@ -22,7 +22,7 @@ pub(crate) struct Known {
 
 fn request(numbers: &mut Numbers, number: usize, tokens: (usize, usize)) -> GenerateRequest {
     let sampling = SamplingParams {
-        temperature: Some(if number % 2 == 0 { 0.0 } else { 0.8 }),
+        temperature: Some(if number.is_multiple_of(2) { 0.0 } else { 0.8 }),
         repetition_penalty: numbers.one_in(3).then_some(1.2),
         seed: Some(numbers.next_u64()),
         n: Some(if number % 5 == 4 { 2 } else { 1 }),
