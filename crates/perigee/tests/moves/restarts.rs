@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use perigee_proto::v1::ListSessionsRequest;
+use perigee_proto::v1::{ListSessionsRequest, SessionInfo};
 use perigee_testkit::sandbox::{Clients, Fleet, FleetSpec, eventually};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -20,13 +20,15 @@ use crate::known::Known;
 use crate::schedules::setting;
 
 /// Requests in the suite, and seconds between kills there.
-const REQUESTS: u64 = 150;
+const REQUESTS: u64 = 60;
 const SECONDS: u64 = 2;
 /// Different requests among them, of so many tokens.
 const DIFFERENT: usize = 24;
-const TOKENS: (usize, usize) = (64, 200);
+const TOKENS: (usize, usize) = (300, 600);
+/// A session with at most so many tokens, prompt and output, has dozens to go: prompts have up to 200.
+const FAR_FROM_ITS_END: u64 = 264;
 /// Requests at once when the capacity is measured.
-const AT_ONCE: usize = 32;
+const AT_ONCE: usize = 16;
 
 /// Requests per second that a replica answers when it has as many as it can run together.
 async fn capacity(clients: &Clients, known: &Arc<Known>, replicas: usize) -> f64 {
@@ -57,10 +59,9 @@ async fn restart_in_turn(fleet: &mut Fleet, every: Duration, mut stop: oneshot::
             // One in a long step answers too late: then again.
             let listed = clients.cluster.clone().list_sessions(ListSessionsRequest { replica: replica.clone() }).await;
             let there = listed.map(|answer| answer.into_inner().sessions).unwrap_or_default();
-            let running: BTreeSet<String> =
-                there.into_iter().filter(|one| one.status == "decode").map(|one| one.session).collect();
-            // One may end before it is killed, but hardly two.
-            Ok((running.len() > 1).then_some(Some(running)))
+            let stays = |one: &SessionInfo| one.status == "decode" && one.context <= FAR_FROM_ITS_END;
+            let running: BTreeSet<String> = there.into_iter().filter(stays).map(|one| one.session).collect();
+            Ok((!running.is_empty()).then_some(Some(running)))
         };
         let Some(running) = eventually("running streams", PATIENCE, look).await.unwrap().0 else { break };
         fleet.kill(victim);
