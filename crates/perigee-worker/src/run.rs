@@ -1,6 +1,7 @@
 //! One worker process from start to end: check the options, show itself, open the model, meet the other ranks, load, then
 //! lead or follow.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +38,10 @@ pub fn run(config: &WorkerConfig) -> Result<()> {
     let tls = config.tls.load()?;
     let front = front::open(config, tls.as_ref())?;
     let opened = open(config)?;
+    if let Some(plan) = opened.memory.filter(|_| config.rank == 0 && config.score_job.is_none()) {
+        // In one write: the processes of a replica share one standard error. Nobody reads it where it is closed.
+        let _ = std::io::stderr().write_all(format!("{}: memory {plan}\n", config.replica).as_bytes());
+    }
     let identity = opened.identity(config);
     let probes = front.as_ref().map(|open| open.front.readiness());
     let announcer = Announcer::begin(config, &opened, probes)?;
@@ -62,7 +67,7 @@ pub(crate) struct Shown<'a> {
 
 #[cfg(feature = "cuda")]
 fn run_cuda(config: &WorkerConfig, opened: Opened, identity: &str, shown: Shown<'_>) -> Result<()> {
-    let card = card(config);
+    let card = config.engine.card(config.rank).unwrap_or(0);
     // Before the ranks meet: a machine without a usable card should say so at once.
     perigee_cuda::check(card)?;
     let mut group = form(config, identity)?;
@@ -75,15 +80,7 @@ fn run_cuda(config: &WorkerConfig, opened: Opened, identity: &str, shown: Shown<
 #[cfg(not(feature = "cuda"))]
 fn run_cuda(config: &WorkerConfig, _: Opened, _: &str, _: Shown<'_>) -> Result<()> {
     // The crate without its feature only knows why it cannot help.
-    Ok(perigee_cuda::check(card(config))?)
-}
-
-/// The card of this rank.
-fn card(config: &WorkerConfig) -> usize {
-    match &config.engine.device {
-        Device::Cuda(cards) => cards[config.rank % cards.len()] as usize,
-        Device::Cpu => 0,
-    }
+    Ok(perigee_cuda::check(config.engine.card(config.rank).unwrap_or(0))?)
 }
 
 fn run_rank<B: Backend + 'static>(
