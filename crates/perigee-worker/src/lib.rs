@@ -5,6 +5,7 @@ mod addresses;
 mod announce;
 pub mod attend;
 pub mod attention;
+mod compile;
 pub mod config;
 mod convert;
 pub mod error;
