@@ -17,10 +17,10 @@ impl EngineCore {
         for row in plan.rows.iter().filter(|row| row.draws && !lost.contains(&row.task)) {
             let Some(session) = self.sessions.get_mut(&row.task) else { continue };
             let Some(grammar) = &mut session.grammar else { continue };
-            if grammar.is_finished() {
-                ended.push((row.task, FinishReason::Stop, None));
-            } else if let Err(error) = grammar.prepare(&session.sequence.end_tokens) {
-                ended.push((row.task, FinishReason::Error, Some(error.to_string())));
+            match grammar.prepare(&session.sequence.end_tokens) {
+                Ok(()) if grammar.is_finished() => ended.push((row.task, FinishReason::Stop, None)),
+                Ok(()) => {}
+                Err(error) => ended.push((row.task, FinishReason::Error, Some(error.to_string()))),
             }
         }
         let tasks = ended.iter().map(|(task, ..)| *task).collect();

@@ -142,7 +142,7 @@ impl GrammarCompiler {
         }
         // The first mask builds what later ones use; a source beyond the limits is told now.
         matcher.compute_mask_or_eos().map_err(|error| GrammarError::Refused(told(&error.to_string())))?;
-        Ok(Grammar { matcher, mask: vec![0; self.vocab.div_ceil(64)], vocab: self.vocab })
+        Ok(Grammar { matcher, mask: vec![0; self.vocab.div_ceil(64)], only_ends: false, vocab: self.vocab })
     }
 }
 
@@ -172,13 +172,15 @@ fn limits() -> ParserLimits {
 pub struct Grammar {
     matcher: Matcher,
     mask: Vec<u64>,
+    /// Whether nothing but an end may come next.
+    only_ends: bool,
     vocab: usize,
 }
 
 impl Grammar {
     /// The same for another choice, from here on.
     pub fn fork(&self) -> Self {
-        Self { matcher: self.matcher.deep_clone(), mask: self.mask.clone(), vocab: self.vocab }
+        Self { matcher: self.matcher.deep_clone(), mask: self.mask.clone(), ..*self }
     }
 
     /// Finds the tokens that may come next, for [`Grammar::allowed`]. `ends` are those that end the text: they may come
@@ -191,6 +193,7 @@ impl Grammar {
         let allowed = self.matcher.compute_mask_or_eos().map_err(broken)?;
         let is_accepting = self.matcher.is_accepting().map_err(broken)?;
         self.fill(&allowed);
+        self.only_ends = is_accepting && self.mask.iter().all(|&word| word == 0);
         for &end in ends {
             let Some(word) = self.mask.get_mut(end as usize / 64) else { continue };
             let bit = 1 << (end % 64);
@@ -212,9 +215,9 @@ impl Grammar {
         self.matcher.consume_token(token).map_err(|error| GrammarError::Broken(told(&error.to_string())))
     }
 
-    /// Whether the text is complete and nothing can follow.
+    /// Whether the text is complete and nothing can follow, as far as [`Grammar::prepare`] or [`Grammar::accept`] saw.
     pub fn is_finished(&self) -> bool {
-        self.matcher.is_stopped() && !self.matcher.is_error()
+        self.only_ends || (self.matcher.is_stopped() && !self.matcher.is_error())
     }
 
     /// Words of 32 bits to words of 64, without what is behind the vocabulary.

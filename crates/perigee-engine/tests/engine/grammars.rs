@@ -11,7 +11,7 @@ use crate::support::{Driver, EOS, config, tokenizer};
 
 fn compiler() -> &'static GrammarCompiler {
     static COMPILER: OnceLock<GrammarCompiler> = OnceLock::new();
-    COMPILER.get_or_init(|| GrammarCompiler::new(&tokenizer(), ModelSizes::default().vocab).unwrap())
+    COMPILER.get_or_init(|| GrammarCompiler::new(&tokenizer(), ModelSizes::default().limits.vocab).unwrap())
 }
 
 fn request(session: &str, source: &GrammarSource, delivered: &[u32]) -> Request {
