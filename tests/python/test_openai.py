@@ -257,6 +257,19 @@ def test_bad_grammars_are_refused_in_time(client):
         assert error.value.param == "response_format" and time.monotonic() - began < 10, error.value
 
 
+def test_a_client_that_goes_away_while_its_grammar_is_made_leaves_nothing(cluster, protos):
+    cluster_pb2, cluster_pb2_grpc = protos[2:]
+    body = json.dumps({"prompt": "x", "max_tokens": 4000, "stream": True, "ignore_eos": True,
+                       "response_format": {"type": "regex", "regex": "(?s:.)*"}})
+    for _ in range(20):
+        connection = http.client.HTTPConnection(cluster.info["http"])
+        connection.request("POST", "/v1/completions", body)
+        connection.close()
+    with cluster.channel() as channel:
+        operator = cluster_pb2_grpc.ClusterStub(channel)
+        until(lambda: not operator.ListSessions(cluster_pb2.ListSessionsRequest()).sessions, "nothing runs")
+
+
 def hundred_streams(cluster, meanwhile):
     """A hundred streams at once, each of a schema; what `meanwhile(is_over)` does goes on beside them."""
     texts, failures, over = {}, [], threading.Event()
