@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tonic::service::RoutesBuilder;
 use tonic::transport::Server;
 
-use crate::attend::{AttendPool, HomeParts};
+use crate::attend::{HomeParts, HomeServices};
 use crate::error::{Result, WorkerError};
 use crate::identity::ReplicaIdentity;
 use crate::metrics::WorkerMetrics;
@@ -87,9 +87,9 @@ pub async fn serve(
     tasks.spawn(follow_health(engine.health(), serving_sender));
 
     let mut internal = RoutesBuilder::default();
-    let attend = parts.homes.map(AttendPool::start).transpose();
-    let attend = attend.map_err(WorkerError::io("starting the threads that answer other replicas"))?;
-    let replica = ReplicaService::new(engine.clone(), identity.clone(), attend, parts.worker_metrics.clone());
+    let homes = parts.homes.map(HomeServices::start).transpose();
+    let homes = homes.map_err(WorkerError::io("starting the threads that answer other replicas"))?;
+    let replica = ReplicaService::new(engine.clone(), identity.clone(), homes, parts.worker_metrics.clone());
     internal.add_service(ReplicaServer::new(replica).max_decoding_message_size(MAX_INTERNAL_BYTES));
     let mut public = RoutesBuilder::default();
     public.add_service(InferenceServer::new(PublicService { identity }).max_decoding_message_size(MAX_PUBLIC_BYTES));

@@ -55,7 +55,6 @@ impl EngineCore {
             let Some(held) = self.sessions.get_mut(&row.task) else { continue };
             if !is_faulty(index) {
                 held.misses = 0;
-                held.renewed_at = Some(now);
                 continue;
             }
             missed.insert(row.task);
@@ -82,33 +81,6 @@ impl EngineCore {
         Ok(missed)
     }
 
-    /// Tells homes of sessions that do not ask at the moment, before their entries run out.
-    pub(crate) fn renew_homes(&mut self, now: Instant) {
-        let Some(config) = self.config.moves.clone() else { return };
-        let mut due: Vec<(RemoteHome, Vec<(String, u64)>)> = Vec::new();
-        for (id, held) in &mut self.sessions {
-            let is_due = held.renewed_at.is_none_or(|at| now.saturating_duration_since(at) > config.grace / 4);
-            let Some(view) = self.scheduler.session(*id).filter(|view| is_due && view.latents.is_remote()) else {
-                continue;
-            };
-            held.renewed_at = Some(now);
-            for (home, _) in view.latents.remote_ranges() {
-                let Home::Remote { replica, incarnation, endpoint, .. } = home else { continue };
-                let (replica, incarnation) = (replica.clone(), incarnation.clone());
-                let home = RemoteHome { replica, incarnation, endpoint: endpoint.clone() };
-                let name = (held.sequence.session.0.clone(), held.sequence.epoch);
-                match due.iter_mut().find(|(known, _)| *known == home) {
-                    Some((_, sessions)) if sessions.contains(&name) => {}
-                    Some((_, sessions)) => sessions.push(name),
-                    None => due.push((home, vec![name])),
-                }
-            }
-        }
-        for (home, sessions) in due {
-            config.connector.renew(&home, &sessions);
-        }
-    }
-
     /// Sessions whose pause is over step again.
     pub(crate) fn end_pauses(&mut self, now: Instant) {
         for (id, held) in &mut self.sessions {
@@ -125,15 +97,21 @@ impl EngineCore {
     }
 
     /// Latents that nobody has any more are computed again, and with them the state: slower, never wrong.
-    fn rebuild(&mut self, id: TaskId, why: &'static str) -> Result<(), Fatal> {
+    pub(super) fn rebuild(&mut self, id: TaskId, why: &'static str) -> Result<(), Fatal> {
+        self.give_up_homes(id);
         let Some(held) = self.sessions.get_mut(&id) else { return Ok(()) };
         held.misses = 0;
         held.retry_at = None;
         tracing::warn!(session = held.sequence.session.0, why, "latents are computed again");
         self.config.observer.preempted(crate::observer::Preemption::Recomputed);
-        match self.scheduler.restart(id)? {
-            Ok(()) => Ok(()),
-            Err(never) => self.end_never_fits(id, never),
+        self.scheduler.unhold(id);
+        let restarted = self.scheduler.restart(id)?;
+        if let Some(key) = restarted.parked {
+            self.drop_parked(key)?;
+        }
+        match restarted.never {
+            None => Ok(()),
+            Some(never) => self.end_never_fits(id, never),
         }
     }
 

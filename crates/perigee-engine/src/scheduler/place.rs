@@ -83,6 +83,7 @@ impl Scheduler {
     fn preempt(&mut self, rank: Rank, plan: &mut Plan) -> Result<(), CacheError> {
         let Some(mut task) = self.tasks.remove(&rank.id) else { return Ok(()) };
         self.running.remove(&rank);
+        self.drop_following(rank.id)?;
         let room = if task.computed > 0 { self.parked.take(task.latents.local_page_count()) } else { None };
         match (room, &task.place) {
             (Some((key, bytes)), Place::Running { slots, reserved }) => {

@@ -143,7 +143,7 @@ async fn a_home_with_too_much_to_do_tells_askers_to_come_again() {
     let homes = HomeDirectory::default();
     homes.publish("s", HomePages { pages: vec![(0, vec![3])] }, 2);
     let model = AnswerModel { shape: SHAPE, scale: 1.0 };
-    let parts = HomeParts { homes, reader: Arc::new(Slow(Arc::clone(&gate))), model };
+    let parts = HomeParts { homes, reader: Arc::new(Slow(Arc::clone(&gate))), model, geometry: None };
     let leader = Leader::start("a", LeaderOptions { homes: Some(parts), ..LeaderOptions::default() }).await;
     let mut asker = Asker::open(leader.internal).await.expect("it answers");
     let asked = question(&[("s", 2, 0..64)]);

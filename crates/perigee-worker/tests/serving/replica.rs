@@ -91,9 +91,9 @@ impl Replica {
             endpoint: internal.to_string(),
             digest: opened.digest.clone(),
         };
-        let connector = GrpcConnector::new(Handle::current(), Peers::default(), moving::attend_shape(model));
+        let connector = GrpcConnector::new(Handle::current(), Peers::default(), &place.replica, &place.incarnation);
         let (mut moves, homes) =
-            moving::set_up(place, model, &config.moves, Arc::new(connector), ranks.latent_reader());
+            moving::set_up(place, model, &config.moves, Arc::new(connector), (ranks.latent_reader(), ranks.geometry()));
         (moves.silence, moves.grace, moves.patience) = (options.silence, options.grace, options.patience);
         let metrics = Metrics::default();
         let worker_metrics = WorkerMetrics::register(&metrics).expect("registered");
