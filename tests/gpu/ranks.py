@@ -7,74 +7,27 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 
+from cluster import Cluster, runs
 from safetensors.numpy import load_file
 
-START_SECONDS, END_SECONDS, PROMPT = 120, 5.0, 2
+END_SECONDS, PROMPT = 5.0, 2
 
 
-class Replica:
-    """`perigee up` with one replica of two ranks."""
-
-    def __init__(self, binary, case, device):
-        self.binary, self.log = binary, tempfile.TemporaryFile("w+")
-        options = ["--replicas", "1", "--tp", "2", "--device", device, "--dtype", "fp32", "--state-slots", "4",
-                   "--latent-pages", "1600", "--max-model-len", "100000", "--port", "0", "--http-port", "0"]
-        self.process = subprocess.Popen([binary, "up", "--json", "--model", case, *options], stdout=subprocess.PIPE,
-                                        stderr=self.log, text=True, env=os.environ | {"PERIGEE_LOG": "info"})
-        guard = threading.Timer(START_SECONDS, self.process.kill)
-        guard.start()
-        line = self.process.stdout.readline()
-        guard.cancel()
-        if not line:
-            raise AssertionError(f"not ready: {self.said()[-2000:]}")
-        info = json.loads(line)
-        self.router, self.pids = info["grpc"], info["replicas"][0]["pids"]
-
-    def said(self):
-        self.log.seek(0)
-        return self.log.read()
-
-    def generate(self, *options):
-        command = [self.binary, "generate", "--router", self.router, "--temperature", "0", "--ignore-eos", *options]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for pid in self.pids:
-            if runs(pid):
-                os.kill(pid, signal.SIGCONT)
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            for pid in self.pids:
-                if runs(pid):
-                    os.kill(pid, signal.SIGKILL)
-            raise AssertionError("`up` did not end in 20 s") from None
-
-
-def runs(pid):
-    try:
-        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+def replica_of_two_ranks(binary, case, device):
+    return Cluster(binary, case, device, "--replicas", 1, "--tp", 2, "--state-slots", 4, "--latent-pages", 1600,
+                   "--max-model-len", 100000)
 
 
 def a_stream_is_right(binary, case, device):
     expected = load_file(pathlib.Path(case) / "expected.safetensors")
     prompt, greedy = expected[f"prompt_{PROMPT}"].tolist(), expected[f"greedy_{PROMPT}"].tolist()
-    with Replica(binary, case, device) as replica:
-        client = replica.generate("--json", "--tokens", ",".join(map(str, prompt)), "--max-tokens", str(len(greedy)))
+    with replica_of_two_ranks(binary, case, device) as replica:
+        client = replica.generate("--temperature", 0, "--json", "--tokens", ",".join(map(str, prompt)),
+                                  "--max-tokens", len(greedy))
         out, error = client.communicate(timeout=60)
         assert client.returncode == 0, error
         tokens = json.loads(out)["choices"][0]["tokens"]
@@ -88,8 +41,8 @@ def a_stream_is_right(binary, case, device):
 
 
 def a_lost_rank_ends_the_replica(binary, case, device, kind):
-    with Replica(binary, case, device) as replica:
-        client = replica.generate("--tokens", "3,4,5", "--max-tokens", "90000", "--timeout", "60")
+    with replica_of_two_ranks(binary, case, device) as replica:
+        client = replica.generate("--temperature", 0, "--tokens", "3,4,5", "--max-tokens", "90000", "--timeout", "60")
         # Token ids as they come, three characters or so each.
         assert len(client.stdout.read(50)) == 50, f"the stream ended: {client.stderr.read()}"
         leader, victim = replica.pids

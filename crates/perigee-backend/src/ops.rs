@@ -64,8 +64,9 @@ pub struct StatePart {
     pub heads: u32,
 }
 
-/// Attention over latent pages for others, beside the step loop. Its user sees to it that nobody writes the pages, or
-/// throws away what came of it; it shares no lock with the step loop but, where there are any, those of single pages.
+/// Attention over latent pages for others, beside the step loop. Its user sees to it that the steps that wrote the pages are
+/// done and that nobody writes them meanwhile, or throws away what came of it; it shares no lock with the step loop but,
+/// where there are any, those of single pages, and waits for none of the step loop's work.
 pub trait LatentReader: Send + Sync {
     /// Attention of queries [tokens, heads, R + r], full precision and not yet scaled, over all positions of full pages of
     /// one MLA layer: normalised outputs [tokens, heads, R] and natural logs of the sums of exponentials [tokens, heads].

@@ -1,11 +1,12 @@
 //! The conformance suite on a GPU, as a program that can be carried to a machine that has one: both activation types, or one,
-//! and all cases or those whose name begins with a prefix; or the names of all cases. Exit status 1 when a case failed.
+//! and all cases, or those whose name begins with a prefix or is given whole; or the names of all cases. Exit status 1 when
+//! a case failed.
 //!
-//! usage: conformance [both|fp32|bf16|names] [PREFIX]
+//! usage: conformance [both|fp32|bf16|names] [PREFIX|=NAME]...
 
 use std::process::ExitCode;
 
-use perigee_backend::conformance::{Factory, OpenSpec, cases, run_matching};
+use perigee_backend::conformance::{Factory, OpenSpec, cases, run_chosen};
 use perigee_backend::{DType, Result};
 use perigee_collectives::Solo;
 use perigee_cuda::{CudaBackend, Options};
@@ -43,14 +44,19 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let prefix = arguments.next().unwrap_or_default();
+    let wanted: Vec<String> = arguments.collect();
+    let fits = |name: &str, wanted: &str| match wanted.strip_prefix('=') {
+        Some(whole) => name == whole,
+        None => name.starts_with(wanted),
+    };
+    let chosen = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| fits(name, wanted));
     if let Err(error) = perigee_cuda::check(0) {
         eprintln!("conformance: not run: {error}");
         return ExitCode::from(2);
     }
     let mut passed = true;
     for precision in precisions {
-        let report = run_matching(&mut Cuda(Options { device: 0, precision }), &prefix);
+        let report = run_chosen(&mut Cuda(Options { device: 0, precision }), chosen);
         println!("{report}");
         if let Err(faults) = report.verdict() {
             eprintln!("{faults}");

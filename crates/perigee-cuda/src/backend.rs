@@ -2,8 +2,10 @@
 //! kernels, products, working memory, caches, the seat in the tensor-parallel group). All work is queued on one stream; only
 //! reads, exports and exchanges with other ranks wait for it. A backend stays on the thread that opened it.
 
+use std::sync::Arc;
+
 use perigee_backend::batch::StepBatch;
-use perigee_backend::ops::{Backend, Partials, Precision, Routing, StatePart};
+use perigee_backend::ops::{Backend, LatentReader, Partials, Precision, Routing, StatePart};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
 use perigee_collectives::Collective;
@@ -25,6 +27,7 @@ use crate::ops::mlp::Mlp;
 use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
 use crate::ops::sample::Draws;
+use crate::reader::Reader;
 use crate::scratch::Scratch;
 use crate::step::{Planning, Step};
 use crate::stream::{Event, Stream};
@@ -303,6 +306,11 @@ impl Backend for CudaBackend {
 
     fn write(&mut self, tensor: &mut Tensor, values: &[f32]) -> Result<()> {
         self.write_rows(tensor, values)
+    }
+
+    fn latent_reader(&self) -> Option<Arc<dyn LatentReader>> {
+        let cache = self.cache.as_ref()?;
+        Some(Arc::new(Reader::new(self.stream.device(), &self.kernels, cache)))
     }
 
     fn clear_slots(&mut self, slots: &[u32]) -> Result<()> {

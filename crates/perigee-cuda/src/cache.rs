@@ -2,6 +2,8 @@
 //! so do its convolution tails, [layer][W - 1][3 P]; latents are [layer][page][64][R + r]. Parts leave and enter in the order
 //! that the seam names, which for tails is another one.
 
+use std::sync::Arc;
+
 use perigee_backend::{BackendError, CacheShape, DType, PAGE_TOKENS, Result, StateKind, StatePart};
 
 use crate::buffer::Buffer;
@@ -17,7 +19,8 @@ pub(crate) struct Cache {
     dtype: DType,
     state: Buffer,
     tails: Buffer,
-    latents: Buffer,
+    /// Shared with those who answer for other replicas.
+    latents: Arc<Buffer>,
 }
 
 impl Cache {
@@ -28,14 +31,14 @@ impl Cache {
             dtype,
             state: Buffer::new(stream.device(), 0, "state slots")?,
             tails: Buffer::new(stream.device(), 0, "state slots")?,
-            latents: Buffer::new(stream.device(), 0, "latent pages")?,
+            latents: Arc::new(Buffer::new(stream.device(), 0, "latent pages")?),
         };
         let state = cache.slot_state_bytes() * shape.slots;
         let tails = cache.slot_tail_bytes() * shape.slots;
         let latents = cache.page_bytes() * shape.pages * shape.mla_layers;
         cache.state = Buffer::new(stream.device(), state, &format!("{} state slots", shape.slots))?;
         cache.tails = Buffer::new(stream.device(), tails, &format!("tails of {} state slots", shape.slots))?;
-        cache.latents = Buffer::new(stream.device(), latents, &format!("{} latent pages", shape.pages))?;
+        cache.latents = Arc::new(Buffer::new(stream.device(), latents, &format!("{} latent pages", shape.pages))?);
         stream.fill(&cache.state, 0, state, POISON)?;
         stream.fill(&cache.tails, 0, tails, POISON)?;
         stream.fill(&cache.latents, 0, latents, POISON)?;
@@ -59,6 +62,11 @@ impl Cache {
     /// Device address of one MLA layer's pages.
     pub(crate) fn latents(&self, layer: usize) -> Result<u64> {
         self.latents.part(layer * self.shape.pages * self.page_bytes(), self.shape.pages * self.page_bytes())
+    }
+
+    /// All latent pages, [layer][page][64][R + r].
+    pub(crate) fn pages(&self) -> &Arc<Buffer> {
+        &self.latents
     }
 
     fn head_state_bytes(&self) -> usize {

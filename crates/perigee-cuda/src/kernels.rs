@@ -1,6 +1,8 @@
 //! Every kernel the backend launches, resolved once when it opens: for the kernels that exist in two activation types, the
 //! one of the backend's type. A missing kernel is found here, not in the middle of a step.
 
+use std::sync::Arc;
+
 use perigee_backend::{DType, Result};
 
 use crate::device::Device;
@@ -30,10 +32,7 @@ pub(crate) struct Kernels {
     pub(crate) kda_gate: Kernel<KdaParams>,
     pub(crate) kda_fast: Vec<KdaFast>,
     pub(crate) mla_store: Kernel<MlaStoreParams>,
-    pub(crate) mla_attend: Kernel<MlaAttendParams>,
-    /// By ascending query rows of a block; with bfloat16 activations only.
-    pub(crate) mla_tensor: Vec<MlaTensor>,
-    pub(crate) mla_merge_splits: Kernel<MlaAttendParams>,
+    pub(crate) mla_attention: AttentionKernels,
     pub(crate) mla_merge_other: Kernel<MlaMergeParams>,
     pub(crate) moe_router: Kernel<MoeRouterParams>,
     pub(crate) moe_router_tile: Kernel<MoeRouterParams>,
@@ -49,7 +48,7 @@ pub(crate) struct Kernels {
     pub(crate) sample_filter: Kernel<SampleParams>,
     pub(crate) sample_draw: Kernel<SampleParams>,
     pub(crate) sample_finish: Kernel<SampleParams>,
-    _modules: Modules,
+    modules: Arc<Modules>,
 }
 
 /// The kernels of one KDA head size: the chunked form and the fused step.
@@ -90,8 +89,30 @@ impl KdaFast {
     }
 }
 
+/// Attention over paged latents: by warps for any shape, on tensor cores for some, and the merge of an item's splits.
+#[derive(Debug, Clone)]
+pub(crate) struct AttentionKernels {
+    pub(crate) general: Kernel<MlaAttendParams>,
+    /// By ascending query rows of a block; with bfloat16 activations only.
+    pub(crate) tensor: Vec<MlaTensor>,
+    pub(crate) merge_splits: Kernel<MlaAttendParams>,
+}
+
+impl AttentionKernels {
+    fn load(modules: &Modules, suffix: &str, precision: DType) -> Result<Self> {
+        Ok(Self {
+            general: modules.kernel("mla_attend", &format!("mla_attend_{suffix}"))?,
+            tensor: match precision {
+                DType::Bf16 => vec![MlaTensor::load(modules, 32, 2)?, MlaTensor::load(modules, 64, 3)?],
+                DType::Fp32 => Vec::new(),
+            },
+            merge_splits: modules.kernel("mla_merge", "mla_merge_splits")?,
+        })
+    }
+}
+
 /// Attention on tensor cores, for one shape of the cache.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct MlaTensor {
     pub(crate) latent: usize,
     pub(crate) rope: usize,
@@ -135,7 +156,7 @@ impl MoeTensor {
 
 impl Kernels {
     pub(crate) fn load(device: &Device, precision: DType, formula: Formula) -> Result<Self> {
-        let modules = Modules::load(device)?;
+        let modules = Arc::new(Modules::load(device)?);
         let suffix = match precision {
             DType::Bf16 => "bf16",
             DType::Fp32 => "fp32",
@@ -163,12 +184,7 @@ impl Kernels {
                 .map(|&dim| KdaFast::load(&modules, suffix, dim, formula))
                 .collect::<Result<_>>()?,
             mla_store: modules.kernel("mla_store", &(typed("mla_store") + store_fault))?,
-            mla_attend: modules.kernel("mla_attend", &typed("mla_attend"))?,
-            mla_tensor: match precision {
-                DType::Bf16 => vec![MlaTensor::load(&modules, 32, 2)?, MlaTensor::load(&modules, 64, 3)?],
-                DType::Fp32 => Vec::new(),
-            },
-            mla_merge_splits: modules.kernel("mla_merge", "mla_merge_splits")?,
+            mla_attention: AttentionKernels::load(&modules, suffix, precision)?,
             mla_merge_other: modules.kernel("mla_merge", "mla_merge_other")?,
             moe_router: modules.kernel("moe_router", &typed("moe_router"))?,
             moe_router_tile: modules.kernel("moe_router", &typed("moe_router_tile"))?,
@@ -192,8 +208,13 @@ impl Kernels {
             sample_filter: ranking(&modules, "sample_filter")?,
             sample_draw: modules.kernel("sample_draw", "sample_draw")?,
             sample_finish: modules.kernel("sample_draw", "sample_finish")?,
-            _modules: modules,
+            modules,
         })
+    }
+
+    /// What keeps the kernels loaded, for whoever launches them beside the backend.
+    pub(crate) fn modules(&self) -> &Arc<Modules> {
+        &self.modules
     }
 }
 

@@ -29,6 +29,8 @@ mod ops;
 #[cfg(feature = "cuda")]
 mod params;
 #[cfg(feature = "cuda")]
+mod reader;
+#[cfg(feature = "cuda")]
 mod scratch;
 #[cfg(feature = "cuda")]
 mod step;

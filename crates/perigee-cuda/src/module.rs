@@ -66,6 +66,8 @@ impl Modules {
 
 // SAFETY: module handles belong to the context, not to a thread; calls that use them bind the context first.
 unsafe impl Send for Modules {}
+// SAFETY: the map is not changed after `load`, and the driver takes calls from several threads.
+unsafe impl Sync for Modules {}
 
 impl Drop for Modules {
     fn drop(&mut self) {
@@ -89,6 +91,8 @@ pub(crate) struct Kernel<P> {
 
 // SAFETY: function handles belong to the context, not to a thread; launches bind the context first.
 unsafe impl<P> Send for Kernel<P> {}
+// SAFETY: a kernel is not changed once made, and the driver takes launches from several threads.
+unsafe impl<P> Sync for Kernel<P> {}
 
 impl<P: Pod> Kernel<P> {
     /// Lets blocks use up to `bytes` of dynamic shared memory.

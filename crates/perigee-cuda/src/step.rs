@@ -190,19 +190,19 @@ impl Rows {
 
 /// Which block computes which queries against which keys.
 #[derive(Debug, Default)]
-struct Attention {
-    items: Vec<AttendItem>,
-    ranges: Vec<AttendRange>,
-    merges: Vec<AttendMerge>,
-    pages: Vec<u32>,
-    parts: u32,
-    item_tokens: usize,
+pub(crate) struct Attention {
+    pub(crate) items: Vec<AttendItem>,
+    pub(crate) ranges: Vec<AttendRange>,
+    pub(crate) merges: Vec<AttendMerge>,
+    pub(crate) pages: Vec<u32>,
+    pub(crate) parts: u32,
+    pub(crate) item_tokens: usize,
 }
 
 impl Attention {
     /// Cuts each row into tiles of queries, and each tile's keys into splits as even as pages allow. The split length is such
     /// that all splits together just fill the device; a tile with one split needs no merge.
-    fn plan(batch: &StepBatch, planning: Planning) -> Self {
+    pub(crate) fn plan(batch: &StepBatch, planning: Planning) -> Self {
         let mut plan = Self::default();
         if planning.heads == 0 {
             return plan;

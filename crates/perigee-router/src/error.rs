@@ -109,17 +109,26 @@ pub(crate) fn router_full(limit: usize) -> WireError {
 
 /// Text was given or asked for without a tokenizer.
 pub(crate) fn no_tokenizer(field: &str) -> WireError {
-    let message = format!("{field} needs a tokenizer, and there is none: send token_ids, or add tokenizer.json");
+    let message = format!(
+        "{field} needs a tokenizer, and there is none: send token_ids, or add tokenizer.json or tiktoken.model"
+    );
     WireError { reason: Some("NO_TOKENIZER"), ..WireError::new(ErrorKind::FailedPrecondition, message) }
+}
+
+/// A conversation was given without a template.
+pub(crate) fn no_template() -> WireError {
+    let message = "messages need a chat template, and this model has none: add chat_template.jinja, or send a prompt";
+    WireError { reason: Some("NO_TEMPLATE"), ..WireError::new(ErrorKind::FailedPrecondition, message) }
 }
 
 /// A tokenizer refused what a client sent in `field`.
 pub(crate) fn text_refused(field: &str, error: &TextError) -> WireError {
     match error {
         TextError::NoTokenizer { .. } => no_tokenizer(field),
-        TextError::Encode { .. } | TextError::Decode { .. } | TextError::SpecialInText { .. } => {
-            WireError::invalid(field, error.to_string())
-        }
+        TextError::Encode { .. }
+        | TextError::Decode { .. }
+        | TextError::SpecialInText { .. }
+        | TextError::Template { .. } => WireError::invalid(field, error.to_string()),
         TextError::Read { .. }
         | TextError::Malformed { .. }
         | TextError::StateMismatch

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
     /// The model directory has no tokenizer.
-    #[error("{} does not exist: this model has no tokenizer; send token ids, or add a tokenizer.json", path.display())]
+    #[error("{} does not exist: this model has no tokenizer; send token ids, or add tokenizer.json or tiktoken.model", path.display())]
     NoTokenizer {
         /// Where it was looked for.
         path: PathBuf,
@@ -47,6 +47,12 @@ pub enum TextError {
     SpecialInText {
         /// The control token's text.
         token: String,
+    },
+    /// A chat template refused a conversation, or took too much work.
+    #[error("the chat template cannot render this: {reason}")]
+    Template {
+        /// What it said.
+        reason: String,
     },
     /// A detokeniser's state met a tokenizer of another kind.
     #[error("the detokeniser's state belongs to another kind of tokenizer; both must come from the same model")]

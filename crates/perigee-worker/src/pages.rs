@@ -69,7 +69,7 @@ impl PageGiver {
                 let Ok(room) = out.reserve().await else { return };
                 let (reader, name, from) = (giver.clone(), session.clone(), next);
                 let read = tokio::task::spawn_blocking(move || reader.chunk((&name, epoch), from, end)).await;
-                let chunk = read.unwrap_or_else(|_| Err(AnswerStatus::Busy));
+                let chunk = read.unwrap_or(Err(AnswerStatus::Busy));
                 next += chunk.as_ref().map_or(end, |chunk| pages_of(chunk, &giver.geometry) * PAGE_POSITIONS);
                 let is_over = chunk.is_err();
                 room.send(chunk.map_err(|status| refused(&session, status)));

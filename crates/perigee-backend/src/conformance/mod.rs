@@ -96,13 +96,15 @@ pub fn run<F: Factory>(factory: &mut F) -> Report {
 
 /// Runs the cases whose name begins with `prefix`.
 pub fn run_matching<F: Factory>(factory: &mut F, prefix: &str) -> Report {
+    run_chosen(factory, |name| name.starts_with(prefix))
+}
+
+/// Runs the cases whose name is chosen.
+pub fn run_chosen<F: Factory>(factory: &mut F, chosen: impl Fn(&str) -> bool) -> Report {
     let activation = match factory.activation() {
         DType::Fp32 => "fp32",
         DType::Bf16 => "bf16",
     };
-    let chosen = cases::<F>().into_iter().filter(|case| case.name().starts_with(prefix));
-    Report {
-        backend: format!("{} {activation}", factory.name()),
-        cases: chosen.map(|case| case.run(factory)).collect(),
-    }
+    let cases = cases::<F>().into_iter().filter(|case| chosen(case.name()));
+    Report { backend: format!("{} {activation}", factory.name()), cases: cases.map(|case| case.run(factory)).collect() }
 }

@@ -7,8 +7,8 @@ use perigee_backend::{BackendError, DType, MlaShape, Partials, Result};
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
 use crate::formula::Fault;
-use crate::kernels::MlaTensor;
 use crate::loader::{Loader, Placement};
+use crate::ops::attention::Launch;
 use crate::ops::norm::{Norm, NormRows};
 use crate::params::{ElementParams, MlaAttendParams, MlaMergeParams, MlaStoreParams};
 use crate::scratch::Need;
@@ -18,8 +18,6 @@ use crate::tensor::{Matrix, Tensor};
 
 /// Most numbers of a cached token, R + r.
 const MOST_WIDTH: usize = 768;
-/// Warps of a block of the attention kernel, one query row each.
-const ATTEND_WARPS: usize = 4;
 
 /// The low-rank query's second half.
 #[derive(Debug)]
@@ -223,23 +221,9 @@ impl CudaBackend {
             },
             reserved: 0,
         };
-        let rows = self.step.item_tokens * shape.heads;
-        let fits = |tensor: &&MlaTensor| (tensor.latent, tensor.rope) == (shape.latent, shape.rope);
-        let mut fitting = self.kernels.mla_tensor.iter().filter(fits);
-        // The smallest block that holds an item's rows, else the largest.
-        let tensor = fitting.clone().find(|tensor| tensor.rows >= rows).or_else(|| fitting.next_back());
-        match tensor {
-            Some(tensor) => {
-                let grid = Grid::new(self.step.items.count, rows.div_ceil(tensor.rows), 256).shared(tensor.shared);
-                self.stream.launch(&tensor.attend, grid, &params)?;
-            }
-            None => {
-                let grid = Grid::new(self.step.items.count, rows.div_ceil(ATTEND_WARPS), 32 * ATTEND_WARPS as u32);
-                self.stream.launch(&self.kernels.mla_attend, grid, &params)?;
-            }
-        }
-        let grid = Grid::new(self.step.merges.count, rows, 512);
-        self.stream.launch(&self.kernels.mla_merge_splits, grid, &params)
+        let plan =
+            Launch { items: self.step.items.count, merges: self.step.merges.count, item_tokens: self.step.item_tokens };
+        self.kernels.mla_attention.launch(&self.stream, &params, &plan)
     }
 
     pub(crate) fn mla_merge_run(

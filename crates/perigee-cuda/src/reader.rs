@@ -1,0 +1,206 @@
+//! Attention over latent pages for other replicas, on streams of its own: it waits neither for the compute stream nor for
+//! another question, so replicas that answer each other cannot wait in a circle. Who asks knows that the pages are sealed.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytemuck::cast_slice;
+use perigee_backend::{BackendError, CacheShape, LatentReader, PAGE_TOKENS, Result, Row, Segment, StepBatch};
+
+use crate::buffer::Buffer;
+use crate::cache::Cache;
+use crate::device::Device;
+use crate::kernels::{AttentionKernels, Kernels};
+use crate::module::Modules;
+use crate::ops::attention::Launch;
+use crate::params::MlaAttendParams;
+use crate::step::{Attention, ITEM_ROWS, Planning};
+use crate::stream::Stream;
+
+/// Parts of a lane's memory begin at multiples of this.
+const ALIGNMENT: usize = 256;
+
+/// The reader of one backend's pages. Fields are dropped in order: streams before the kernels that they run.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    /// Those that answer nothing at present.
+    lanes: Mutex<Vec<Lane>>,
+    device: Device,
+    kernels: AttentionKernels,
+    latents: Arc<Buffer>,
+    shape: CacheShape,
+    /// Bytes of one layer's pages.
+    layer_bytes: usize,
+    _modules: Arc<Modules>,
+}
+
+impl Reader {
+    pub(crate) fn new(device: &Device, kernels: &Kernels, cache: &Cache) -> Self {
+        let latents = Arc::clone(cache.pages());
+        Self {
+            lanes: Mutex::default(),
+            device: device.clone(),
+            kernels: kernels.mla_attention.clone(),
+            layer_bytes: latents.bytes() / cache.shape().mla_layers.max(1),
+            latents,
+            shape: *cache.shape(),
+            _modules: Arc::clone(kernels.modules()),
+        }
+    }
+
+    fn check(&self, question: &Question<'_>) -> Result<()> {
+        let range = |what, index, limit| Err(BackendError::Range { what, index, limit: limit as u64 });
+        if question.layer >= self.shape.mla_layers {
+            return range("MLA layer", question.layer as u64, self.shape.mla_layers);
+        }
+        if let Some(&page) = question.pages.iter().find(|&&page| page as usize >= self.shape.pages) {
+            return range("latent page", page.into(), self.shape.pages);
+        }
+        let (width, latent) = (self.shape.latent_width, question.latent);
+        if question.heads == 0 || latent > width || !question.queries.len().is_multiple_of(question.heads * width) {
+            let expected = [question.heads, width];
+            return Err(BackendError::shape("queries for latent pages", &expected, &[question.queries.len(), latent]));
+        }
+        Ok(())
+    }
+
+    fn idle_lane(&self) -> Result<Lane> {
+        // The lanes are whole whatever a panic elsewhere left behind: each is taken out before it is used.
+        let idle = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        idle.map_or_else(|| Lane::new(&self.device), Ok)
+    }
+}
+
+impl LatentReader for Reader {
+    fn attend(
+        &self,
+        layer: usize,
+        pages: &[u32],
+        heads: usize,
+        scale: f32,
+        latent: usize,
+        queries: &[f32],
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let question = Question { layer, pages, heads, scale, latent, queries };
+        self.check(&question)?;
+        let rows = queries.len() / self.shape.latent_width;
+        if pages.is_empty() || rows == 0 {
+            return Ok((vec![0.0; rows * latent], vec![f32::NEG_INFINITY; rows]));
+        }
+        let mut lane = self.idle_lane()?;
+        let answer = lane.answer(self, &question)?;
+        // A lane that failed is not used again.
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
+        Ok(answer)
+    }
+}
+
+/// What is asked, as [`LatentReader::attend`] has it.
+struct Question<'a> {
+    layer: usize,
+    pages: &'a [u32],
+    heads: usize,
+    scale: f32,
+    latent: usize,
+    queries: &'a [f32],
+}
+
+impl Question<'_> {
+    /// Who attends to what: all tokens at the position behind the pages, so that they see every key.
+    fn plan(&self, tokens: usize, device: &Device) -> Result<Attention> {
+        let end = (self.pages.len() * PAGE_TOKENS) as u64;
+        if end + tokens as u64 > u64::from(u32::MAX) {
+            return Err(BackendError::Range { what: "position", index: end, limit: u64::from(u32::MAX) });
+        }
+        let row = Row {
+            tokens: tokens as u32,
+            position: end,
+            read_slot: 0,
+            write_slot: 0,
+            segments: vec![Segment { start: 0, end, pages: self.pages.to_vec() }],
+        };
+        let batch = StepBatch { tokens: Vec::new(), rows: vec![row], logits: Vec::new() };
+        let planning = Planning { heads: self.heads, items: 2 * device.multiprocessors() as usize };
+        Ok(Attention::plan(&batch, planning))
+    }
+}
+
+/// A stream with memory for one question at a time.
+#[derive(Debug)]
+struct Lane {
+    stream: Stream,
+    /// The last is in use. Smaller ones stay until the end: freeing memory waits for all work of the device, and an answer
+    /// must not.
+    memory: Vec<Buffer>,
+}
+
+impl Lane {
+    fn new(device: &Device) -> Result<Self> {
+        Ok(Self { stream: Stream::new(device)?, memory: Vec::new() })
+    }
+
+    /// Number of the buffer to use, which has at least `bytes`.
+    fn grow(&mut self, bytes: usize) -> Result<usize> {
+        if self.memory.last().is_none_or(|buffer| buffer.bytes() < bytes) {
+            let bytes = bytes.next_power_of_two();
+            self.memory.push(Buffer::new(self.stream.device(), bytes, "answers for other replicas")?);
+        }
+        Ok(self.memory.len() - 1)
+    }
+
+    fn answer(&mut self, reader: &Reader, question: &Question<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
+        let width = reader.shape.latent_width;
+        let (rows, latent) = (question.queries.len() / width, question.latent);
+        let plan = question.plan(rows / question.heads, &reader.device)?;
+        let part_rows = question.heads.max(ITEM_ROWS);
+        let parts = plan.parts as usize * part_rows;
+
+        // What goes to the device lies first, in one piece.
+        let mut sent = Vec::new();
+        let queries = append(&mut sent, cast_slice(question.queries));
+        let items = append(&mut sent, cast_slice(&plan.items));
+        let ranges = append(&mut sent, cast_slice(&plan.ranges));
+        let merges = append(&mut sent, cast_slice(&plan.merges));
+        let pages = append(&mut sent, cast_slice(&plan.pages));
+        let output = sent.len();
+        let lse = output + rows * latent * 4;
+        let part_output = (lse + rows * 4).next_multiple_of(ALIGNMENT);
+        let part_lse = (part_output + parts * latent * 4).next_multiple_of(ALIGNMENT);
+
+        let last = self.grow(part_lse + parts * 4)?;
+        let memory = &self.memory[last];
+        self.stream.write(memory, 0, &sent)?;
+        let at = |offset: usize| memory.address() + offset as u64;
+        let params = MlaAttendParams {
+            queries: at(queries),
+            latents: reader.latents.part(question.layer * reader.layer_bytes, reader.layer_bytes)?,
+            output: at(output),
+            lse: at(lse),
+            part_output: at(part_output),
+            part_lse: at(part_lse),
+            items: at(items),
+            ranges: at(ranges),
+            pages: at(pages),
+            merges: at(merges),
+            heads: question.heads as u32,
+            latent: latent as u32,
+            rope: (width - latent) as u32,
+            part_rows: part_rows as u32,
+            scale: question.scale,
+            reserved: 0,
+        };
+        let launch = Launch { items: plan.items.len(), merges: plan.merges.len(), item_tokens: plan.item_tokens };
+        reader.kernels.launch(&self.stream, &params, &launch)?;
+        let mut values = vec![0.0_f32; rows * (latent + 1)];
+        self.stream.read(memory, output, bytemuck::cast_slice_mut(&mut values))?;
+        let sums = values.split_off(rows * latent);
+        Ok((values, sums))
+    }
+}
+
+/// Appends a section that begins at a multiple of the alignment, and pads it to one; where it begins.
+fn append(packed: &mut Vec<u8>, bytes: &[u8]) -> usize {
+    let offset = packed.len();
+    packed.extend_from_slice(bytes);
+    packed.resize(packed.len().next_multiple_of(ALIGNMENT), 0);
+    offset
+}
