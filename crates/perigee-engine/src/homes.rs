@@ -367,7 +367,11 @@ mod tests {
         assert!(homes.asked().is_empty());
         assert_eq!(homes.renew("s", 2, &owner("1")), Ok(()));
         assert_eq!(homes.asked(), [("s".to_owned(), 2)]);
-        assert_eq!(homes.renew("s", 2, &owner("2")), Err(AnswerStatus::Stale), "another run knows nothing of this epoch");
+        assert_eq!(
+            homes.renew("s", 2, &owner("2")),
+            Err(AnswerStatus::Stale),
+            "another run knows nothing of this epoch"
+        );
         assert!(homes.asked().is_empty());
         assert_eq!(homes.renew("s", 3, &owner("2")), Ok(()));
         assert_eq!(homes.renew("s", 2, &owner("1")), Err(AnswerStatus::Stale));

@@ -67,16 +67,7 @@ impl Session {
         arrived: Instant,
         permit: Arc<QueuePermit>,
     ) -> Self {
-        Self {
-            sequence,
-            sink,
-            deadline,
-            arrived,
-            last_token: None,
-            permit,
-            misses: 0,
-            retry_at: None,
-        }
+        Self { sequence, sink, deadline, arrived, last_token: None, permit, misses: 0, retry_at: None }
     }
 }
 

@@ -4,12 +4,12 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
+use crate::pages::PageGiver;
 use parking_lot::Mutex;
 use perigee_backend::LatentReader;
 use perigee_engine::homes::{AnswerModel, HomeDirectory};
 use perigee_migration::attend::{AnswerStatus, SessionAnswer};
 use perigee_migration::{AnswerBatch, AttendError, Geometry, QueryBatch};
-use crate::pages::PageGiver;
 use perigee_proto::internal::{AttendAnswer, AttendQuery};
 use perigee_proto::status::ErrorKind;
 use tokio::sync::mpsc;

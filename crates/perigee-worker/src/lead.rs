@@ -110,8 +110,7 @@ async fn lead<B: Backend + 'static>(
         digest: ready.digest.clone(),
     };
     let model = opened.source.config();
-    let connector =
-        GrpcConnector::new(Handle::current(), Peers::new(tls.clone()), &place.replica, &place.incarnation);
+    let connector = GrpcConnector::new(Handle::current(), Peers::new(tls.clone()), &place.replica, &place.incarnation);
     let latents = (ranks.latent_reader(), ranks.geometry());
     let (moves, homes) = moving::set_up(place, model, &config.moves, Arc::new(connector), latents);
     let engine = Engine::start(

@@ -30,7 +30,8 @@ pub(crate) fn check_run(identity: &ReplicaIdentity, meant: Option<&ReplicaRun>) 
     if meant.is_some_and(|meant| (meant.replica.as_str(), meant.incarnation.as_str()) == mine) {
         return Ok(());
     }
-    let meant = meant.map_or_else(|| "nobody".to_owned(), |meant| format!("{} in run {}", meant.replica, meant.incarnation));
+    let meant =
+        meant.map_or_else(|| "nobody".to_owned(), |meant| format!("{} in run {}", meant.replica, meant.incarnation));
     let message = format!("this is for {meant}, here is replica {} in run {}", mine.0, mine.1);
     Err(WireError { reason: Some(OTHER_REPLICA), ..WireError::new(ErrorKind::FailedPrecondition, message) }.into())
 }

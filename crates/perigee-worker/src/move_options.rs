@@ -58,7 +58,13 @@ impl PagesFollow {
 
 impl Default for MoveOptions {
     fn default() -> Self {
-        Self { attend_deadline_ms: 250, attend_misses: 3, move_silence_ms: 2000, move_grace: 10, pages_follow: PagesFollow::ByCost }
+        Self {
+            attend_deadline_ms: 250,
+            attend_misses: 3,
+            move_silence_ms: 2000,
+            move_grace: 10,
+            pages_follow: PagesFollow::ByCost,
+        }
     }
 }
 

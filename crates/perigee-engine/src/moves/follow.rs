@@ -195,7 +195,11 @@ impl EngineCore {
         }
         let Some(held) = self.sessions.get(&id) else { return Ok(()) };
         let (session, epoch) = (held.sequence.session.0.clone(), held.sequence.epoch);
-        self.config.observer.followed(follow.arrived as u64);
+        let page = self
+            .executor
+            .geometry()
+            .map_or(0, |geometry| geometry.position_bytes() * PAGE_POSITIONS * u64::from(geometry.mla_layers));
+        self.config.observer.followed(follow.arrived as u64 * page);
         tracing::debug!(session, home = follow.home.replica, pages = follow.arrived, "a segment is local now");
         let still_there = self.scheduler.session(id).is_some_and(|view| {
             view.latents.remote_ranges().any(|(home, _)| remote_home(home).as_ref() == Some(&follow.home))
@@ -224,10 +228,8 @@ impl EngineCore {
 pub(super) fn remote_home(home: &Home) -> Option<RemoteHome> {
     match home {
         Home::Local { .. } => None,
-        Home::Remote { replica, incarnation, endpoint, .. } => Some(RemoteHome {
-            replica: replica.clone(),
-            incarnation: incarnation.clone(),
-            endpoint: endpoint.clone(),
-        }),
+        Home::Remote { replica, incarnation, endpoint, .. } => {
+            Some(RemoteHome { replica: replica.clone(), incarnation: incarnation.clone(), endpoint: endpoint.clone() })
+        }
     }
 }

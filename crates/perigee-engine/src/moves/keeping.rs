@@ -151,7 +151,8 @@ impl EngineCore {
         let is_following = !self.follows.is_empty();
         if was_called
             && !is_following
-            && let Some(id) = self.scheduler.worst_remote(&home.replica, &home.incarnation) {
+            && let Some(id) = self.scheduler.worst_remote(&home.replica, &home.incarnation)
+        {
             self.rebuild(id, "a home needs its pages and there is no room for them here")?;
         }
         Ok(())

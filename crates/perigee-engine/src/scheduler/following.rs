@@ -71,7 +71,9 @@ impl Scheduler {
         let running = self.running_sessions();
         let waits = |rank: &super::types::Rank| {
             let task = self.tasks.get(&rank.id);
-            task.is_some_and(|task| task.parked_pages() + task.owed_pages() > self.spare_pages(running, self.promised_pages()))
+            task.is_some_and(|task| {
+                task.parked_pages() + task.owed_pages() > self.spare_pages(running, self.promised_pages())
+            })
         };
         self.promised_pages() > free || self.queue.first().is_some_and(waits)
     }
@@ -79,9 +81,7 @@ impl Scheduler {
     /// The session that would be missed least among those with latents in this run of a replica, if it can be computed anew
     /// here.
     pub fn worst_remote(&self, replica: &str, incarnation: &str) -> Option<TaskId> {
-        let is_there = |home: &Home| {
-            matches!(home, Home::Remote { replica: name, incarnation: run, .. } if name == replica && run == incarnation)
-        };
+        let is_there = |home: &Home| matches!(home, Home::Remote { replica: name, incarnation: run, .. } if name == replica && run == incarnation);
         let ranks = self.running.iter().chain(&self.queue);
         let tasks = ranks.filter_map(|rank| self.tasks.get(&rank.id));
         let here = tasks.filter(|task| {

@@ -24,7 +24,8 @@ use self::parking::ParkLedger;
 use self::task::{Place, Task};
 use self::types::Rank;
 pub use self::types::{
-    Fork, Limits, NeverFits, NewTask, Occupancy, Parking, Plan, PlannedRow, Removed, Restarted, SessionView, Status, TaskId,
+    Fork, Limits, NeverFits, NewTask, Occupancy, Parking, Plan, PlannedRow, Removed, Restarted, SessionView, Status,
+    TaskId,
 };
 use crate::cache::{CacheError, HomePages, PagePool, SlotPool};
 

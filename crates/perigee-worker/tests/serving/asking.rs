@@ -11,6 +11,7 @@ use perigee_engine::homes::{AnswerModel, HomeDirectory};
 use perigee_engine::remote::{AttentionClient, RemoteHome};
 use perigee_migration::attend::{AnswerStatus, HeadRange, QueryValues, SessionQuery};
 use perigee_migration::{AnswerBatch, AttendShape, QueryBatch, merge};
+use perigee_proto::internal;
 use perigee_proto::internal::replica_client::ReplicaClient;
 use perigee_proto::internal::replica_server::{Replica as ReplicaRpc, ReplicaServer};
 use perigee_proto::internal::{
@@ -196,6 +197,7 @@ struct FakeService {
 impl ReplicaRpc for FakeService {
     type AttachStream = ReceiverStream<Result<ReplicaMessage, Status>>;
     type AttendStream = ReceiverStream<Result<AttendAnswer, Status>>;
+    type FetchPagesStream = ReceiverStream<Result<internal::PageChunk, Status>>;
 
     async fn attach(&self, _: Request<Streaming<RouterMessage>>) -> Result<Response<Self::AttachStream>, Status> {
         Err(Status::unimplemented("a home only"))
@@ -209,6 +211,20 @@ impl ReplicaRpc for FakeService {
         let (answers, out) = mpsc::channel(16);
         self.streams.send(FakeStream { questions: request.into_inner(), answers }).expect("the test listens");
         Ok(Response::new(ReceiverStream::new(out)))
+    }
+
+    async fn fetch_pages(
+        &self,
+        _: Request<internal::FetchPagesRequest>,
+    ) -> Result<Response<Self::FetchPagesStream>, Status> {
+        Err(Status::unimplemented("fetch_pages"))
+    }
+
+    async fn keep_homes(
+        &self,
+        _: Request<internal::KeepHomesRequest>,
+    ) -> Result<Response<internal::KeepHomesAnswer>, Status> {
+        Err(Status::unimplemented("keep_homes"))
     }
 }
 
