@@ -244,7 +244,8 @@ impl EngineCore {
             Err(error) => {
                 tracing::error!(%error, rows = rows.len(), "a step failed; its sessions end");
                 for row in rows {
-                    self.end(row.task, FinishReason::Error, Some(format!("a step failed: {error}; try again")))?;
+                    let id = self.scheduler.session_of(row.task);
+                    self.end(id, FinishReason::Error, Some(format!("a step failed: {error}; try again")))?;
                 }
                 return Ok(true);
             }

@@ -158,6 +158,12 @@ impl Latents {
         true
     }
 
+    /// Other replicas' segments: number of the first page, and of pages.
+    pub fn remote_segments(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let remote = self.segments.iter().filter(|segment| matches!(segment.home, Home::Remote { .. }));
+        remote.map(|segment| (segment.first_page, segment.page_count()))
+    }
+
     /// Positions that are elsewhere.
     pub fn remote_positions(&self) -> u64 {
         self.remote_ranges().map(|(_, range)| range.end - range.start).sum()

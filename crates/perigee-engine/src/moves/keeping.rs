@@ -115,12 +115,22 @@ impl EngineCore {
 
     /// A session that ends or is computed anew needs none of its homes.
     pub(crate) fn give_up_homes(&mut self, id: TaskId) {
-        let (Some(held), Some(view)) = (self.sessions.get(&id), self.scheduler.session(id)) else { return };
+        let homes = self.homes_of(id);
+        self.give_up(homes);
+    }
+
+    /// The homes of a session, each with the session's name and epoch.
+    pub(super) fn homes_of(&self, id: TaskId) -> Vec<(RemoteHome, (String, u64))> {
+        let (Some(held), Some(view)) = (self.sessions.get(&id), self.scheduler.session(id)) else { return Vec::new() };
         let name = (held.sequence.session.0.clone(), held.sequence.epoch);
-        let mut homes: Vec<RemoteHome> =
-            view.latents.segments().iter().filter_map(|segment| remote_home(&segment.home)).collect();
+        let homes = view.latents.segments().iter().filter_map(|segment| remote_home(&segment.home));
+        let mut homes: Vec<_> = homes.map(|home| (home, name.clone())).collect();
         homes.dedup();
-        self.home_words.given_up.extend(homes.into_iter().map(|home| (home, name.clone())));
+        homes
+    }
+
+    pub(super) fn give_up(&mut self, homes: Vec<(RemoteHome, (String, u64))>) {
+        self.home_words.given_up.extend(homes);
     }
 
     /// Whether a home wants its pages back.
@@ -153,7 +163,7 @@ impl EngineCore {
             && !is_following
             && let Some(id) = self.scheduler.worst_remote(&home.replica, &home.incarnation)
         {
-            self.rebuild(id, "a home needs its pages and there is no room for them here")?;
+            self.start_over(id, "a home needs its pages and there is no room for them here")?;
         }
         Ok(())
     }

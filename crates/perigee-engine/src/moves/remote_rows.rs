@@ -96,13 +96,47 @@ impl EngineCore {
         self.sessions.values().filter_map(|held| held.retry_at).min()
     }
 
-    /// Latents that nobody has any more are computed again, and with them the state: slower, never wrong.
+    /// Latents that nobody has any more are computed again: beside the session, whose state is as it was, where there is
+    /// room for that, else with the state.
     pub(super) fn rebuild(&mut self, id: TaskId, why: &'static str) -> Result<(), Fatal> {
+        if self.scheduler.is_rebuilding(id) {
+            return Ok(());
+        }
+        if !self.scheduler.begin_rebuild(id, TaskId(self.next_task))? {
+            return self.start_over(id, why);
+        }
+        self.next_task += 1;
+        if let Some(held) = self.sessions.get_mut(&id) {
+            held.misses = 0;
+            held.retry_at = None;
+            tracing::warn!(session = held.sequence.session.0, why, "latents are computed again");
+        }
+        Ok(())
+    }
+
+    /// A session's latents are all here again, if it was the last row of them.
+    pub(crate) fn end_rebuild(&mut self, row: TaskId) -> Result<(), Fatal> {
+        let id = self.scheduler.session_of(row);
+        if id == row {
+            return Ok(());
+        }
+        // What other homes hold of it is not needed any more either.
+        let homes = self.homes_of(id);
+        if self.scheduler.end_rebuild(id)? {
+            let session = self.sessions.get(&id).map(|held| held.sequence.session.0.as_str());
+            tracing::info!(session, "latents are here again");
+            self.give_up(homes);
+        }
+        Ok(())
+    }
+
+    /// A session is computed anew from its tokens: slower, never wrong.
+    pub(super) fn start_over(&mut self, id: TaskId, why: &'static str) -> Result<(), Fatal> {
         self.give_up_homes(id);
         let Some(held) = self.sessions.get_mut(&id) else { return Ok(()) };
         held.misses = 0;
         held.retry_at = None;
-        tracing::warn!(session = held.sequence.session.0, why, "latents are computed again");
+        tracing::warn!(session = held.sequence.session.0, why, "a session is computed anew");
         self.config.observer.preempted(crate::observer::Preemption::Recomputed);
         self.scheduler.unhold(id);
         let restarted = self.scheduler.restart(id)?;

@@ -121,6 +121,7 @@ impl Scheduler {
             arrival: self.arrivals,
             deadline: session.deadline,
             frozen: true,
+            is_scratch: false,
             length: session.length,
             most,
             computed: session.computed,

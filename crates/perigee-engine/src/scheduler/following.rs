@@ -12,7 +12,7 @@ impl Scheduler {
     pub fn follow(&mut self, id: TaskId, count: usize) -> Option<Vec<u32>> {
         let task = self.tasks.get(&id).filter(|task| !task.frozen && task.latents.is_remote())?;
         let is_running = matches!(task.place, Place::Running { .. });
-        if !is_running || self.following.contains_key(&id) || !self.queue.is_empty() {
+        if !is_running || self.is_rebuilding(id) || self.following.contains_key(&id) || !self.queue.is_empty() {
             return None;
         }
         let spare = self.spare_pages(self.running_sessions().max(1), self.promised_pages());

@@ -9,6 +9,7 @@ pub mod following;
 pub mod moves;
 mod parking;
 mod place;
+pub mod rebuild;
 mod task;
 #[cfg(test)]
 mod tests;
@@ -46,6 +47,8 @@ pub struct Scheduler {
     reservations: BTreeMap<TaskId, Reservation>,
     /// Pages that a session's latents are being brought into; they are not among its latents yet.
     following: BTreeMap<TaskId, Vec<u32>>,
+    /// The scratch tasks that compute sessions' latents again.
+    rebuilds: BTreeMap<TaskId, TaskId>,
     /// Pages of sessions that went, by the key of the entry.
     homes: BTreeMap<u64, HomePages>,
     deadlines: BTreeSet<(Instant, TaskId)>,
@@ -67,6 +70,7 @@ impl Scheduler {
             held: BTreeSet::new(),
             reservations: BTreeMap::new(),
             following: BTreeMap::new(),
+            rebuilds: BTreeMap::new(),
             homes: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             arrivals: 0,
@@ -101,6 +105,7 @@ impl Scheduler {
     /// # Errors
     /// [`CacheError`] if the accounts are broken.
     pub fn remove(&mut self, id: TaskId) -> Result<Option<Removed>, CacheError> {
+        self.cancel_rebuild(id)?;
         self.held.remove(&id);
         self.drop_following(id)?;
         if let Some(leader) = self.leaders.remove(&id) {
@@ -174,8 +179,9 @@ impl Scheduler {
     /// # Errors
     /// [`CacheError`] if the accounts are broken.
     pub fn restart(&mut self, id: TaskId) -> Result<Restarted, CacheError> {
-        let Some(mut task) = self.tasks.remove(&id) else { return Ok(Restarted::default()) };
+        self.cancel_rebuild(id)?;
         self.drop_following(id)?;
+        let Some(mut task) = self.tasks.remove(&id) else { return Ok(Restarted::default()) };
         let rank = task.rank();
         let mut restarted = Restarted::default();
         match task.place {

@@ -87,6 +87,7 @@ impl Scheduler {
     pub fn freeze(&mut self, id: TaskId) -> Result<Result<FreezeCopies, FreezeRefused>, CacheError> {
         let leader = self.leaders.get(&id).copied().unwrap_or(id);
         self.drop_following(id)?;
+        self.cancel_rebuild(id)?;
         let Some(task) = self.tasks.get_mut(&leader).filter(|task| task.place != Place::Evicted) else {
             return Ok(Err(FreezeRefused::NotHere));
         };
