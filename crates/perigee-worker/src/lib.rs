@@ -10,6 +10,7 @@ pub mod config;
 mod convert;
 pub mod error;
 pub mod events;
+pub mod front;
 pub mod group;
 pub mod handoff;
 pub mod identity;

@@ -16,7 +16,7 @@ use perigee_proto::internal::{
 };
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_proto::{PROTOCOL_VERSION, ids};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -46,6 +46,8 @@ pub(crate) struct ReplicaService {
     homes: Option<HomeServices>,
     /// Knows how long steps take.
     metrics: WorkerMetrics,
+    /// Where the order to drain is passed on.
+    drain: watch::Sender<bool>,
     next_stream: Arc<AtomicU64>,
 }
 
@@ -55,8 +57,9 @@ impl ReplicaService {
         identity: Arc<ReplicaIdentity>,
         homes: Option<HomeServices>,
         metrics: WorkerMetrics,
+        drain: watch::Sender<bool>,
     ) -> Self {
-        Self { engine, identity, homes, metrics, next_stream: Arc::default() }
+        Self { engine, identity, homes, metrics, drain, next_stream: Arc::default() }
     }
 }
 
@@ -74,6 +77,7 @@ impl Replica for ReplicaService {
         let stream = RouterStream {
             engine: self.engine.clone(),
             metrics: self.metrics.clone(),
+            drain: self.drain.clone(),
             // Not the router's own id: a second stream of the same router must not end with the first.
             id: RouterId(self.next_stream.fetch_add(1, Ordering::Relaxed)),
             outbox,
@@ -152,6 +156,7 @@ async fn read_hello(messages: &mut Streaming<RouterMessage>) -> Result<Hello, St
 struct RouterStream {
     engine: EngineHandle,
     metrics: WorkerMetrics,
+    drain: watch::Sender<bool>,
     id: RouterId,
     outbox: mpsc::Sender<Result<ReplicaMessage, Status>>,
     lease: Lease,
@@ -255,6 +260,10 @@ impl RouterStream {
                     engine.flush_cache().await;
                     let _ = send(&outbox, replica_message::Body::Flushed(Flushed { call: question.call }));
                 });
+                Ok(())
+            }
+            Some(Body::Drain(_)) => {
+                self.drain.send_replace(true);
                 Ok(())
             }
             Some(Body::Prepare(prepare)) => self.prepare(prepare),

@@ -3,7 +3,7 @@
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouterMessage {
     /// What it says.
-    #[prost(oneof = "router_message::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "router_message::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub body: ::core::option::Option<router_message::Body>,
 }
 /// Nested message and enum types in `RouterMessage`.
@@ -41,6 +41,9 @@ pub mod router_message {
         /// A move is off: the source goes on from where it froze, the target forgets; answered by move_report.
         #[prost(message, tag = "10")]
         AbortMove(super::AbortMove),
+        /// Take no more sessions and end once none is left, as after SIGTERM; the loads that follow say so.
+        #[prost(message, tag = "11")]
+        Drain(super::Drain),
     }
 }
 /// From leader to router.
@@ -272,6 +275,31 @@ pub struct Abort {
     /// The last epoch that is over: a later one goes on. 0 ends them in any epoch. Home entries of those epochs end too.
     #[prost(uint64, tag = "2")]
     pub epoch: u64,
+}
+/// Has the replica leave.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Drain {}
+/// What a resume token says before its signature. Only routers read it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResumePoint {
+    /// Version of tokens.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// Name of the request.
+    #[prost(string, tag = "2")]
+    pub request_id: ::prost::alloc::string::String,
+    /// Seed in use.
+    #[prost(fixed64, tag = "3")]
+    pub seed: u64,
+    /// Digest of the request as it goes to replicas.
+    #[prost(bytes = "vec", tag = "4")]
+    pub request: ::prost::alloc::vec::Vec<u8>,
+    /// For each choice the index of the token that its client has not got yet.
+    #[prost(uint64, repeated, tag = "5")]
+    pub next: ::prost::alloc::vec::Vec<u64>,
+    /// For each choice whether its client has its end.
+    #[prost(bool, repeated, tag = "6")]
+    pub finished: ::prost::alloc::vec::Vec<bool>,
 }
 /// Asks for sessions.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -274,6 +274,7 @@ impl Sandbox {
         let (network, registry) = (Network::default(), InProcessRegistry::default());
         let counter = AtomicU64::new(1);
         let parts = RouterParts {
+            resume_key: None,
             registry: Arc::new(registry.clone()),
             tokenizer,
             template,

@@ -16,11 +16,12 @@ use perigee_proto::internal::{
     router_message,
 };
 use perigee_telemetry::Metrics;
+use perigee_worker::front::{Front, FrontListeners};
 use perigee_worker::handoff::GrpcConnector;
 use perigee_worker::load::{cpu_backend, open};
 use perigee_worker::moving::{self, LeaderPlace};
 use perigee_worker::peers::Peers;
-use perigee_worker::serve::{LeaderListeners, LeaderParts, serve};
+use perigee_worker::serve::{LeaderParts, serve};
 use perigee_worker::{ReplicaIdentity, WorkerConfig, WorkerError, WorkerMetrics};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -127,11 +128,13 @@ impl Replica {
             weight_bytes: vec![0],
             step_tokens: opened.limits.step_tokens as u32,
         };
-        let listeners = LeaderListeners { internal: internal_port, public, http };
+        let listeners = FrontListeners { public: Some(public), http };
+        let front = Front::start(listeners, metrics.clone(), None).expect("it opens");
         let parts = LeaderParts {
             engine: engine.clone(),
             identity,
-            metrics: metrics.clone(),
+            front,
+            drain: tokio::sync::watch::channel(false).0,
             worker_metrics,
             grace: Duration::ZERO,
             tls: None,
@@ -139,7 +142,7 @@ impl Replica {
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
-            serve(parts, listeners, async {
+            serve(parts, internal_port, async {
                 // Dropped or sent: stop.
                 let _ = stopped.await;
             })

@@ -14,8 +14,9 @@ use perigee_testkit::Numbers;
 use perigee_testkit::reference::Undisturbed;
 use perigee_testkit::sandbox::{Clients, Fleet, FleetSpec};
 
+use crate::PATIENCE;
 use crate::deaths::{Open, judge, request};
-use crate::{PATIENCE, setting};
+use crate::schedules::setting;
 
 const SEED: u64 = 9000;
 /// Schedules in the suite.

@@ -14,11 +14,19 @@ mod client;
 #[cfg(test)]
 mod deaths;
 #[cfg(test)]
+mod drains;
+#[cfg(test)]
 mod judge;
 #[cfg(test)]
 mod kills;
 #[cfg(test)]
+mod known;
+#[cfg(test)]
 mod plan;
+#[cfg(test)]
+mod restarts;
+#[cfg(test)]
+mod resumes;
 #[cfg(test)]
 mod schedules;
 
@@ -28,12 +36,6 @@ use perigee_proto::v1::{GenerateRequest, SamplingParams};
 
 /// How long anything may take that does not hang; nothing waits this long.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A number from the environment.
-fn setting(name: &str) -> Option<u64> {
-    let value = std::env::var(name).ok()?;
-    Some(value.parse().unwrap_or_else(|_| panic!("{name} is {value:?}, expected a number")))
-}
 
 /// A greedy request that goes on to its last token.
 fn greedy(token_ids: Vec<u32>, max_tokens: u32) -> GenerateRequest {

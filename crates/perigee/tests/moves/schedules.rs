@@ -18,7 +18,6 @@ use tonic::Code;
 use crate::client::{Answer, Moved, run};
 use crate::judge::{Judge, Told};
 use crate::plan::{Group, Sizes, group, group_of_choices};
-use crate::setting;
 
 /// The seed of the first group.
 const SEED: u64 = 5000;
@@ -39,6 +38,12 @@ const FREED: Duration = Duration::from_secs(15);
 const DEGREES: [usize; 4] = [1, 2, 4, 1];
 /// Positions of a page.
 const PAGE: u64 = 64;
+
+/// A number from the environment.
+pub(crate) fn setting(name: &str) -> Option<u64> {
+    let value = std::env::var(name).ok()?;
+    Some(value.parse().unwrap_or_else(|_| panic!("{name} is {value:?}, expected a number")))
+}
 
 /// What came of the moves of a run.
 #[derive(Debug, Default)]
