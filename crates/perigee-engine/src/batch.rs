@@ -21,7 +21,8 @@ impl EngineCore {
         let mut draws = Vec::new();
         let mut wants_logits = false;
         for row in rows {
-            let Some(session) = self.sessions.get(&row.task) else {
+            // A scratch feeds its session's tokens.
+            let Some(session) = self.sessions.get(&self.scheduler.session_of(row.task)) else {
                 return Err(defect(format!("a row of session {} which does not exist", row.task.0)));
             };
             let sequence = &session.sequence;
@@ -78,6 +79,7 @@ impl EngineCore {
             let counts = !missed.contains(&row.task);
             if counts {
                 self.scheduler.advance(row.task, row.tokens);
+                self.end_rebuild(row.task)?;
             }
             if row.draws {
                 logits.next();

@@ -7,15 +7,17 @@ use std::time::Instant;
 
 use perigee_migration::epochs::Command as MoveCommand;
 use perigee_migration::handoff::{Expected, Summary, Totals};
-use perigee_migration::{Header, Mode, Part};
+use perigee_migration::{Header, Mode, PageSlice, Part};
 use perigee_text::grammar::{Grammar, GrammarCompiler};
 use tokio::sync::{mpsc as async_mpsc, oneshot, watch};
 
 use crate::config::{EngineConfig, StartError};
 use crate::door::Door;
 use crate::executor::Executor;
-use crate::moves::{Incoming, Prepare, Reply, Target};
+use crate::moves::{FetchReply, HomeAnswer, Incoming, Prepare, Reply, Target};
+use crate::remote::RemoteHome;
 use crate::request::{EventBatch, Load, PositionLogprobs, RefusedRequest, Request, RouterId, SessionId, SessionInfo};
+use crate::scheduler::TaskId;
 use crate::step::EngineCore;
 
 /// Whether an engine serves.
@@ -115,6 +117,26 @@ pub(crate) enum Command {
         session: SessionId,
         next: u64,
     },
+    /// Pages of a segment that is being brought here.
+    PagesCame {
+        task: TaskId,
+        number: u64,
+        pages: Vec<PageSlice>,
+        reply: FetchReply,
+    },
+    /// A segment does not come.
+    FetchFailed {
+        task: TaskId,
+        number: u64,
+        why: String,
+    },
+    /// A home answered.
+    HomeSaid {
+        home: RemoteHome,
+        answer: HomeAnswer,
+    },
+    /// An owner needs a session's latents here no more.
+    HomeGivenUp(SessionId, u64),
     Sessions(oneshot::Sender<Vec<SessionInfo>>),
     FlushCache(oneshot::Sender<u64>),
     Shutdown,
@@ -319,6 +341,11 @@ impl EngineHandle {
     /// The target's side of one handoff.
     pub fn incoming(&self) -> Incoming {
         Incoming::new(self.commands.clone(), self.shared.expected.clone(), self.shared.grammars.clone())
+    }
+
+    /// The owner of a session that ran here, in `epoch`, needs its latents no more.
+    pub fn home_given_up(&self, session: SessionId, epoch: u64) {
+        self.send(Command::HomeGivenUp(session, epoch));
     }
 
     /// Log-probabilities of every token of a prompt but the first. Dropping the future ends the work.

@@ -36,6 +36,10 @@ impl EngineCore {
             Command::HandoffBroken { session, next } => {
                 self.drive(&session, PartyEvent::Broken { next })?;
             }
+            Command::PagesCame { task, number, pages, reply } => self.pages_came(task, number, pages, reply)?,
+            Command::FetchFailed { task, number, why } => self.fetch_failed(task, number, &why)?,
+            Command::HomeSaid { home, answer } => self.home_said(&home, &answer)?,
+            Command::HomeGivenUp(session, epoch) => self.home_given_up(&session, epoch)?,
             Command::Sessions(reply) => self.answer(reply, self.session_infos()),
             // Nothing outlives its session yet, so there is nothing to drop.
             Command::FlushCache(reply) => self.answer(reply, 0),
@@ -260,6 +264,7 @@ impl EngineCore {
 
     /// Takes a session out of the tables of what runs here and frees what it held.
     pub(crate) fn drop_session(&mut self, id: TaskId) -> Result<Option<Session>, Fatal> {
+        self.give_up_homes(id);
         let removed = self.scheduler.remove(id)?.unwrap_or_default();
         if let Some(heir) = removed.heir {
             self.copy_prompt_logprobs(id, heir);

@@ -11,7 +11,7 @@ use crate::cache::CacheError;
 use crate::config::EngineConfig;
 use crate::executor::{Executor, ExecutorError};
 use crate::handle::{Command, EngineHealth, QueuePermit, ScoreReply, Shared};
-use crate::moves::{Arriving, Seats};
+use crate::moves::{Arriving, Follows, Homes, Seats};
 use crate::observer::{Preemption, StepPhase, TokenKind};
 use crate::outbox::{LOAD_INTERVAL, Outbox};
 use crate::request::{FinishReason, Load, RouterId, SessionId};
@@ -61,8 +61,6 @@ pub(crate) struct Session {
     pub(crate) misses: u32,
     /// When it steps again after that.
     pub(crate) retry_at: Option<Instant>,
-    /// When its homes last heard of it.
-    pub(crate) renewed_at: Option<Instant>,
 }
 
 impl Session {
@@ -83,7 +81,6 @@ impl Session {
             permit,
             misses: 0,
             retry_at: None,
-            renewed_at: None,
         }
     }
 }
@@ -101,6 +98,10 @@ pub struct EngineCore {
     pub(crate) shared: Arc<Shared>,
     /// Sessions as far as moves are concerned.
     pub(crate) seats: Seats,
+    /// Latents on their way here.
+    pub(crate) follows: Follows,
+    /// What homes and this replica have to tell each other.
+    pub(crate) home_words: Homes,
     /// The handoff that is being offered, until its party takes it.
     pub(crate) offered: Option<Box<Arriving>>,
     /// The way in for tasks that carry handoffs.
@@ -129,6 +130,8 @@ impl EngineCore {
             ended: false,
             shared,
             seats: Seats::new(),
+            follows: Follows::default(),
+            home_words: Homes::default(),
             offered: None,
             commands,
             inbox,
@@ -257,7 +260,8 @@ impl EngineCore {
             Err(error) => {
                 tracing::error!(%error, rows = rows.len(), "a step failed; its sessions end");
                 for row in rows {
-                    self.end(row.task, FinishReason::Error, Some(format!("a step failed: {error}; try again")))?;
+                    let id = self.scheduler.session_of(row.task);
+                    self.end(id, FinishReason::Error, Some(format!("a step failed: {error}; try again")))?;
                 }
                 return Ok(true);
             }
@@ -302,7 +306,8 @@ impl EngineCore {
         for unpark in &plan.unparks {
             let done = self.executor.unpark(unpark.key, unpark.slot, &unpark.pages);
             if self.refused(done, "a session could not be brought back; it will be computed again")? {
-                if let Err(never) = self.scheduler.restart(unpark.task)? {
+                // It is on the device in the scheduler's books; its copy is dropped below.
+                if let Some(never) = self.scheduler.restart(unpark.task)?.never {
                     self.end_never_fits(unpark.task, never)?;
                 }
                 lost.insert(unpark.task);

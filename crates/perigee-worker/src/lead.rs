@@ -115,8 +115,9 @@ async fn lead<B: Backend + 'static>(
         digest: ready.digest.clone(),
     };
     let model = opened.source.config();
-    let connector = GrpcConnector::new(Handle::current(), Peers::new(tls.clone()), moving::attend_shape(model));
-    let (moves, homes) = moving::set_up(own, model, &config.moves, Arc::new(connector), ranks.latent_reader());
+    let connector = GrpcConnector::new(Handle::current(), Peers::new(tls.clone()), &own.replica, &own.incarnation);
+    let latents = (ranks.latent_reader(), ranks.geometry());
+    let (moves, homes) = moving::set_up(own, model, &config.moves, Arc::new(connector), latents);
     let engine = Engine::start(
         Box::new(ranks),
         EngineConfig {

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tonic::service::RoutesBuilder;
 use tonic::transport::Server;
 
-use crate::attend::{AttendPool, HomeParts};
+use crate::attend::{HomeParts, HomeServices};
 use crate::error::{Result, WorkerError};
 use crate::front::{Front, readiness};
 use crate::identity::ReplicaIdentity;
@@ -69,9 +69,9 @@ pub async fn serve(parts: LeaderParts, internal: TcpListener, shutdown: impl Fut
     tasks.spawn(follow_health(engine.health(), front.readiness()));
 
     let mut routes = RoutesBuilder::default();
-    let attend = homes.map(AttendPool::start).transpose();
-    let attend = attend.map_err(WorkerError::io("starting the threads that answer other replicas"))?;
-    let replica = ReplicaService::new(engine.clone(), identity, attend, worker_metrics, drain);
+    let homes = homes.map(HomeServices::start).transpose();
+    let homes = homes.map_err(WorkerError::io("starting the threads that answer other replicas"))?;
+    let replica = ReplicaService::new(engine.clone(), identity, homes, worker_metrics, drain);
     routes.add_service(ReplicaServer::new(replica).max_decoding_message_size(MAX_INTERNAL_BYTES));
     let reporter = standard::add_services(&mut routes).map_err(|error| WorkerError::Serve(error.to_string()))?;
     let health = front.readiness().subscribe();

@@ -10,8 +10,9 @@ use perigee_engine::request::{RefusedRequest, RouterId, SessionId};
 use perigee_engine::{EngineHandle, EngineHealth};
 use perigee_proto::internal::replica_server::Replica;
 use perigee_proto::internal::{
-    AttendAnswer, AttendQuery, EventBatch, Flushed, HandoffChunk, HandoffResult, Hello, Prepare, ReplicaMessage,
-    RouterMessage, Sessions, Submit, replica_message, router_message,
+    AttendAnswer, AttendQuery, EventBatch, FetchPagesRequest, Flushed, HandoffChunk, HandoffResult, Hello,
+    KeepHomesAnswer, KeepHomesRequest, PageChunk, Prepare, ReplicaMessage, RouterMessage, Sessions, Submit,
+    replica_message, router_message,
 };
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_proto::{PROTOCOL_VERSION, ids};
@@ -20,12 +21,12 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::attend::{AttendPool, answer_channel};
+use crate::attend::{HomeServices, answer_channel};
 use crate::compile::{Compiling, Ready, Turns};
 use crate::identity::ReplicaIdentity;
 use crate::lease::Lease;
 use crate::metrics::WorkerMetrics;
-use crate::{convert, handoff, move_report};
+use crate::{convert, handoff, leases, move_report};
 
 /// How long a router may take to say hello.
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
@@ -42,8 +43,8 @@ const LONGEST_LEASE_MS: u32 = 3_600_000;
 pub(crate) struct ReplicaService {
     engine: EngineHandle,
     identity: Arc<ReplicaIdentity>,
-    /// None where this replica cannot answer other replicas' questions.
-    attend: Option<AttendPool>,
+    /// None where this replica keeps nothing for others.
+    homes: Option<HomeServices>,
     /// Knows how long steps take.
     metrics: WorkerMetrics,
     /// Where the order to drain is passed on.
@@ -57,11 +58,11 @@ impl ReplicaService {
     pub(crate) fn new(
         engine: EngineHandle,
         identity: Arc<ReplicaIdentity>,
-        attend: Option<AttendPool>,
+        homes: Option<HomeServices>,
         metrics: WorkerMetrics,
         drain: watch::Sender<bool>,
     ) -> Self {
-        Self { engine, identity, attend, metrics, drain, next_stream: Arc::default(), turns: Turns::default() }
+        Self { engine, identity, homes, metrics, drain, next_stream: Arc::default(), turns: Turns::default() }
     }
 }
 
@@ -69,6 +70,7 @@ impl ReplicaService {
 impl Replica for ReplicaService {
     type AttachStream = ReceiverStream<Result<ReplicaMessage, Status>>;
     type AttendStream = ReceiverStream<Result<AttendAnswer, Status>>;
+    type FetchPagesStream = ReceiverStream<Result<PageChunk, Status>>;
 
     async fn attach(&self, request: Request<Streaming<RouterMessage>>) -> Result<Response<Self::AttachStream>, Status> {
         let mut messages = request.into_inner();
@@ -100,10 +102,7 @@ impl Replica for ReplicaService {
     }
 
     async fn attend(&self, request: Request<Streaming<AttendQuery>>) -> Result<Response<Self::AttendStream>, Status> {
-        let Some(pool) = self.attend.clone() else {
-            let message = "this replica's device keeps no latents for other replicas";
-            return Err(WireError::new(ErrorKind::Unimplemented, message).into());
-        };
+        let pool = self.homes.as_ref().map(|homes| homes.attend.clone()).ok_or_else(no_homes)?;
         let (answers, out) = answer_channel();
         let mut health = self.engine.health();
         tokio::spawn(async move {
@@ -117,6 +116,28 @@ impl Replica for ReplicaService {
         });
         Ok(Response::new(ReceiverStream::new(out)))
     }
+
+    async fn fetch_pages(
+        &self,
+        request: Request<FetchPagesRequest>,
+    ) -> Result<Response<Self::FetchPagesStream>, Status> {
+        let request = request.into_inner();
+        leases::check_run(&self.identity, request.home.as_ref())?;
+        let giver = self.homes.as_ref().and_then(|homes| homes.giver.as_ref()).ok_or_else(no_homes)?;
+        giver.give(request).map(|chunks| Response::new(ReceiverStream::new(chunks)))
+    }
+
+    async fn keep_homes(&self, request: Request<KeepHomesRequest>) -> Result<Response<KeepHomesAnswer>, Status> {
+        let request = request.into_inner();
+        leases::check_run(&self.identity, request.home.as_ref())?;
+        let homes = self.homes.as_ref().ok_or_else(no_homes)?;
+        Ok(Response::new(leases::keep(&self.engine, &homes.directory, request)))
+    }
+}
+
+fn no_homes() -> Status {
+    let message = "this replica's device keeps no latents for other replicas";
+    WireError::new(ErrorKind::Unimplemented, message).into()
 }
 
 async fn read_hello(messages: &mut Streaming<RouterMessage>) -> Result<Hello, Status> {

@@ -227,8 +227,10 @@ impl EngineCore {
         if !arrival.table.is_empty() {
             self.need_shadow(session, next)?;
         }
-        let reserved = self.scheduler.reserve_pages(task, due.len());
-        let reserved = reserved.ok_or(HandoffRefused::Failure(Failure::Full))?;
+        let Some(reserved) = self.scheduler.reserve_pages(task, due.len()) else {
+            self.note_shortage();
+            return Err(HandoffRefused::Failure(Failure::Full).into());
+        };
         pages.extend(due.into_iter().zip(reserved));
         let arriving = self.arriving(session, next)?;
         arriving.table = arrival.table;

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use clap::Parser;
 use perigee_collectives::Solo;
+use perigee_engine::executor::Executor;
+use perigee_engine::moves::FollowPolicy;
 use perigee_engine::ranks::Ranks;
 use perigee_engine::{Engine, EngineConfig, EngineHandle};
 use perigee_proto::internal::{
@@ -44,11 +46,19 @@ pub(crate) struct ReplicaOptions {
     pub(crate) silence: Duration,
     pub(crate) grace: Duration,
     pub(crate) patience: Duration,
+    pub(crate) follow: FollowPolicy,
 }
 
 impl Default for ReplicaOptions {
     fn default() -> Self {
-        Self { model: "random:tiny", slots: 8, silence: LONG, grace: LONG, patience: Duration::from_secs(5) }
+        Self {
+            model: "random:tiny",
+            slots: 8,
+            silence: LONG,
+            grace: LONG,
+            patience: Duration::from_secs(5),
+            follow: FollowPolicy::Never,
+        }
     }
 }
 
@@ -92,10 +102,11 @@ impl Replica {
             endpoint: internal.to_string(),
             digest: opened.digest.clone(),
         };
-        let connector = GrpcConnector::new(Handle::current(), Peers::default(), moving::attend_shape(model));
+        let connector = GrpcConnector::new(Handle::current(), Peers::default(), &place.replica, &place.incarnation);
         let (mut moves, homes) =
-            moving::set_up(place, model, &config.moves, Arc::new(connector), ranks.latent_reader());
+            moving::set_up(place, model, &config.moves, Arc::new(connector), (ranks.latent_reader(), ranks.geometry()));
         (moves.silence, moves.grace, moves.patience) = (options.silence, options.grace, options.patience);
+        moves.follow = options.follow;
         let metrics = Metrics::default();
         let worker_metrics = WorkerMetrics::register(&metrics).expect("registered");
         let observer = Arc::new(worker_metrics.clone());

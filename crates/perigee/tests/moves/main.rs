@@ -18,6 +18,8 @@ mod drains;
 #[cfg(test)]
 mod judge;
 #[cfg(test)]
+mod kills;
+#[cfg(test)]
 mod known;
 #[cfg(test)]
 mod plan;
