@@ -71,17 +71,7 @@ impl Session {
         arrived: Instant,
         permit: Arc<QueuePermit>,
     ) -> Self {
-        Self {
-            sequence,
-            grammar: None,
-            sink,
-            deadline,
-            arrived,
-            last_token: None,
-            permit,
-            misses: 0,
-            retry_at: None,
-        }
+        Self { sequence, grammar: None, sink, deadline, arrived, last_token: None, permit, misses: 0, retry_at: None }
     }
 }
 
