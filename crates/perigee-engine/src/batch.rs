@@ -5,8 +5,10 @@ use std::time::Instant;
 
 use perigee_backend::{Row, StepBatch};
 use perigee_sampling::{Draw, Sampled};
+use perigee_text::grammar::Grammar;
 
 use crate::executor::{ExecutorError, StepOutput, StepPlan};
+use crate::grammars::follow;
 use crate::request::FinishReason;
 use crate::scheduler::{Plan, PlannedRow, TaskId};
 use crate::sequence::Sequence;
@@ -33,7 +35,7 @@ impl EngineCore {
             }
             if row.draws {
                 batch.logits.push((first + row.tokens - 1) as u32);
-                draws.push(draw(sequence));
+                draws.push(draw(sequence, session.grammar.as_ref()));
             }
             batch.tokens.extend_from_slice(tokens);
             batch.rows.push(Row {
@@ -99,7 +101,11 @@ impl EngineCore {
             None => observer.first_token(now.saturating_duration_since(session.arrived)),
             Some(last) => observer.next_token(now.saturating_duration_since(last)),
         }
-        match session.sequence.accept(sampled.token, self.config.tokenizer.as_deref()) {
+        let completes = match follow(session, sampled.token) {
+            Ok(completes) => completes,
+            Err(error) => return self.end(id, FinishReason::Error, Some(error.to_string())),
+        };
+        match session.sequence.accept(sampled.token, completes, self.config.tokenizer.as_deref()) {
             Ok(accepted) => {
                 if accepted.finish.is_none() {
                     self.scheduler.append(id);
@@ -125,14 +131,14 @@ impl EngineCore {
     }
 }
 
-fn draw(sequence: &Sequence) -> Draw<'_> {
+fn draw<'a>(sequence: &'a Sequence, grammar: Option<&'a Grammar>) -> Draw<'a> {
     Draw {
         params: &sequence.sampling,
         choice: sequence.choice,
         position: sequence.length(),
         counts: &sequence.counts,
         banned: sequence.banned(),
-        allowed: None,
+        allowed: grammar.map(Grammar::allowed),
     }
 }
 

@@ -30,8 +30,8 @@ impl EngineCore {
             Command::HandoffParts { session, next, parts, reply } => {
                 self.handoff_parts(&session, next, parts, reply)?;
             }
-            Command::HandoffVerify { session, next, summary, reply } => {
-                self.handoff_verify(&session, next, *summary, reply)?;
+            Command::HandoffVerify { session, next, summary, grammar, reply } => {
+                self.handoff_verify(&session, next, (*summary, grammar), reply)?;
             }
             Command::HandoffBroken { session, next } => {
                 self.drive(&session, PartyEvent::Broken { next })?;
@@ -146,7 +146,8 @@ impl EngineCore {
         for (index, name) in request.sessions.iter().enumerate() {
             match self.sequence(request, index as u32, name.clone()) {
                 Ok((sequence, finish)) => {
-                    let session = self.session(sequence, Sink::Router(router), request.deadline, &permit);
+                    let mut session = self.session(sequence, Sink::Router(router), request.deadline, &permit);
+                    session.grammar = request.grammar.as_ref().map(|grammar| grammar.start.fork());
                     match finish {
                         Some(reason) => {
                             self.tell_end(session, reason, None);
@@ -181,6 +182,7 @@ impl EngineCore {
             deadline: request.deadline,
             cache_salt: String::new(),
             text: false,
+            grammar: None,
         };
         match self.sequence(&prompt_only, 0, name) {
             Ok((sequence, _)) if sequence.length() == 1 => {

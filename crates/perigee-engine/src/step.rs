@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use perigee_text::grammar::Grammar;
+
 use crate::cache::CacheError;
 use crate::config::EngineConfig;
 use crate::executor::{Executor, ExecutorError};
@@ -47,6 +49,8 @@ pub(crate) enum Sink {
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) sequence: Sequence,
+    /// What may be drawn, where that is bound.
+    pub(crate) grammar: Option<Grammar>,
     pub(crate) sink: Sink,
     pub(crate) deadline: Option<Instant>,
     pub(crate) arrived: Instant,
@@ -71,6 +75,7 @@ impl Session {
     ) -> Self {
         Self {
             sequence,
+            grammar: None,
             sink,
             deadline,
             arrived,
@@ -239,7 +244,9 @@ impl EngineCore {
         self.note_admissions(&plan);
         let lost = self.move_parked(&plan)?;
         self.hand_down_prompt_logprobs(&plan);
-        let rows: Vec<&PlannedRow> = plan.rows.iter().filter(|row| !lost.contains(&row.task)).collect();
+        let broken = self.prepare_grammars(&plan, &lost)?;
+        let runs = |row: &&PlannedRow| !lost.contains(&row.task) && !broken.contains(&row.task);
+        let rows: Vec<&PlannedRow> = plan.rows.iter().filter(runs).collect();
         if rows.is_empty() {
             return Ok(!plan.is_empty());
         }

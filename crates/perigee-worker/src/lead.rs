@@ -12,6 +12,7 @@ use perigee_engine::executor::{Executor, ExecutorError};
 use perigee_engine::ranks::Ranks;
 use perigee_engine::{Engine, EngineConfig};
 use perigee_registry::ReplicaStatus;
+use perigee_text::grammar::GrammarCompiler;
 use perigee_text::{GenerationConfig, Tokenizer};
 use perigee_tls::Tls;
 use tokio::runtime::Handle;
@@ -124,6 +125,7 @@ async fn lead<B: Backend + 'static>(
             queue_limit: config.engine.queue_limit,
             eos_token_ids: generation.eos_token_ids.clone(),
             tokenizer: tokenizer.clone(),
+            grammars: grammars(tokenizer.as_deref(), opened.limits.vocab),
             observer: Arc::new(worker_metrics.clone()),
             moves: Some(moves),
             ..EngineConfig::default()
@@ -199,6 +201,17 @@ fn generation_config(opened: &Opened, tokenizer: Option<&Tokenizer>) -> Generati
     match &opened.spec {
         perigee_model::ModelSpec::Directory(path) => GenerationConfig::load(path).unwrap_or(fallback),
         perigee_model::ModelSpec::Random { .. } => fallback,
+    }
+}
+
+/// Makes grammars for this model, unless its tokenizer cannot have any; requests with one are refused then.
+fn grammars(tokenizer: Option<&Tokenizer>, vocab: usize) -> Option<Arc<GrammarCompiler>> {
+    match GrammarCompiler::new(tokenizer?, vocab) {
+        Ok(compiler) => Some(Arc::new(compiler)),
+        Err(error) => {
+            tracing::warn!(%error, "requests with a grammar are refused");
+            None
+        }
     }
 }
 

@@ -6,6 +6,7 @@ mod announce;
 pub mod attend;
 pub mod attention;
 pub mod bench;
+mod compile;
 pub mod config;
 mod convert;
 pub mod error;

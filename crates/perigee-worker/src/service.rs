@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use perigee_engine::request::{RouterId, SessionId};
+use perigee_engine::request::{RefusedRequest, RouterId, SessionId};
 use perigee_engine::{EngineHandle, EngineHealth};
 use perigee_proto::internal::replica_server::Replica;
 use perigee_proto::internal::{
@@ -21,6 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::attend::{AttendPool, answer_channel};
+use crate::compile::{Compiling, Ready, Turns};
 use crate::identity::ReplicaIdentity;
 use crate::lease::Lease;
 use crate::metrics::WorkerMetrics;
@@ -48,6 +49,8 @@ pub(crate) struct ReplicaService {
     /// Where the order to drain is passed on.
     drain: watch::Sender<bool>,
     next_stream: Arc<AtomicU64>,
+    /// For making grammars.
+    turns: Turns,
 }
 
 impl ReplicaService {
@@ -58,7 +61,7 @@ impl ReplicaService {
         metrics: WorkerMetrics,
         drain: watch::Sender<bool>,
     ) -> Self {
-        Self { engine, identity, attend, metrics, drain, next_stream: Arc::default() }
+        Self { engine, identity, attend, metrics, drain, next_stream: Arc::default(), turns: Turns::default() }
     }
 }
 
@@ -79,6 +82,7 @@ impl Replica for ReplicaService {
             // Not the router's own id: a second stream of the same router must not end with the first.
             id: RouterId(self.next_stream.fetch_add(1, Ordering::Relaxed)),
             outbox,
+            compiling: Compiling::new(self.turns.clone()),
             lease: Lease::new(Duration::from_millis(lease_ms.into()), Instant::now()),
         };
         let router = ids::RouterId(hello.router_id);
@@ -138,6 +142,7 @@ struct RouterStream {
     drain: watch::Sender<bool>,
     id: RouterId,
     outbox: mpsc::Sender<Result<ReplicaMessage, Status>>,
+    compiling: Compiling,
     lease: Lease,
 }
 
@@ -181,6 +186,7 @@ impl RouterStream {
                     let load = Some(convert::load(self.engine.load(), self.draining()));
                     self.send(replica_message::Body::Batch(EventBatch { load, ..EventBatch::default() }))
                 }
+                ready = self.compiling.next() => self.take_compiled(ready),
                 () = self.outbox.closed() => Err("the router closed the stream"),
                 () = tokio::time::sleep_until(self.lease.until()) => Err("its lease ran out"),
             };
@@ -218,7 +224,9 @@ impl RouterStream {
             Some(Body::Submit(submit)) => self.submit(submit),
             Some(Body::Abort(abort)) => {
                 for session in abort.sessions {
-                    self.engine.abort(SessionId(session), abort.epoch);
+                    if !self.compiling.abort(&session, abort.epoch) {
+                        self.engine.abort(SessionId(session), abort.epoch);
+                    }
                 }
                 Ok(())
             }
@@ -261,10 +269,29 @@ impl RouterStream {
         }
     }
 
-    fn submit(&self, submit: Submit) -> Result<(), Ended> {
+    fn submit(&mut self, mut submit: Submit) -> Result<(), Ended> {
         let names = submit.sessions.clone();
-        let submitted = convert::request(submit, std::time::Instant::now())
-            .and_then(|request| self.engine.submit(self.id, request));
+        let grammar = submit.grammar.take().map(convert::grammar_source).transpose();
+        let request = convert::request(submit, std::time::Instant::now());
+        let submitted = match (request, grammar) {
+            (Ok(request), Ok(None)) => self.engine.submit(self.id, request),
+            (Ok(request), Ok(Some(source))) => self.compiling.begin(&self.engine, request, source),
+            (Err(refused), _) | (_, Err(refused)) => Err(refused),
+        };
+        self.answer(names, submitted)
+    }
+
+    /// A request's grammar was made: it goes the way of others now.
+    fn take_compiled(&self, ready: Ready) -> Result<(), Ended> {
+        let submitted = ready.request.and_then(|request| self.engine.submit(self.id, request));
+        self.answer(ready.sessions, submitted)?;
+        for (session, epoch) in ready.aborts {
+            self.engine.abort(session, epoch);
+        }
+        Ok(())
+    }
+
+    fn answer(&self, names: Vec<String>, submitted: Result<(), RefusedRequest>) -> Result<(), Ended> {
         match submitted {
             Ok(()) => Ok(()),
             Err(refused) => self.send(replica_message::Body::Refused(convert::refused(names, refused))),

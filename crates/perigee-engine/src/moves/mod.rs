@@ -131,6 +131,9 @@ pub enum HandoffRefused {
     /// The session's record cannot be read here.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The session's grammar cannot be made here.
+    #[error("the session's grammar: {0}; replay the session")]
+    Grammar(String),
     /// Positions whose latents an earlier run of this replica held: nobody has them any more.
     #[error("latents of {positions} positions were lost with an earlier run of this replica; replay the session")]
     Lost {

@@ -228,6 +228,32 @@ pub struct Submit {
     /// Choice of the first session: 0, except where one choice of several is replayed. Noise depends on it.
     #[prost(uint32, tag = "17")]
     pub first_choice: u32,
+    /// What the text must be; absent where it may be anything.
+    #[prost(message, optional, tag = "18")]
+    pub grammar: ::core::option::Option<Grammar>,
+}
+/// What a text must be, as in perigee.v1.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Grammar {
+    /// One of them.
+    #[prost(oneof = "grammar::Source", tags = "1, 2, 3")]
+    pub source: ::core::option::Option<grammar::Source>,
+}
+/// Nested message and enum types in `Grammar`.
+pub mod grammar {
+    /// One of them.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Source {
+        /// JSON of a schema.
+        #[prost(string, tag = "1")]
+        JsonSchema(::prost::alloc::string::String),
+        /// A regular expression.
+        #[prost(string, tag = "2")]
+        Regex(::prost::alloc::string::String),
+        /// A context-free grammar.
+        #[prost(string, tag = "3")]
+        Lark(::prost::alloc::string::String),
+    }
 }
 /// Sampling parameters, all set.
 #[derive(Clone, PartialEq, ::prost::Message)]

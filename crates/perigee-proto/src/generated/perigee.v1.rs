@@ -47,6 +47,34 @@ pub struct GenerateRequest {
     /// template. Conversations with tools are HTTP's, see /v1/chat/completions.
     #[prost(message, repeated, tag = "11")]
     pub messages: ::prost::alloc::vec::Vec<ChatMessage>,
+    /// What the text must be; tokens that do not fit are not drawn. Where it is complete, an end-of-sequence token may come;
+    /// where nothing can follow, generation ends. Default: anything. INVALID_ARGUMENT where it is wrong, longer than 128 KiB,
+    /// or takes more work than it may; FAILED_PRECONDITION where the cluster has no tokenizer.
+    #[prost(message, optional, tag = "12")]
+    pub grammar: ::core::option::Option<Grammar>,
+}
+/// What a text must be. Give exactly one field; INVALID_ARGUMENT otherwise.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Grammar {
+    /// One of them.
+    #[prost(oneof = "grammar::Source", tags = "1, 2, 3")]
+    pub source: ::core::option::Option<grammar::Source>,
+}
+/// Nested message and enum types in `Grammar`.
+pub mod grammar {
+    /// One of them.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Source {
+        /// JSON that meets this JSON schema.
+        #[prost(string, tag = "1")]
+        JsonSchema(::prost::alloc::string::String),
+        /// A match of this regular expression from beginning to end, in the syntax of Rust's regex crate.
+        #[prost(string, tag = "2")]
+        Regex(::prost::alloc::string::String),
+        /// A word of this context-free grammar, in llguidance's form of Lark.
+        #[prost(string, tag = "3")]
+        Lark(::prost::alloc::string::String),
+    }
 }
 /// A message of a conversation.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
