@@ -14,7 +14,7 @@ use tokio::sync::{mpsc as async_mpsc, oneshot, watch};
 use crate::config::{EngineConfig, StartError};
 use crate::door::Door;
 use crate::executor::Executor;
-use crate::moves::{FetchReply, HomeAnswer, Incoming, Prepare, Reply, Target};
+use crate::moves::{Demand, FetchReply, HomeAnswer, Incoming, Prepare, Reply, TakeOver, Target};
 use crate::remote::RemoteHome;
 use crate::request::{EventBatch, Load, PositionLogprobs, RefusedRequest, Request, RouterId, SessionId, SessionInfo};
 use crate::scheduler::TaskId;
@@ -84,7 +84,8 @@ pub(crate) enum Command {
     Score(Box<ScoreRequest>, QueuePermit, ScoreReply),
     Abort(SessionId, u64),
     Move(RouterId, SessionId, MoveCommand, Option<(Target, Mode)>),
-    /// The target has the header and the first tokens of a handoff from here.
+    TakeOver(RouterId, TakeOver),
+    /// The first tokens of a handoff from here are out, and the target has room for it.
     HandoffOpened {
         session: SessionId,
         next: u64,
@@ -97,6 +98,7 @@ pub(crate) enum Command {
     },
     HandoffOffer {
         header: Box<Header>,
+        demand: Demand,
         reply: Reply<()>,
     },
     HandoffParts {
@@ -289,7 +291,7 @@ impl EngineHandle {
         self.send(Command::Renew(router, until));
     }
 
-    /// Closes a router's stream and ends its sessions.
+    /// Closes a router's stream and ends its sessions, except those that may outlive it.
     pub fn detach(&self, router: RouterId) {
         self.send(Command::Detach(router));
     }
@@ -331,6 +333,12 @@ impl EngineHandle {
     /// Takes a move back: to `next`, whose session goes on in `epoch` where it was.
     pub fn abort_move(&self, router: RouterId, session: SessionId, next: u64, epoch: u64) {
         self.send(Command::Move(router, session, MoveCommand::AbortMove { next, epoch }, None));
+    }
+
+    /// Has a session go on for `router`, to which its client has turned. A report says whether it does; behind it come the
+    /// tokens that the router or the client have not got, and the session's further events.
+    pub fn take_over(&self, router: RouterId, order: TakeOver) {
+        self.send(Command::TakeOver(router, order));
     }
 
     /// Makes grammars for requests of this engine.

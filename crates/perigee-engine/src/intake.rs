@@ -24,9 +24,10 @@ impl EngineCore {
             Command::Score(request, permit, reply) => self.take_score(*request, permit, reply)?,
             Command::Abort(session, up_to) => self.take_abort(&session, up_to)?,
             Command::Move(router, session, command, order) => self.take_move(router, session, command, order)?,
+            Command::TakeOver(router, order) => self.take_over(router, &order)?,
             Command::HandoffOpened { session, next } => self.handoff_opened(&session, next)?,
             Command::HandoffDone { session, next, result } => self.handoff_done(&session, next, result)?,
-            Command::HandoffOffer { header, reply } => self.handoff_offer(*header, reply)?,
+            Command::HandoffOffer { header, demand, reply } => self.handoff_offer(*header, demand, reply)?,
             Command::HandoffParts { session, next, parts, reply } => {
                 self.handoff_parts(&session, next, parts, reply)?;
             }
@@ -63,7 +64,8 @@ impl EngineCore {
         abandoned.into_iter().try_for_each(|id| self.end(id, FinishReason::Aborted, None))
     }
 
-    /// Closes a router's stream and ends its sessions; those that are being moved wait for it for a while.
+    /// Closes a router's stream and ends its sessions; those that are being moved wait for it for a while, and those that
+    /// may outlive it for another one.
     pub(crate) fn detach(&mut self, router: RouterId) -> Result<(), Fatal> {
         self.outbox.detach(router);
         let belongs = |session: &Session| matches!(session.sink, Sink::Router(owner) if owner == router);
@@ -71,7 +73,7 @@ impl EngineCore {
         let ids: Vec<(TaskId, SessionId)> =
             sessions.map(|(&id, session)| (id, session.sequence.session.clone())).collect();
         for (id, session) in ids {
-            if !self.park_for(&session)? {
+            if !self.park_for(&session)? && !self.orphan(id, &session)? {
                 self.end(id, FinishReason::Aborted, None)?;
             }
         }
@@ -127,6 +129,9 @@ impl EngineCore {
         event.logprobs = drawn_logprobs(sampled);
         event.finish = accepted.finish;
         event.usage = accepted.finish.map(|_| session.sequence.usage());
+        if let Some(kept) = &mut session.kept {
+            kept.push(&event);
+        }
         self.outbox.push(router, event);
         if let Some(reason) = accepted.finish {
             self.config.observer.finished(reason);
@@ -187,6 +192,7 @@ impl EngineCore {
             cache_salt: String::new(),
             text: false,
             grammar: None,
+            resumable: false,
         };
         match self.sequence(&prompt_only, 0, name) {
             Ok((sequence, _)) if sequence.length() == 1 => {

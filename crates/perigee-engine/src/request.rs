@@ -48,6 +48,8 @@ pub struct Request {
     pub text: bool,
     /// What the text must be.
     pub grammar: Option<StartGrammar>,
+    /// Whether it is to outlive its router: its sessions wait a while for another one.
+    pub resumable: bool,
 }
 
 /// A grammar that was compiled before its request came to the engine, since that may take a while.

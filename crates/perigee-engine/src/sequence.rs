@@ -45,6 +45,8 @@ pub struct Sequence {
     pub cached: u64,
     /// What the text must be. Where it is in it follows from the tokens.
     pub grammar: Option<GrammarSource>,
+    /// Whether it waits for another router where its own is lost.
+    pub resumable: bool,
 }
 
 /// Text of a session: a detokeniser and a stop matcher, one after the other.
@@ -150,6 +152,7 @@ impl Sequence {
             prompt_logprobs: top.filter(|_| request.delivered.is_empty()).map(PromptLogprobs::new),
             cached: 0,
             grammar: request.grammar.as_ref().map(|grammar| grammar.source.clone()),
+            resumable: request.resumable,
             sampling,
         };
         let mut finish = None;

@@ -11,7 +11,7 @@ use crate::cache::CacheError;
 use crate::config::EngineConfig;
 use crate::executor::{Executor, ExecutorError};
 use crate::handle::{Command, EngineHealth, QueuePermit, ScoreReply, Shared};
-use crate::moves::{Arriving, Follows, Homes, Seats};
+use crate::moves::{Arriving, Follows, Homes, KeptEvents, Seats};
 use crate::observer::{Preemption, StepPhase, TokenKind};
 use crate::outbox::{LOAD_INTERVAL, Outbox};
 use crate::request::{FinishReason, Load, RouterId, SessionId};
@@ -61,6 +61,8 @@ pub(crate) struct Session {
     pub(crate) misses: u32,
     /// When it steps again after that.
     pub(crate) retry_at: Option<Instant>,
+    /// What another router may still want to hear, where it may come to have one.
+    pub(crate) kept: Option<KeptEvents>,
 }
 
 impl Session {
@@ -71,7 +73,19 @@ impl Session {
         arrived: Instant,
         permit: Arc<QueuePermit>,
     ) -> Self {
-        Self { sequence, grammar: None, sink, deadline, arrived, last_token: None, permit, misses: 0, retry_at: None }
+        let kept = sequence.resumable.then(|| KeptEvents::from(sequence.completion()));
+        Self {
+            sequence,
+            grammar: None,
+            sink,
+            deadline,
+            arrived,
+            last_token: None,
+            permit,
+            misses: 0,
+            retry_at: None,
+            kept,
+        }
     }
 }
 

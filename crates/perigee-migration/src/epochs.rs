@@ -3,7 +3,8 @@
 //! out and starts the timer that a state names. The README has the protocol and its failures.
 //!
 //! What all of it rests on:
-//! - Epochs of a session only rise, and the router that holds the client's stream makes them all.
+//! - Epochs of a session only rise, and the router that holds the client's stream makes them all. Another one to which the
+//!   client has turned begins above all that the first can make.
 //! - The router is the commit point: it accepts the tokens of one owner only, and a target runs only when that router,
 //!   having accepted the target's epoch, says so.
 //! - A source that was asked to hand over stops before it sends the record, and goes on only when the router names it an
@@ -53,6 +54,26 @@ pub enum Command {
         /// The epoch that the source goes on with, above `next`.
         epoch: u64,
     },
+    /// To the owner of a session whose router is gone, from another router that the client has turned to: it goes on, or on
+    /// again, under that one.
+    TakeOver {
+        /// The epoch that it goes on with, see [`first_after`].
+        epoch: u64,
+    },
+}
+
+/// Epochs of a session that one router can make. Which it has made is known to nobody else.
+const EPOCHS_OF_A_ROUTER: u64 = 1 << 32;
+
+/// The first epoch of a router that takes a session over, of which epoch `known` was heard: above every epoch that the
+/// router before it has made or may yet make.
+pub fn first_after(known: u64) -> u64 {
+    (known / EPOCHS_OF_A_ROUTER).saturating_add(1).saturating_mul(EPOCHS_OF_A_ROUTER)
+}
+
+/// The last epoch that the router which made `epoch` can make.
+pub fn last_beside(epoch: u64) -> u64 {
+    epoch | (EPOCHS_OF_A_ROUTER - 1)
 }
 
 impl Command {
@@ -62,7 +83,8 @@ impl Command {
             Self::Prepare { epoch, .. }
             | Self::Start { epoch }
             | Self::Release { epoch, .. }
-            | Self::AbortMove { epoch, .. } => epoch,
+            | Self::AbortMove { epoch, .. }
+            | Self::TakeOver { epoch } => epoch,
         }
     }
 }
@@ -81,7 +103,7 @@ pub struct Report {
 pub enum Phase {
     /// From the source: the target holds the session, verified and not running.
     Ready,
-    /// From the target: it runs.
+    /// From the target, or from an owner that was taken over: it runs.
     Started,
     /// From the source: it gave the session up.
     Released,

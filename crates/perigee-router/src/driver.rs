@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use perigee_migration::epochs::{
     Command, CoordinatorAction, CoordinatorEvent, CoordinatorState, Failure, Outcome, Phase, Side, TokenVerdict,
+    last_beside,
 };
 use perigee_proto::internal::{Abort, Finish, MoveReport, SessionEvent, router_message::Body};
 use perigee_proto::status::WireError;
@@ -126,6 +127,10 @@ impl Relay {
         let now = seat.now;
         let (Some(report), Some(choice)) = (wire::report(message), seat.choice()) else { return Ok(()) };
         let Some(side) = choice.side_of(from) else { return Ok(()) };
+        if let CoordinatorState::TakingOver { .. } = choice.coordinator.state() {
+            self.taken_over(seat, from, report);
+            return Ok(());
+        }
         let Some(transit) = choice.moving() else { return Ok(()) };
         transit.heard(side, report.phase, message, now);
         let before = choice.coordinator.state();
@@ -240,7 +245,9 @@ impl Relay {
         }
         let time = match after {
             CoordinatorState::Preparing { .. } => Some(times.prepare),
-            CoordinatorState::Committed { .. } | CoordinatorState::Aborting { .. } => Some(times.answer),
+            CoordinatorState::Committed { .. }
+            | CoordinatorState::Aborting { .. }
+            | CoordinatorState::TakingOver { .. } => Some(times.answer),
             CoordinatorState::Idle | CoordinatorState::Ready { .. } | CoordinatorState::Ended => None,
         };
         self.set_alarm(seat, time);
@@ -257,6 +264,9 @@ impl Relay {
     }
 
     fn command(&self, seat: &mut Seat<'_>, side: Side, command: Command) {
+        if let Command::TakeOver { .. } = command {
+            return self.send_take_over(seat, command);
+        }
         let Some(choice) = seat.choice() else { return };
         let Some(transit) = &choice.transit else { return };
         if let Some(live) = self.replicas.live(transit.side(side)) {
@@ -297,11 +307,12 @@ impl Relay {
         choice
             .holders
             .retain(|holder| owner.as_ref().is_none_or(|owner| !owner.identity.is_same_run(&holder.identity)));
-        self.end_at_holders(choice, 0);
+        self.end_at_holders(choice, last_beside(choice.coordinator.epoch()));
         self.conclude_anyway(seat);
     }
 
-    /// Tells every replica that ever held something of a session that it is over there, up to an epoch; 0 is all.
+    /// Tells every replica that ever held something of a session that it is over there, up to an epoch: never those of a
+    /// router that took it over.
     fn end_at_holders(&self, choice: &Choice, epoch: u64) {
         for holder in choice.holders.iter().filter_map(|holder| self.replicas.live(holder)) {
             let sessions = vec![choice.session.clone()];

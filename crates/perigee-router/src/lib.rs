@@ -27,6 +27,7 @@ mod membership;
 mod metrics;
 mod migrate;
 mod model;
+mod orphans;
 mod random;
 mod readiness;
 mod recovery;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use perigee_migration::epochs::last_beside;
 use perigee_proto::internal::{Abort, EventBatch, MoveReport, Submit, router_message::Body};
 use perigee_proto::status::{ErrorKind, WireError};
 use tokio::time::Instant;
@@ -21,7 +22,8 @@ use crate::error;
 use crate::flight::{Accepted, End, Flight, FlightState, Milestones};
 use crate::metrics::RouterMetrics;
 use crate::recovery::demand;
-use crate::replicas::Replicas;
+use crate::orphans::Orphan;
+use crate::replicas::{Placement, Replicas};
 use crate::reply::Reply;
 use crate::resume::{ResumeKey, Resumed, Seal};
 use crate::timers::Timers;
@@ -53,6 +55,9 @@ pub(crate) struct NewFlight {
     pub(crate) place: Place,
     /// Where it goes on, if another router began it.
     pub(crate) resumed: Option<Resumed>,
+    /// Of each choice the session that is still somewhere, under the name that it has in `submit`; nothing where it is to be
+    /// computed anew.
+    pub(crate) orphans: Vec<Option<Orphan>>,
     /// Signs its resume tokens, where it is to have some.
     pub(crate) key: Option<ResumeKey>,
 }
@@ -76,11 +81,9 @@ impl Relay {
         if self.is_closing.load(Ordering::Relaxed) {
             return Err(error::closing());
         }
-        let demand = demand(&new.submit);
-        let placement = self.replicas.place(demand, &[]).ok_or_else(error::no_replica)?;
-        let report = placement.report;
-        let room = report.waiting == 0 && report.slots_free >= demand.sessions;
-        admission::check_wait(placement.expected_ms, room, new.deadline)?;
+        let is_adopted = |index: usize| new.orphans.get(index).is_some_and(Option::is_some);
+        let needs_place = (0..new.submit.sessions.len()).any(|index| !is_adopted(index));
+        let placement = if needs_place { Some(self.choose_place(&new)?) } else { None };
 
         let choice = |(index, session): (usize, &String)| {
             let mut choice = Choice::new(session.clone(), new.arrived, error::no_replica());
@@ -91,7 +94,7 @@ impl Relay {
         };
         let choices: Vec<Choice> = new.submit.sessions.iter().enumerate().map(choice).collect();
         let seal = new.key.as_ref().map(|key| match new.resumed {
-            Some(resumed) => resumed.into_seal(key),
+            Some(resumed) => resumed.into_seal(key, &new.submit),
             None => Seal::new(key, &new.submit, choices.len()),
         });
         let state = FlightState {
@@ -116,8 +119,25 @@ impl Relay {
         }
         self.metrics.waiting.inc();
         let reply = Reply::new(self.clone(), flight.clone(), new.place);
-        self.settle(&flight, Some(placement));
+        for (index, orphan) in new.orphans.into_iter().enumerate() {
+            let mut state = flight.state.lock();
+            let mut seat = Seat { flight: &flight, state: &mut state, index, now: new.arrived };
+            if let Some(orphan) = orphan.filter(|_| seat.choice().is_some_and(|choice| !choice.is_finished)) {
+                self.adopt(&mut seat, orphan);
+            }
+        }
+        self.settle(&flight, placement);
         Ok(reply)
+    }
+
+    /// Where a new request would have its first token soonest, if that is in time.
+    fn choose_place(&self, new: &NewFlight) -> Result<Placement, WireError> {
+        let demand = demand(&new.submit);
+        let placement = self.replicas.place(demand, &[]).ok_or_else(error::no_replica)?;
+        let report = placement.report;
+        let room = report.waiting == 0 && report.slots_free >= demand.sessions;
+        admission::check_wait(placement.expected_ms, room, new.deadline)?;
+        Ok(placement)
     }
 
     /// The request and choice of a session.
@@ -323,16 +343,18 @@ impl Relay {
             }
             state.wake();
             // One message a replica, not one a choice.
-            let mut aborts: Vec<(Arc<Attachment>, Vec<String>)> = Vec::new();
+            let mut aborts: Vec<(Arc<Attachment>, u64, Vec<String>)> = Vec::new();
             for index in 0..state.choices.len() {
                 let mut seat = Seat { flight, state: &mut state, index, now };
                 let Some(choice) = seat.choice().filter(|choice| !choice.is_finished) else { continue };
                 choice.is_finished = true;
+                // Not those of a router to which the client has turned.
+                let epoch = last_beside(choice.coordinator.epoch());
                 for holder in std::mem::take(&mut choice.holders) {
                     let Some(holder) = self.replicas.live(&holder) else { continue };
-                    match aborts.iter_mut().find(|(known, _)| known.id == holder.id) {
-                        Some((_, sessions)) => sessions.push(choice.session.clone()),
-                        None => aborts.push((holder, vec![choice.session.clone()])),
+                    match aborts.iter_mut().find(|(known, up_to, _)| (known.id, *up_to) == (holder.id, epoch)) {
+                        Some((.., sessions)) => sessions.push(choice.session.clone()),
+                        None => aborts.push((holder, epoch, vec![choice.session.clone()])),
                     }
                 }
                 if choice.replay.take().is_some() {
@@ -340,9 +362,9 @@ impl Relay {
                 }
                 self.close(&mut seat, false);
             }
-            for (holder, sessions) in aborts {
+            for (holder, epoch, sessions) in aborts {
                 // A lost replica ends them itself.
-                let _ = holder.send(Body::Abort(Abort { sessions, epoch: 0 }));
+                let _ = holder.send(Body::Abort(Abort { sessions, epoch }));
             }
         }
         self.forget_if_over(flight);

@@ -106,12 +106,8 @@ impl Seal {
             request: digest_of(submit),
             next: vec![0; choices],
             finished: vec![false; choices],
+            sessions: submit.sessions.clone(),
         };
-        Self { key: key.clone(), point }
-    }
-
-    /// For a request that goes on.
-    pub(crate) fn at(key: &ResumeKey, point: ResumePoint) -> Self {
         Self { key: key.clone(), point }
     }
 
@@ -177,8 +173,14 @@ impl Resumed {
         }
     }
 
-    pub(crate) fn into_seal(self, key: &ResumeKey) -> Seal {
-        Seal::at(key, self.point)
+    /// The sessions of its choices, as far as the client's token names them.
+    pub(crate) fn sessions(&self) -> &[String] {
+        &self.point.sessions
+    }
+
+    /// Makes the tokens from here on, of the sessions that go on.
+    pub(crate) fn into_seal(self, key: &ResumeKey, submit: &Submit) -> Seal {
+        Seal { key: key.clone(), point: ResumePoint { sessions: submit.sessions.clone(), ..self.point } }
     }
 }
 

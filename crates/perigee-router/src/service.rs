@@ -96,16 +96,20 @@ impl InferenceService {
         };
         let submit = plan.submission(prompt, seed, &model, prompt_logprobs)?;
         self.metrics.prompt_tokens.inc_by(submit.prompt.len() as u64);
-        let submit = Submit { request_id: request_id.to_string(), sessions, ..submit };
-        let (key, resumed) = match lasting {
-            Lasting::No => (None, None),
-            Lasting::Begins => (Some(self.resume_key.clone()), None),
-            Lasting::GoesOn(resumed) => {
-                resumed.check(&submit, submit.sessions.len())?;
-                (Some(self.resume_key.clone()), Some(resumed))
+        let resumable = !matches!(lasting, Lasting::No);
+        let mut submit = Submit { request_id: request_id.to_string(), sessions, resumable, ..submit };
+        let key = resumable.then(|| self.resume_key.clone());
+        let (mut resumed, mut orphans) = (None, Vec::new());
+        if let Lasting::GoesOn(going_on) = lasting {
+            going_on.check(&submit, submit.sessions.len())?;
+            orphans = self.relay.find_orphans(going_on.sessions()).await;
+            for (session, orphan) in submit.sessions.iter_mut().zip(&orphans) {
+                // It keeps the name that its replicas know.
+                orphan.iter().for_each(|orphan| session.clone_from(&orphan.session));
             }
-        };
-        self.relay.start(NewFlight { submit, arrived, deadline, place, resumed, key })
+            resumed = Some(going_on);
+        }
+        self.relay.start(NewFlight { submit, arrived, deadline, place, resumed, orphans, key })
     }
 
     /// The tokens of a prompt, which is taken out of its place.

@@ -4,7 +4,7 @@
 use perigee_migration::Mode;
 use perigee_migration::epochs::{Command, Failure, Phase, Report};
 use perigee_proto::internal::{
-    AbortMove, MoveFailure, MoveMode, MovePhase, MoveReport, Prepare, Release, Start, router_message::Body,
+    AbortMove, MoveFailure, MoveMode, MovePhase, MoveReport, Prepare, Release, Start, TakeOver, router_message::Body,
 };
 use perigee_proto::v1::MigrateMode;
 
@@ -32,6 +32,8 @@ pub(crate) fn command(session: &str, command: Command, transit: &Transit) -> Bod
             Body::Release(Release { session, epoch, owner: target.replica.to_string(), owner_epoch })
         }
         Command::AbortMove { next, epoch } => Body::AbortMove(AbortMove { session, next_epoch: next, epoch }),
+        // Outside moves more is said with it.
+        Command::TakeOver { epoch } => Body::TakeOver(TakeOver { session, epoch, ..TakeOver::default() }),
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use perigee_engine::moves::TakeOver;
 use perigee_engine::request::{
     EventBatch, FinishReason, Load, PositionLogprobs, RefusedRequest, Request, SessionEvent, SessionId, SessionInfo,
     StopRule, TokenLogprob,
@@ -25,8 +26,7 @@ pub(crate) fn request(submit: internal::Submit, now: Instant) -> Result<Request,
     if sampling.bias_ids.len() != sampling.bias_values.len() {
         return Err(invalid("sampling.logit_bias", "has ids and values of different number"));
     }
-    let near = submit.deadline_ms.filter(|left| *left < FAR_MS);
-    let deadline = near.and_then(|left| now.checked_add(Duration::from_millis(left)));
+    let deadline = deadline(submit.deadline_ms, now);
     Ok(Request {
         request_id: submit.request_id,
         sessions: submit.sessions.into_iter().map(SessionId).collect(),
@@ -56,13 +56,24 @@ pub(crate) fn request(submit: internal::Submit, now: Instant) -> Result<Request,
         },
         prompt_logprobs: submit.prompt_logprobs,
         priority: submit.priority,
-        // One so far away that the clock cannot tell it is none.
         deadline,
         cache_salt: submit.cache_salt,
         text: submit.text,
         // Made where that holds nobody up.
         grammar: None,
+        resumable: submit.resumable,
     })
+}
+
+/// When a client stops waiting. One so far away that the clock cannot tell it is none.
+fn deadline(left_ms: Option<u64>, now: Instant) -> Option<Instant> {
+    left_ms.filter(|left| *left < FAR_MS).and_then(|left| now.checked_add(Duration::from_millis(left)))
+}
+
+/// A router's word that a session's client has turned to it.
+pub(crate) fn take_over(order: internal::TakeOver, now: Instant) -> TakeOver {
+    let internal::TakeOver { session, epoch, first, next, deadline_ms } = order;
+    TakeOver { session: SessionId(session), epoch, first, next, deadline: deadline(deadline_ms, now) }
 }
 
 /// What a submitted request's text must be.
@@ -238,6 +249,7 @@ mod tests {
             first_choice: 6,
             delivered: vec![],
             grammar: None,
+            resumable: true,
         }
     }
 

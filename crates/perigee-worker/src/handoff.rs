@@ -6,9 +6,13 @@ use std::future::Future;
 use std::time::Duration;
 
 use perigee_engine::EngineHandle;
-use perigee_engine::moves::{Fetching, HandoffConnector, HandoffRefused, HomeNote, Outgoing, Target};
+use perigee_engine::moves::{
+    Demand, Fetching, HandoffConnector, HandoffRefused, HomeNote, Incoming, Outgoing, Target,
+};
 use perigee_engine::remote::RemoteHome;
-use perigee_proto::internal::{HandoffChunk, HandoffResult, ReplicaRun};
+use perigee_proto::internal::{
+    HandoffAnswer, HandoffChunk, HandoffDemand, HandoffResult, HandoffRoom, ReplicaRun, handoff_answer,
+};
 use perigee_proto::status::{ErrorKind, WireError};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -23,6 +27,8 @@ use crate::{leases, move_report, pages};
 
 /// Chunks between the encoder and the connection: enough to keep it busy, little enough that no session is in memory twice.
 const CHUNKS_IN_FLIGHT: usize = 4;
+/// Answers to one handoff that may wait for its source: there are two.
+const ANSWERS: usize = 2;
 /// While the connection takes nothing, a handoff that is called off is noticed that soon.
 const CANCEL_CHECK: Duration = Duration::from_millis(20);
 /// A source that sends nothing for that long is gone. The engine gives the session up before; this ends the call.
@@ -30,6 +36,9 @@ const CHUNK_PATIENCE: Duration = Duration::from_secs(30);
 /// For which run of which replica a handoff is. An address alone may belong to another one by now.
 const TARGET_REPLICA: &str = "perigee-target";
 const TARGET_INCARNATION: &str = "perigee-target-incarnation";
+
+/// Answers to one handoff.
+pub(crate) type AnswerStream = ReceiverStream<Result<HandoffAnswer, Status>>;
 
 /// Carries handoffs to other replicas over gRPC.
 #[derive(Debug, Clone)]
@@ -77,13 +86,27 @@ async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Optio
     // The call ends with the body's None only. If this task gives up before, the body waits until the call is reset, so that
     // the target can take half a handoff for a whole one under no circumstances.
     let (chunks, body) = mpsc::channel::<Option<HandoffChunk>>(CHUNKS_IN_FLIGHT);
+    let mut on_room = outgoing.on_room();
     let body = ReceiverStream::new(body).chain(tokio_stream::pending()).map_while(|chunk| chunk);
     let call = async {
         let mut client = peers.connect(&target.endpoint).await?;
         let mut request = Request::new(body);
         address(request.metadata_mut(), target)?;
-        let answered = client.handoff(request).await;
-        answered.map(|result| result.into_inner()).map_err(|status| refusal(target, &status))
+        let refused = |status: Status| refusal(target, &status);
+        let mut answers = client.handoff(request).await.map_err(refused)?.into_inner();
+        while let Some(answer) = answers.message().await.map_err(refused)? {
+            match answer.body {
+                Some(handoff_answer::Body::Room(_)) => {
+                    if let Some(on_room) = on_room.take() {
+                        // A handoff that is called off needs no room.
+                        let _ = on_room.send(());
+                    }
+                }
+                Some(handoff_answer::Body::Result(result)) => return Ok(result),
+                None => {}
+            }
+        }
+        Err(format!("{} ended the handoff without an answer", target.replica))
     };
     let session = outgoing.session().0.clone();
     let answer = {
@@ -108,8 +131,11 @@ async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Optio
 
 /// Everything that is to be sent, then the mark of a good end. None if it was called off.
 async fn send(outgoing: &mut Outgoing, chunks: &mpsc::Sender<Option<HandoffChunk>>) -> Option<()> {
+    let Demand { pages, positions, remote } = outgoing.demand();
+    let mut demand = Some(HandoffDemand { pages, positions, remote });
     while let Some(data) = outgoing.next_chunk().await {
-        room(outgoing, chunks).await?.send(Some(HandoffChunk { data }));
+        let demand = demand.take();
+        room(outgoing, chunks).await?.send(Some(HandoffChunk { data, demand }));
     }
     if outgoing.is_cancelled() {
         return None;
@@ -156,30 +182,65 @@ fn refusal(target: &Target, status: &Status) -> String {
     }
 }
 
-/// The target's side of one call.
-///
-/// # Errors
-/// The status says why the session is not held here; nothing of it stays.
-pub(crate) async fn receive(
+/// The target's side of one call. Answers leave by the stream; one that is dropped ends the handoff, and nothing of it stays.
+pub(crate) fn receive(
     engine: &EngineHandle,
     identity: &ReplicaIdentity,
     request: Request<Streaming<HandoffChunk>>,
-) -> Result<HandoffResult, Status> {
+) -> Result<AnswerStream, Status> {
     check_address(identity, request.metadata())?;
     let mut chunks = request.into_inner();
     let mut incoming = engine.incoming();
-    let refused = |error: HandoffRefused| {
-        let status = Status::from(move_report::refused(&error));
-        tracing::warn!(code = ?status.code(), %error, "a handoff was refused");
-        status
-    };
+    let (answers, out) = mpsc::channel(ANSWERS);
+    tokio::spawn(async move {
+        let answer = tokio::select! {
+            answer = take(&mut chunks, &mut incoming, &answers) => answer,
+            // The source gave up.
+            () = answers.closed() => return,
+        };
+        let answer = match answer {
+            Ok(()) => finish(incoming).await,
+            Err(refused) => Err(refused),
+        };
+        // A source that is gone hears of it by its own router.
+        let _ = answers.send(answer).await;
+    });
+    Ok(ReceiverStream::new(out))
+}
+
+/// Takes all that is sent, and says as soon as there is room for it.
+async fn take(
+    chunks: &mut Streaming<HandoffChunk>,
+    incoming: &mut Incoming,
+    answers: &mpsc::Sender<Result<HandoffAnswer, Status>>,
+) -> Result<(), Status> {
+    let mut has_told = false;
     while let Some(chunk) = within(chunks.message()).await? {
+        if let Some(HandoffDemand { pages, positions, remote }) = chunk.demand {
+            incoming.demands(Demand { pages, positions, remote });
+        }
         incoming.push(&chunk.data).await.map_err(refused)?;
+        if !has_told && incoming.has_room() {
+            has_told = true;
+            let body = Some(handoff_answer::Body::Room(HandoffRoom {}));
+            // Where nobody listens any more, the call ends.
+            let _ = answers.send(Ok(HandoffAnswer { body })).await;
+        }
     }
+    Ok(())
+}
+
+async fn finish(incoming: Incoming) -> Result<HandoffAnswer, Status> {
     let prepared = incoming.finish().await.map_err(refused)?;
     tracing::debug!(session = prepared.session, epoch = prepared.epoch, "a session is held, prepared");
-    let digests = prepared.digests;
-    Ok(HandoffResult { session: prepared.session, epoch: prepared.epoch, digests })
+    let result = HandoffResult { session: prepared.session, epoch: prepared.epoch, digests: prepared.digests };
+    Ok(HandoffAnswer { body: Some(handoff_answer::Body::Result(result)) })
+}
+
+fn refused(error: HandoffRefused) -> Status {
+    let status = Status::from(move_report::refused(&error));
+    tracing::warn!(code = ?status.code(), %error, "a handoff was refused");
+    status
 }
 
 async fn within<T>(next: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {

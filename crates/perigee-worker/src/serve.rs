@@ -5,6 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use perigee_engine::request::Load;
 use perigee_engine::{EngineHandle, EngineHealth};
 use perigee_proto::internal::replica_server::ReplicaServer;
 use perigee_proto::standard;
@@ -130,7 +131,12 @@ async fn run_to_end(engine: &EngineHandle, shutdown: impl Future<Output = ()>, g
     };
     tokio::select! {
         outcome = &mut failure => return outcome,
-        _ = tokio::time::timeout(grace, idle) => {}
+        in_time = tokio::time::timeout(grace, idle) => {
+            if in_time.is_err() {
+                let Load { running, waiting, parked, homes, .. } = engine.load();
+                tracing::warn!(running, waiting, parked, homes, "the grace time is over, what is left here ends");
+            }
+        }
     }
     engine.shutdown();
     failure.await

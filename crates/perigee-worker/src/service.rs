@@ -1,6 +1,6 @@
 //! `perigee.internal.v1.Replica` on a leader: one task for each attached router, between its stream and the engine's
-//! handle. Where the stream ends or the router's lease runs out, its sessions are aborted; what they are, and how
-//! they are stepped, is the engine's affair.
+//! handle. Where the stream ends or the router's lease runs out, its sessions end or wait for another router; what they are,
+//! and how they are stepped, is the engine's affair.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +10,7 @@ use perigee_engine::request::{RefusedRequest, RouterId, SessionId};
 use perigee_engine::{EngineHandle, EngineHealth};
 use perigee_proto::internal::replica_server::Replica;
 use perigee_proto::internal::{
-    AttendAnswer, AttendQuery, EventBatch, FetchPagesRequest, Flushed, HandoffChunk, HandoffResult, Hello,
+    AttendAnswer, AttendQuery, EventBatch, FetchPagesRequest, Flushed, HandoffChunk, Hello,
     KeepHomesAnswer, KeepHomesRequest, PageChunk, Prepare, ReplicaMessage, RouterMessage, Sessions, Submit,
     replica_message, router_message,
 };
@@ -23,6 +23,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::attend::{HomeServices, answer_channel};
 use crate::compile::{Compiling, Ready, Turns};
+use crate::handoff::AnswerStream;
 use crate::identity::ReplicaIdentity;
 use crate::lease::Lease;
 use crate::metrics::WorkerMetrics;
@@ -69,6 +70,7 @@ impl ReplicaService {
 #[tonic::async_trait]
 impl Replica for ReplicaService {
     type AttachStream = ReceiverStream<Result<ReplicaMessage, Status>>;
+    type HandoffStream = AnswerStream;
     type AttendStream = ReceiverStream<Result<AttendAnswer, Status>>;
     type FetchPagesStream = ReceiverStream<Result<PageChunk, Status>>;
 
@@ -97,8 +99,8 @@ impl Replica for ReplicaService {
         Ok(Response::new(ReceiverStream::new(out)))
     }
 
-    async fn handoff(&self, request: Request<Streaming<HandoffChunk>>) -> Result<Response<HandoffResult>, Status> {
-        handoff::receive(&self.engine, &self.identity, request).await.map(Response::new)
+    async fn handoff(&self, request: Request<Streaming<HandoffChunk>>) -> Result<Response<AnswerStream>, Status> {
+        handoff::receive(&self.engine, &self.identity, request).map(Response::new)
     }
 
     async fn attend(&self, request: Request<Streaming<AttendQuery>>) -> Result<Response<Self::AttendStream>, Status> {
@@ -272,6 +274,10 @@ impl RouterStream {
             }
             Some(Body::Drain(_)) => {
                 self.drain.send_replace(true);
+                Ok(())
+            }
+            Some(Body::TakeOver(order)) => {
+                self.engine.take_over(self.id, convert::take_over(order, std::time::Instant::now()));
                 Ok(())
             }
             Some(Body::Prepare(prepare)) => self.prepare(prepare),

@@ -9,7 +9,7 @@ use perigee_migration::{HandoffDecoder, Header, Part, SegmentTable};
 use perigee_text::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource};
 use tokio::sync::oneshot;
 
-use super::HandoffRefused;
+use super::{Demand, HandoffRefused};
 use super::record::Record;
 use crate::cache::SlotPair;
 use crate::executor::PageSpan;
@@ -37,6 +37,7 @@ pub struct Incoming {
     /// The session's grammar, which is made while the state arrives; none for a session without one.
     grammar: Option<oneshot::Receiver<Result<Grammar, GrammarError>>>,
     decoder: Option<HandoffDecoder>,
+    demand: Demand,
     /// Session and epoch, once the header is here.
     offered: Option<(SessionId, u64)>,
 }
@@ -50,7 +51,18 @@ impl Incoming {
     ) -> Self {
         // The engine judges epochs itself, with the session's whole story.
         let decoder = expected.map(|expected| HandoffDecoder::new(expected, |_| 0));
-        Self { commands, grammars, tokens: Vec::new(), grammar: None, decoder, offered: None }
+        let demand = Demand::default();
+        Self { commands, grammars, tokens: Vec::new(), grammar: None, decoder, demand, offered: None }
+    }
+
+    /// What the source asks for, before the first bytes. Without it a slot is all that is kept free from the beginning.
+    pub fn demands(&mut self, demand: Demand) {
+        self.demand = demand;
+    }
+
+    /// Whether there is room for the session here, and it is reserved.
+    pub fn has_room(&self) -> bool {
+        self.offered.is_some()
     }
 
     /// Takes the next bytes, cut anywhere. Returns once they are where they belong, so that a source cannot send faster.
@@ -67,7 +79,8 @@ impl Incoming {
             let (session, next) = (SessionId(header.session.clone()), header.next_epoch);
             // Noted before the answer: a source that is lost meanwhile must not leave a reservation behind.
             self.offered = Some((session, next));
-            let answer = self.ask(|reply| Command::HandoffOffer { header: Box::new(header), reply }).await;
+            let demand = self.demand;
+            let answer = self.ask(|reply| Command::HandoffOffer { header: Box::new(header), demand, reply }).await;
             if answer.is_err() {
                 self.offered = None;
             }
@@ -172,6 +185,8 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T, HandoffRefused>>;
 pub(crate) struct Arriving {
     pub(crate) task: TaskId,
     pub(crate) slots: SlotPair,
+    /// Pages that were taken for it before it stood still, until it is known which positions they are for.
+    pub(crate) reserved: Vec<u32>,
     pub(crate) header: Header,
     pub(crate) tokens: Vec<u32>,
     pub(crate) frozen: Option<Frozen>,

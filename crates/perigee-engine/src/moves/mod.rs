@@ -6,6 +6,7 @@ mod fetching;
 mod follow;
 mod incoming;
 mod keeping;
+mod orphans;
 mod outgoing;
 mod party;
 mod record;
@@ -28,6 +29,8 @@ pub(crate) use self::incoming::{Arriving, Reply};
 pub use self::incoming::{Incoming, Prepared};
 pub(crate) use self::keeping::Homes;
 pub use self::keeping::{HomeAnswer, HomeNote};
+pub(crate) use self::orphans::KeptEvents;
+pub use self::orphans::TakeOver;
 pub use self::outgoing::Outgoing;
 pub(crate) use self::outgoing::SourcePart;
 pub use self::record::{RECORD_VERSION, RecordError};
@@ -101,6 +104,17 @@ pub struct Target {
     pub incarnation: String,
     /// Host and port of its Replica service.
     pub endpoint: String,
+}
+
+/// What a session needs of its target, as far as its source knows before it stands still.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// Pages to be taken for it when it arrives.
+    pub pages: u64,
+    /// Most positions that it may ever compute.
+    pub positions: u64,
+    /// Positions whose latents stay on other replicas.
+    pub remote: u64,
 }
 
 /// A router's order to hand a session over.

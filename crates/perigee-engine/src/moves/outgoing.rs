@@ -5,8 +5,9 @@ use std::sync::mpsc;
 
 use perigee_migration::handoff::{CHUNK_BYTES, Frozen, Summary, Totals};
 use perigee_migration::{HandoffEncoder, HandoffError, Header, PageSlice, SegmentTable, StateSlice, TensorDigests};
-use tokio::sync::mpsc as async_mpsc;
+use tokio::sync::{mpsc as async_mpsc, oneshot};
 
+use super::Demand;
 use crate::handle::Command;
 use crate::request::SessionId;
 
@@ -33,6 +34,10 @@ pub struct Outgoing {
     next: u64,
     commands: mpsc::Sender<Command>,
     parts: async_mpsc::UnboundedReceiver<SourcePart>,
+    demand: Demand,
+    /// The target's word that it has room, and the way for whoever carries it.
+    room: oneshot::Receiver<()>,
+    tell_room: Option<oneshot::Sender<()>>,
     encoder: HandoffEncoder,
     summary: Option<Summary>,
     stage: Stage,
@@ -41,8 +46,10 @@ pub struct Outgoing {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// Header and first tokens are on their way.
+    /// Header and first tokens are to be sent.
     Opening,
+    /// They are out; the target is still to say that it has room.
+    Asking,
     /// The engine was told that the session may be frozen.
     Opened,
     /// The engine knows how it ended.
@@ -50,24 +57,49 @@ enum Stage {
 }
 
 impl Outgoing {
-    /// A handoff with this header, and the way to hand parts in. Dropping that way cancels it.
+    /// A handoff with this header of a session that needs so much, and the way to hand parts in. Dropping that way cancels
+    /// it.
     ///
     /// # Errors
     /// The header contradicts itself.
     pub(crate) fn new(
         header: Header,
+        demand: Demand,
         commands: mpsc::Sender<Command>,
     ) -> Result<(Self, async_mpsc::UnboundedSender<SourcePart>), HandoffError> {
         let (sender, parts) = async_mpsc::unbounded_channel();
         let (session, next) = (SessionId(header.session.clone()), header.next_epoch);
         let encoder = HandoffEncoder::new(header, CHUNK_BYTES)?;
-        let stage = Stage::Opening;
-        Ok((Self { session, next, commands, parts, encoder, summary: None, stage, failure: None }, sender))
+        let (tell_room, room) = oneshot::channel();
+        let outgoing = Self {
+            session,
+            next,
+            commands,
+            parts,
+            demand,
+            room,
+            tell_room: Some(tell_room),
+            encoder,
+            summary: None,
+            stage: Stage::Opening,
+            failure: None,
+        };
+        Ok((outgoing, sender))
     }
 
     /// The session that is handed over.
     pub fn session(&self) -> &SessionId {
         &self.session
+    }
+
+    /// What the target is asked to keep free for it, to be said before the first bytes.
+    pub fn demand(&self) -> Demand {
+        self.demand
+    }
+
+    /// The way to say that the target has room: the session stands still only then. It is given out once.
+    pub fn on_room(&mut self) -> Option<oneshot::Sender<()>> {
+        self.tell_room.take()
     }
 
     /// The next bytes for the target. None when that was all, or when the handoff is off: see [`Self::is_cancelled`].
@@ -79,13 +111,20 @@ impl Outgoing {
             if self.summary.is_some() || self.failure.is_some() {
                 return None;
             }
-            let Some(part) = self.parts.recv().await else {
-                self.failure = Some("it was called off".into());
-                return None;
-            };
-            if let Err(error) = self.encode(part) {
-                self.failure = Some(error.to_string());
-                return None;
+            tokio::select! {
+                told = &mut self.room, if self.stage == Stage::Asking => match told {
+                    Ok(()) => {
+                        self.stage = Stage::Opened;
+                        let (session, next) = (self.session.clone(), self.next);
+                        self.send(Command::HandoffOpened { session, next });
+                    }
+                    Err(_) => self.failure = Some("the target did not say that it has room".into()),
+                },
+                part = self.parts.recv() => match part.map(|part| self.encode(part)) {
+                    Some(Ok(())) => {}
+                    Some(Err(error)) => self.failure = Some(error.to_string()),
+                    None => self.failure = Some("it was called off".into()),
+                },
             }
         }
     }
@@ -106,9 +145,7 @@ impl Outgoing {
             SourcePart::Tokens(tokens) => {
                 self.encoder.tokens(&tokens)?;
                 if self.stage == Stage::Opening {
-                    self.stage = Stage::Opened;
-                    let (session, next) = (self.session.clone(), self.next);
-                    self.send(Command::HandoffOpened { session, next });
+                    self.stage = Stage::Asking;
                 }
             }
             SourcePart::Frozen(frozen, table) => self.encoder.freeze(&frozen, &table)?,

@@ -1,20 +1,25 @@
 //! The source's side of a move inside the engine: a session is frozen between two steps, taken off the device tensor by
 //! tensor, and given up once the router has committed.
 
+use std::ops::Range;
+
 use perigee_migration::epochs::PartyEvent;
 use perigee_migration::handoff::{Frozen, Totals};
 use perigee_migration::segments::sealed;
-use perigee_migration::{Header, Mode, PAGE_POSITIONS};
+use perigee_migration::{Header, Mode, PAGE_POSITIONS, Place};
 
 use super::record::{HomeAddress, Record};
 use super::seat::{Course, Link};
-use super::{Outgoing, SourcePart};
+use super::target::most;
+use super::{Demand, Outgoing, SourcePart, Target};
 use crate::cache::{Home, HomePages};
 use crate::executor::{ExecutorError, PageSpan, StateSource, StepPlan};
 use crate::request::{FinishReason, SessionId};
-use crate::scheduler::{StateAt, TaskId};
+use crate::scheduler::{StateAt, Status, TaskId};
 use crate::step::{EngineCore, Fatal};
 
+/// Steps that a session is expected to make until its target has said that it has room.
+const STEPS_MEANWHILE: u64 = 8;
 /// Pages that are taken off the device at a time.
 const PAGES_AT_ONCE: usize = 64;
 
@@ -23,11 +28,12 @@ impl EngineCore {
     pub(super) fn begin_handoff(&mut self, session: &SessionId, next: u64) -> Result<(), String> {
         let config = self.config.moves.clone().ok_or("this replica takes no part in moves")?;
         let geometry = self.executor.geometry().ok_or("the ranks do not move sessions")?;
-        let held = self.names.get(session).and_then(|id| self.sessions.get(id)).ok_or("the session is not here")?;
-        let seat = self.seats.get_mut(session).ok_or("nobody asked for it")?;
-        let (target, mode) = seat.order.take().ok_or("nobody said where to")?;
+        let order = self.seats.get_mut(session).ok_or("nobody asked for it")?.order.take();
+        let (target, mode) = order.ok_or("nobody said where to")?;
         // Without answers the pages have to come along.
         let mode = if config.can_answer { mode } else { Mode::Whole };
+        let demand = self.demand(session, mode, &target);
+        let held = self.names.get(session).and_then(|id| self.sessions.get(id)).ok_or("the session is not here")?;
         let header = Header {
             session: session.0.clone(),
             epoch: held.sequence.epoch,
@@ -37,8 +43,10 @@ impl EngineCore {
             source: config.place,
             mode,
         };
-        let (outgoing, parts) = Outgoing::new(header, self.commands.clone()).map_err(|error| error.to_string())?;
+        let (outgoing, parts) =
+            Outgoing::new(header, demand, self.commands.clone()).map_err(|error| error.to_string())?;
         let tokens = held.sequence.tokens.clone();
+        let seat = self.seats.get_mut(session).ok_or("nobody asked for it")?;
         seat.course = Course { mode: Some(mode), ..Course::default() };
         seat.outgoing = Some(Link { next, parts: parts.clone(), tokens: tokens.len(), mode });
         hand_in(&parts, SourcePart::Tokens(tokens))?;
@@ -46,7 +54,28 @@ impl EngineCore {
         Ok(())
     }
 
-    /// The target has the tokens so far: the session stands still from here on.
+    /// What the session will need at its target, which must say that it has it before anything stands still.
+    fn demand(&self, session: &SessionId, mode: Mode, target: &Target) -> Demand {
+        let id = self.names.get(session).copied();
+        let view = id.and_then(|id| self.scheduler.session(id));
+        let held = id.and_then(|id| self.sessions.get(&id));
+        let (Some(view), Some(held), Some(here)) = (view, held, self.place()) else { return Demand::default() };
+        // It is stepped until the target has answered, a prompt by many positions at once.
+        let reached = if view.status == Status::Prefill { held.sequence.length() } else { view.computed };
+        let context = (reached + STEPS_MEANWHILE).min(most(&held.sequence));
+        let there = Place { replica: target.replica.clone(), incarnation: target.incarnation.clone(), ..here.clone() };
+        let arrival = view.latents.table().hand_over(&here, context, mode).arrive(&there);
+        let pages = |range: Range<u64>| range.end.div_ceil(PAGE_POSITIONS) - range.start / PAGE_POSITIONS;
+        let local: u64 = arrival.table.gaps(context).into_iter().map(pages).sum();
+        let returned: u64 = arrival.returned.into_iter().map(pages).sum();
+        Demand {
+            pages: local.saturating_sub(returned),
+            positions: most(&held.sequence).max(held.sequence.length()),
+            remote: arrival.table.tokens(),
+        }
+    }
+
+    /// The target has room, and the tokens so far: the session stands still from here on.
     pub(crate) fn handoff_opened(&mut self, session: &SessionId, next: u64) -> Result<(), Fatal> {
         let link = self.seats.get(session).and_then(|seat| seat.outgoing.as_ref()).filter(|link| link.next == next);
         let (Some(mode), Some(&id)) = (link.map(|link| link.mode), self.names.get(session)) else { return Ok(()) };

@@ -11,12 +11,12 @@ use perigee_migration::{
 
 use perigee_text::grammar::Grammar;
 
-use super::HandoffRefused;
+use super::{Demand, HandoffRefused};
 use super::incoming::{Arriving, Reply};
 use super::party::Then;
 use super::record::{Record, RecordError};
 use super::source::non_fatal;
-use crate::cache::{HomePages, Latents};
+use crate::cache::{HomePages, Latents, SlotPair};
 use crate::executor::PageSpan;
 use crate::handle::{EngineHealth, QueuePermit};
 use crate::request::SessionId;
@@ -37,38 +37,57 @@ impl<E: Into<HandoffRefused>> From<E> for Stop {
 }
 
 impl EngineCore {
-    /// A handoff's header arrived.
-    pub(crate) fn handoff_offer(&mut self, header: Header, reply: Reply<()>) -> Result<(), Fatal> {
+    /// A handoff's header arrived. What the session needs is reserved before its source lets it stand still, so that a
+    /// refusal costs it nothing.
+    pub(crate) fn handoff_offer(&mut self, header: Header, demand: Demand, reply: Reply<()>) -> Result<(), Fatal> {
         let session = SessionId(header.session.clone());
         let (epoch, next) = (header.epoch, header.next_epoch);
         let seat = self.seats.entry(session.clone()).or_default();
         seat.has_moved = true;
         let task = TaskId(self.next_task);
         self.next_task += 1;
-        // A session with latents elsewhere needs a slot to read and one to write.
         let serves = *self.shared.health.borrow() == EngineHealth::Serving;
-        let slots = if serves { self.scheduler.reserve(task, header.mode == Mode::Split) } else { None };
-        let answer = self.drive_offer(
-            &session,
-            header,
-            (task, slots),
-            PartyEvent::Offer { epoch, next, has_room: slots.is_some() },
-        )?;
+        let room = if serves { self.room(task, header.mode, demand)? } else { None };
+        let offer = PartyEvent::Offer { epoch, next, has_room: room.is_some() };
+        let answer = self.drive_offer(&session, header, (task, room), offer)?;
         self.answer(reply, answer.map_err(HandoffRefused::from));
         Ok(())
+    }
+
+    /// Slots and pages for a session, if it fits.
+    fn room(
+        &mut self,
+        task: TaskId,
+        mode: Mode,
+        demand: Demand,
+    ) -> Result<Option<(SlotPair, Vec<u32>)>, Fatal> {
+        if self.scheduler.limits().check_arrival(demand.positions, demand.remote).is_err() {
+            return Ok(None);
+        }
+        // A session with latents elsewhere needs a slot to read and one to write.
+        let Some(slots) = self.scheduler.reserve(task, mode == Mode::Split || demand.remote > 0) else {
+            return Ok(None);
+        };
+        let pages = self.scheduler.reserve_pages(task, demand.pages as usize);
+        if pages.is_none() {
+            self.note_shortage();
+            self.scheduler.cancel_reserve(task)?;
+        }
+        Ok(pages.map(|pages| (slots, pages)))
     }
 
     fn drive_offer(
         &mut self,
         session: &SessionId,
         header: Header,
-        (task, slots): (TaskId, Option<crate::cache::SlotPair>),
+        (task, room): (TaskId, Option<(SlotPair, Vec<u32>)>),
         offer: PartyEvent,
     ) -> Result<Result<(), Failure>, Fatal> {
-        self.offered = slots.map(|slots| {
+        self.offered = room.map(|(slots, reserved)| {
             Box::new(Arriving {
                 task,
                 slots,
+                reserved,
                 header,
                 tokens: Vec::new(),
                 frozen: None,
@@ -227,10 +246,16 @@ impl EngineCore {
         if !arrival.table.is_empty() {
             self.need_shadow(session, next)?;
         }
-        let Some(reserved) = self.scheduler.reserve_pages(task, due.len()) else {
-            self.note_shortage();
-            return Err(HandoffRefused::Failure(Failure::Full).into());
-        };
+        let mut reserved = std::mem::take(&mut self.arriving(session, next)?.reserved);
+        if let Some(missing) = due.len().checked_sub(reserved.len()) {
+            // It came further than was expected when room was made for it.
+            let Some(more) = self.scheduler.reserve_pages(task, missing) else {
+                self.note_shortage();
+                return Err(HandoffRefused::Failure(Failure::Full).into());
+            };
+            reserved.extend(more);
+        }
+        // Those that are too many are given back when it runs.
         pages.extend(due.into_iter().zip(reserved));
         let arriving = self.arriving(session, next)?;
         arriving.table = arrival.table;
@@ -248,7 +273,8 @@ impl EngineCore {
         // Nothing has been written yet.
         self.scheduler.cancel_reserve(task).map_err(|error| Stop::Fatal(error.into()))?;
         let slots = self.scheduler.reserve(task, true).ok_or(HandoffRefused::Failure(Failure::Full))?;
-        self.arriving(session, next)?.slots = slots;
+        let arriving = self.arriving(session, next)?;
+        (arriving.slots, arriving.reserved) = (slots, Vec::new());
         Ok(())
     }
 
@@ -372,7 +398,7 @@ impl EngineCore {
 }
 
 /// Most positions that a session may ever compute.
-fn most(sequence: &Sequence) -> u64 {
+pub(super) fn most(sequence: &Sequence) -> u64 {
     (sequence.prompt_length + u64::from(sequence.stop.max_tokens)).saturating_sub(1)
 }
 

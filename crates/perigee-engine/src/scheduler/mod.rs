@@ -327,6 +327,17 @@ impl Scheduler {
         self.queue.remove(&rank);
     }
 
+    /// The client of a session, and of those that share its prefill, waits until then, or for as long as it takes.
+    pub fn set_deadline(&mut self, id: TaskId, deadline: Option<Instant>) {
+        let leader = self.leaders.get(&id).copied().unwrap_or(id);
+        let Some(task) = self.tasks.get_mut(&leader) else { return };
+        let former = std::mem::replace(&mut task.deadline, deadline);
+        for id in task.session_ids().collect::<Vec<_>>() {
+            self.forget_deadline(former, id);
+            self.deadlines.extend(deadline.map(|deadline| (deadline, id)));
+        }
+    }
+
     fn forget_deadline(&mut self, deadline: Option<Instant>, id: TaskId) {
         if let Some(deadline) = deadline {
             self.deadlines.remove(&(deadline, id));

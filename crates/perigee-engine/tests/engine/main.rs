@@ -12,7 +12,11 @@ mod failures;
 #[cfg(test)]
 mod grammars;
 #[cfg(test)]
+mod handing;
+#[cfg(test)]
 mod loads;
+#[cfg(test)]
+mod orphans;
 #[cfg(test)]
 mod scores;
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The router's side of a session's moves: it makes the epochs, decides, and accepts one owner's tokens. It is the commit
 //! point: before `Commit` a move can be taken back, after it the session is the target's, or replayed.
 
-use super::{Command, Failure, Phase, Report, Side};
+use super::{Command, Failure, Phase, Report, Side, first_after};
 
 /// How often a command is repeated that nobody answers.
 const TRIES: u8 = 3;
@@ -47,6 +47,11 @@ pub enum CoordinatorState {
         /// How often the commands were repeated.
         tries: u8,
     },
+    /// The session was another router's; its owner is to say that it is this one's now.
+    TakingOver {
+        /// How often the command was repeated.
+        tries: u8,
+    },
     /// The session ended.
     Ended,
 }
@@ -56,6 +61,11 @@ pub enum CoordinatorState {
 pub enum CoordinatorEvent {
     /// The session shall move. Only while [`Coordinator::is_idle`].
     Begin,
+    /// Another router ran the session until now, in this epoch or a later one of its own. First of all events.
+    TakeOver {
+        /// The highest epoch that was heard of.
+        known: u64,
+    },
     /// A replica of this move reported; it came by the same stream as its tokens.
     Report(Side, Report),
     /// The session shall really move: its client is still there, the target still wanted. Only in
@@ -140,8 +150,8 @@ impl Coordinator {
 
     /// Whether the phase waits for a replica, so that it needs a time limit.
     pub fn is_waiting(&self) -> bool {
-        use CoordinatorState::{Aborting, Committed, Preparing};
-        matches!(self.state, Preparing { .. } | Committed { .. } | Aborting { .. })
+        use CoordinatorState::{Aborting, Committed, Preparing, TakingOver};
+        matches!(self.state, Preparing { .. } | Committed { .. } | Aborting { .. } | TakingOver { .. })
     }
 
     /// Judges a token by its epoch. A token may be the first word of a replica whose report got lost; what follows from
@@ -153,6 +163,7 @@ impl Coordinator {
                 self.accepted = epoch;
             }
             CoordinatorState::Committed { is_started, .. } if epoch == self.accepted => *is_started = true,
+            CoordinatorState::TakingOver { .. } if epoch == self.accepted => self.state = CoordinatorState::Idle,
             _ => {}
         }
         self.settle(actions);
@@ -173,7 +184,13 @@ impl Coordinator {
                 let prepare = Command::Prepare { epoch: self.accepted, next };
                 actions.push(CoordinatorAction::Send(Side::Source, prepare));
             }
-            CoordinatorEvent::Begin => {}
+            CoordinatorEvent::TakeOver { known } if self.is_idle() => {
+                let epoch = first_after(known.max(self.highest));
+                (self.accepted, self.highest) = (epoch, epoch);
+                self.state = CoordinatorState::TakingOver { tries: 0 };
+                self.repeat(&mut actions);
+            }
+            CoordinatorEvent::Begin | CoordinatorEvent::TakeOver { .. } => {}
             CoordinatorEvent::Report(side, report) => self.report(side, report, &mut actions),
             CoordinatorEvent::Commit => self.commit(&mut actions),
             CoordinatorEvent::Cancel => self.cancel(&mut actions),
@@ -188,6 +205,12 @@ impl Coordinator {
     fn report(&mut self, side: Side, report: Report, actions: &mut Vec<CoordinatorAction>) {
         let Report { epoch, phase } = report;
         match (&mut self.state, side, phase) {
+            (CoordinatorState::TakingOver { .. }, Side::Source, Phase::Started) if epoch == self.accepted => {
+                self.state = CoordinatorState::Idle;
+            }
+            (CoordinatorState::TakingOver { .. }, Side::Source, Phase::Failed(_)) if epoch == self.accepted => {
+                self.replay(actions);
+            }
             (CoordinatorState::Preparing { next }, Side::Source, Phase::Ready) if epoch == self.accepted => {
                 self.state = CoordinatorState::Ready { next: *next, is_source_lost: false };
             }
@@ -262,13 +285,18 @@ impl Coordinator {
     fn timeout(&mut self, actions: &mut Vec<CoordinatorAction>) {
         match &mut self.state {
             CoordinatorState::Preparing { .. } => self.abort(false, actions),
-            CoordinatorState::Committed { tries, .. } | CoordinatorState::Aborting { tries, .. } if *tries < TRIES => {
+            CoordinatorState::Committed { tries, .. }
+            | CoordinatorState::Aborting { tries, .. }
+            | CoordinatorState::TakingOver { tries }
+                if *tries < TRIES =>
+            {
                 *tries += 1;
                 self.repeat(actions);
             }
             // Nobody answers on a stream that lives: whoever was to run the session does not.
             CoordinatorState::Committed { is_started: false, .. }
-            | CoordinatorState::Aborting { is_resumed: false, .. } => self.replay(actions),
+            | CoordinatorState::Aborting { is_resumed: false, .. }
+            | CoordinatorState::TakingOver { .. } => self.replay(actions),
             // Who was only to let go does so by its own timers.
             CoordinatorState::Committed { is_released, .. } => *is_released = true,
             CoordinatorState::Aborting { is_dropped, .. } => *is_dropped = true,
@@ -279,7 +307,7 @@ impl Coordinator {
     fn lost(&mut self, side: Side, actions: &mut Vec<CoordinatorAction>) {
         match (&mut self.state, side) {
             (CoordinatorState::Idle | CoordinatorState::Preparing { .. }, Side::Source)
-            | (CoordinatorState::Aborting { .. }, Side::Source)
+            | (CoordinatorState::Aborting { .. } | CoordinatorState::TakingOver { .. }, Side::Source)
             | (CoordinatorState::Ready { is_source_lost: true, .. }, Side::Target)
             | (CoordinatorState::Committed { .. }, Side::Target) => self.replay(actions),
             (CoordinatorState::Preparing { .. } | CoordinatorState::Ready { .. }, Side::Target) => {
@@ -288,7 +316,7 @@ impl Coordinator {
             (CoordinatorState::Ready { is_source_lost, .. }, Side::Source) => *is_source_lost = true,
             (CoordinatorState::Committed { is_released, .. }, Side::Source) => *is_released = true,
             (CoordinatorState::Aborting { is_dropped, .. }, Side::Target) => *is_dropped = true,
-            (CoordinatorState::Idle | CoordinatorState::Ended, _) => {}
+            (CoordinatorState::Idle | CoordinatorState::TakingOver { .. } | CoordinatorState::Ended, _) => {}
         }
     }
 
@@ -350,6 +378,10 @@ impl Coordinator {
                 let release = Command::Release { epoch: old, owner_epoch: self.accepted };
                 actions.extend((!is_started).then_some(CoordinatorAction::Send(Side::Target, start)));
                 actions.extend((!is_released).then_some(CoordinatorAction::Send(Side::Source, release)));
+            }
+            CoordinatorState::TakingOver { .. } => {
+                let command = Command::TakeOver { epoch: self.accepted };
+                actions.push(CoordinatorAction::Send(Side::Source, command));
             }
             CoordinatorState::Aborting { next, resumed, is_resumed, is_dropped, .. } => {
                 let abort = Command::AbortMove { next, epoch: resumed };

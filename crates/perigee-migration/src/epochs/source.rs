@@ -163,6 +163,7 @@ impl Source {
             SourceEvent::Command(Command::Release { epoch, owner_epoch }) => self.release(epoch, owner_epoch),
             SourceEvent::Command(Command::AbortMove { next, epoch }) => self.abort(next, epoch),
             SourceEvent::Command(Command::Start { epoch }) => self.started(epoch),
+            SourceEvent::Command(Command::TakeOver { epoch }) => self.take_over(epoch),
             SourceEvent::Frozen { keeps_home } => self.frozen(keeps_home),
             SourceEvent::HandoffVerified { next } => self.answered(next, HandoffAnswer::Verified),
             SourceEvent::HandoffFailed { next } => self.answered(next, HandoffAnswer::Failed),
@@ -268,6 +269,25 @@ impl Source {
             _ if self.known_epoch() >= epoch => vec![failed(epoch, Failure::Stale { known: self.known_epoch() })],
             _ => vec![failed(epoch, Failure::NotHere)],
         }
+    }
+
+    /// Another router's client is this session's: it runs on under it. One in the middle of a move has two owners to be, and
+    /// which of them the lost router chose nobody knows.
+    fn take_over(&mut self, epoch: u64) -> Vec<Action> {
+        let failure = match self.state {
+            SourceState::Running { epoch: mine } if mine == epoch => return vec![done(epoch, Phase::Started)],
+            SourceState::Running { epoch: mine } | SourceState::Parked { epoch: mine, handed: None, .. }
+                if epoch > mine =>
+            {
+                self.state = SourceState::Running { epoch };
+                return vec![done(epoch, Phase::Started), Action::Resume { epoch }];
+            }
+            SourceState::Freezing { .. } | SourceState::Handed { .. } => Failure::Busy,
+            SourceState::Parked { handed: Some(_), .. } => Failure::Parked,
+            SourceState::Gone { .. } => Failure::NotHere,
+            _ => Failure::Stale { known: self.known_epoch() },
+        };
+        vec![failed(epoch, failure)]
     }
 
     fn frozen(&mut self, keeps_home: bool) -> Vec<Action> {

@@ -3,7 +3,10 @@
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouterMessage {
     /// What it says.
-    #[prost(oneof = "router_message::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(
+        oneof = "router_message::Body",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"
+    )]
     pub body: ::core::option::Option<router_message::Body>,
 }
 /// Nested message and enum types in `RouterMessage`.
@@ -44,6 +47,9 @@ pub mod router_message {
         /// Take no more sessions and end once none is left, as after SIGTERM; the loads that follow say so.
         #[prost(message, tag = "11")]
         Drain(super::Drain),
+        /// A session of a router that is gone is this router's from now on; answered by move_report, started or failed.
+        #[prost(message, tag = "12")]
+        TakeOver(super::TakeOver),
     }
 }
 /// From leader to router.
@@ -231,6 +237,9 @@ pub struct Submit {
     /// What the text must be; absent where it may be anything.
     #[prost(message, optional, tag = "18")]
     pub grammar: ::core::option::Option<Grammar>,
+    /// Whether its sessions wait for another router where this one is lost.
+    #[prost(bool, tag = "19")]
+    pub resumable: bool,
 }
 /// What a text must be, as in perigee.v1.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -305,6 +314,25 @@ pub struct Abort {
 /// Has the replica leave.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Drain {}
+/// A session's client has turned to the router that sends this. Behind the report come the events that it has not got.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TakeOver {
+    /// The session.
+    #[prost(string, tag = "1")]
+    pub session: ::prost::alloc::string::String,
+    /// The epoch that it goes on with, above all that its former router can have made.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
+    /// Index of the first token that the router does not know.
+    #[prost(uint64, tag = "3")]
+    pub first: u64,
+    /// Index of the first token that the client has not got: events of earlier ones have nothing but their tokens.
+    #[prost(uint64, tag = "4")]
+    pub next: u64,
+    /// Time left until the client stops waiting, in milliseconds from receipt; absent without a deadline.
+    #[prost(uint64, optional, tag = "5")]
+    pub deadline_ms: ::core::option::Option<u64>,
+}
 /// What a resume token says before its signature. Only routers read it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ResumePoint {
@@ -326,6 +354,9 @@ pub struct ResumePoint {
     /// For each choice whether its client has its end.
     #[prost(bool, repeated, tag = "6")]
     pub finished: ::prost::alloc::vec::Vec<bool>,
+    /// The session of each choice: as long as it is somewhere, another router need not compute it anew.
+    #[prost(string, repeated, tag = "7")]
+    pub sessions: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Asks for sessions.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -648,7 +679,46 @@ pub struct HandoffChunk {
     /// The bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub data: ::prost::alloc::vec::Vec<u8>,
+    /// With the first chunk: what the session needs.
+    #[prost(message, optional, tag = "2")]
+    pub demand: ::core::option::Option<HandoffDemand>,
 }
+/// What a session needs of its target, as far as its source knows before it stands still.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HandoffDemand {
+    /// Pages of every MLA layer to be taken for it when it arrives.
+    #[prost(uint64, tag = "1")]
+    pub pages: u64,
+    /// Most positions that it may ever compute.
+    #[prost(uint64, tag = "2")]
+    pub positions: u64,
+    /// Positions whose latents stay on other replicas.
+    #[prost(uint64, tag = "3")]
+    pub remote: u64,
+}
+/// How far a handoff is at its target.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HandoffAnswer {
+    /// What it says.
+    #[prost(oneof = "handoff_answer::Body", tags = "1, 2")]
+    pub body: ::core::option::Option<handoff_answer::Body>,
+}
+/// Nested message and enum types in `HandoffAnswer`.
+pub mod handoff_answer {
+    /// What it says.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Body {
+        /// There is room for the session, and it is reserved.
+        #[prost(message, tag = "1")]
+        Room(super::HandoffRoom),
+        /// Everything is here and verified.
+        #[prost(message, tag = "2")]
+        Result(super::HandoffResult),
+    }
+}
+/// A slot and the pages that were asked for are reserved.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HandoffRoom {}
 /// What became of a handoff.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HandoffResult {
@@ -1087,7 +1157,7 @@ pub mod replica_client {
         /// One stream for each pair of router and leader. The router's first message is hello, the leader's first is welcome.
         /// Every step the leader sends one batch with the events of all that router's sessions, and the load; at least twice a
         /// second in any case. Where the stream ends or the router's lease runs out, the leader aborts that router's
-        /// sessions. FAILED_PRECONDITION where versions differ.
+        /// sessions, except resumable ones, which wait for another router. FAILED_PRECONDITION where versions differ.
         pub async fn attach(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::RouterMessage>,
@@ -1112,12 +1182,16 @@ pub mod replica_client {
                 .insert(GrpcMethod::new("perigee.internal.v1.Replica", "Attach"));
             self.inner.streaming(req, path, codec).await
         }
-        /// Receives a moving session's state. The answer comes once everything is here and verified; a refusal is a status that
-        /// says why, and nothing of the session stays.
+        /// Receives a moving session's state. The first answer comes as soon as there is room for it, before the source has to
+        /// let it stand still; the second once everything is here and verified. A refusal is a status that says why, and nothing
+        /// of the session stays.
         pub async fn handoff(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::HandoffChunk>,
-        ) -> std::result::Result<tonic::Response<super::HandoffResult>, tonic::Status> {
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::HandoffAnswer>>,
+            tonic::Status,
+        > {
             self.inner
                 .ready()
                 .await
@@ -1133,7 +1207,7 @@ pub mod replica_client {
             let mut req = request.into_streaming_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("perigee.internal.v1.Replica", "Handoff"));
-            self.inner.client_streaming(req, path, codec).await
+            self.inner.streaming(req, path, codec).await
         }
         /// Answers attention queries over latents that this replica holds, on a path that no step waits for.
         pub async fn attend(
@@ -1237,17 +1311,24 @@ pub mod replica_server {
         /// One stream for each pair of router and leader. The router's first message is hello, the leader's first is welcome.
         /// Every step the leader sends one batch with the events of all that router's sessions, and the load; at least twice a
         /// second in any case. Where the stream ends or the router's lease runs out, the leader aborts that router's
-        /// sessions. FAILED_PRECONDITION where versions differ.
+        /// sessions, except resumable ones, which wait for another router. FAILED_PRECONDITION where versions differ.
         async fn attach(
             &self,
             request: tonic::Request<tonic::Streaming<super::RouterMessage>>,
         ) -> std::result::Result<tonic::Response<Self::AttachStream>, tonic::Status>;
-        /// Receives a moving session's state. The answer comes once everything is here and verified; a refusal is a status that
-        /// says why, and nothing of the session stays.
+        /// Server streaming response type for the Handoff method.
+        type HandoffStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::HandoffAnswer, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Receives a moving session's state. The first answer comes as soon as there is room for it, before the source has to
+        /// let it stand still; the second once everything is here and verified. A refusal is a status that says why, and nothing
+        /// of the session stays.
         async fn handoff(
             &self,
             request: tonic::Request<tonic::Streaming<super::HandoffChunk>>,
-        ) -> std::result::Result<tonic::Response<super::HandoffResult>, tonic::Status>;
+        ) -> std::result::Result<tonic::Response<Self::HandoffStream>, tonic::Status>;
         /// Server streaming response type for the Attend method.
         type AttendStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::AttendAnswer, tonic::Status>,
@@ -1407,13 +1488,12 @@ pub mod replica_server {
                 "/perigee.internal.v1.Replica/Handoff" => {
                     #[allow(non_camel_case_types)]
                     struct HandoffSvc<T: Replica>(pub Arc<T>);
-                    impl<
-                        T: Replica,
-                    > tonic::server::ClientStreamingService<super::HandoffChunk>
+                    impl<T: Replica> tonic::server::StreamingService<super::HandoffChunk>
                     for HandoffSvc<T> {
-                        type Response = super::HandoffResult;
+                        type Response = super::HandoffAnswer;
+                        type ResponseStream = T::HandoffStream;
                         type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
+                            tonic::Response<Self::ResponseStream>,
                             tonic::Status,
                         >;
                         fn call(
@@ -1446,7 +1526,7 @@ pub mod replica_server {
                                 max_decoding_message_size,
                                 max_encoding_message_size,
                             );
-                        let res = grpc.client_streaming(method, req).await;
+                        let res = grpc.streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

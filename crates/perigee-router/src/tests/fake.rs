@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use perigee_proto::PROTOCOL_VERSION;
 use perigee_proto::internal::replica_server::{Replica, ReplicaServer};
 use perigee_proto::internal::{
-    AttendAnswer, AttendQuery, EventBatch, FetchPagesRequest, Finish, HandoffChunk, HandoffResult, KeepHomesAnswer,
+    AttendAnswer, AttendQuery, EventBatch, FetchPagesRequest, Finish, HandoffAnswer, HandoffChunk, KeepHomesAnswer,
     KeepHomesRequest, Load, ModelInfo, PageChunk, ReplicaMessage, RouterMessage, SessionEvent, Submit, Welcome,
     replica_message, router_message,
 };
@@ -144,6 +144,7 @@ struct FakeLeader {
 #[tonic::async_trait]
 impl Replica for FakeLeader {
     type AttachStream = UnboundedReceiverStream<Result<ReplicaMessage, Status>>;
+    type HandoffStream = UnboundedReceiverStream<Result<HandoffAnswer, Status>>;
     type AttendStream = UnboundedReceiverStream<Result<AttendAnswer, Status>>;
     type FetchPagesStream = UnboundedReceiverStream<Result<PageChunk, Status>>;
 
@@ -158,7 +159,7 @@ impl Replica for FakeLeader {
         Ok(Response::new(UnboundedReceiverStream::new(out)))
     }
 
-    async fn handoff(&self, _: Request<Streaming<HandoffChunk>>) -> Result<Response<HandoffResult>, Status> {
+    async fn handoff(&self, _: Request<Streaming<HandoffChunk>>) -> Result<Response<Self::HandoffStream>, Status> {
         Err(Status::unimplemented("handoff"))
     }
 

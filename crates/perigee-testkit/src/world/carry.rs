@@ -159,6 +159,8 @@ fn homes(known: &Homes) -> MutexGuard<'_, HashMap<String, Home>> {
 
 async fn carry(carriage: &Carriage, engine: &EngineHandle, tamper: Tamper, mut outgoing: Outgoing) {
     let mut incoming = engine.incoming();
+    incoming.demands(outgoing.demand());
+    let mut on_room = outgoing.on_room();
     let mut sent: Vec<u8> = Vec::new();
     let (mut refused, mut is_broken) = (None, false);
     while let Some(chunk) = outgoing.next_chunk().await {
@@ -171,6 +173,13 @@ async fn carry(carriage: &Carriage, engine: &EngineHandle, tamper: Tamper, mut o
         {
             refused = Some(error.to_string());
             break;
+        }
+        // What is to come instead of a handoff comes at its end.
+        if (incoming.has_room() || matches!(tamper, Tamper::Replace(_)))
+            && let Some(on_room) = on_room.take()
+        {
+            // The source may have given up.
+            let _ = on_room.send(());
         }
         if is_broken {
             break;

@@ -301,6 +301,8 @@ impl Run<'_> {
             Command::Start { .. } => Message::Start,
             Command::Release { .. } => Message::Release,
             Command::AbortMove { .. } => Message::AbortMove,
+            // There is one router here.
+            Command::TakeOver { .. } => return,
         };
         let copies = self.copies(message);
         for _ in 0..copies {
@@ -315,6 +317,7 @@ impl Run<'_> {
                 Command::Start { epoch } => engine.start(router, session.clone(), epoch),
                 Command::Release { epoch, owner_epoch } => engine.release(router, session.clone(), epoch, owner_epoch),
                 Command::AbortMove { next, epoch } => engine.abort_move(router, session.clone(), next, epoch),
+                Command::TakeOver { .. } => {}
             }
         }
     }

@@ -15,7 +15,7 @@ use perigee_proto::internal;
 use perigee_proto::internal::replica_client::ReplicaClient;
 use perigee_proto::internal::replica_server::{Replica as ReplicaRpc, ReplicaServer};
 use perigee_proto::internal::{
-    AttendAnswer, AttendQuery, HandoffChunk, HandoffResult, MoveMode, MovePhase, ReplicaMessage, RouterMessage,
+    AttendAnswer, AttendQuery, HandoffChunk, MoveMode, MovePhase, ReplicaMessage, RouterMessage,
     router_message,
 };
 use perigee_worker::attend::HomeParts;
@@ -196,6 +196,7 @@ struct FakeService {
 #[tonic::async_trait]
 impl ReplicaRpc for FakeService {
     type AttachStream = ReceiverStream<Result<ReplicaMessage, Status>>;
+    type HandoffStream = ReceiverStream<Result<internal::HandoffAnswer, Status>>;
     type AttendStream = ReceiverStream<Result<AttendAnswer, Status>>;
     type FetchPagesStream = ReceiverStream<Result<internal::PageChunk, Status>>;
 
@@ -203,7 +204,7 @@ impl ReplicaRpc for FakeService {
         Err(Status::unimplemented("a home only"))
     }
 
-    async fn handoff(&self, _: Request<Streaming<HandoffChunk>>) -> Result<Response<HandoffResult>, Status> {
+    async fn handoff(&self, _: Request<Streaming<HandoffChunk>>) -> Result<Response<Self::HandoffStream>, Status> {
         Err(Status::unimplemented("a home only"))
     }
 

@@ -85,13 +85,16 @@ async fn a_session_that_nobody_takes_goes_on() {
 
 async fn hand_over(replica: &Replica, target: Option<(&str, &str)>, chunks: Vec<Vec<u8>>) -> Status {
     let mut client = ReplicaClient::connect(format!("http://{}", replica.internal)).await.expect("connected");
-    let chunks = chunks.into_iter().map(|data| HandoffChunk { data });
+    let chunks = chunks.into_iter().map(|data| HandoffChunk { data, demand: None });
     let mut request = Request::new(tokio_stream::iter(chunks.collect::<Vec<_>>()));
     if let Some((name, incarnation)) = target {
         request.metadata_mut().insert("perigee-target", name.parse().expect("ASCII"));
         request.metadata_mut().insert("perigee-target-incarnation", incarnation.parse().expect("ASCII"));
     }
-    client.handoff(request).await.expect_err("it is no handoff")
+    match client.handoff(request).await {
+        Ok(answers) => answers.into_inner().message().await.expect_err("it is no handoff"),
+        Err(refused) => refused,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

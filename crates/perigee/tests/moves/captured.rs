@@ -34,6 +34,7 @@ fn request() -> Request {
     };
     Request {
         grammar: None,
+        resumable: false,
         request_id: "a captured request".into(),
         sessions: vec![SessionId(SESSION.into())],
         first_choice: 0,

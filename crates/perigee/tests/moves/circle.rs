@@ -47,7 +47,7 @@ impl Open {
         let (first, began) = tokio::sync::oneshot::channel();
         let watch = Watch::new(tokens.clone(), enough.clone(), first);
         let (clients, asked) = (clients.clone(), request.clone());
-        let answer = tokio::spawn(async move { read(&clients, &asked, watch).await });
+        let answer = tokio::spawn(async move { read(&clients, &asked, None, watch).await });
         let (session, on) = began.await.expect("a first token");
         Self { request, tokens, enough, session, on, to: None, answer }
     }

@@ -85,12 +85,20 @@ impl Watch {
     }
 }
 
-/// Reads the answer to a request while somebody watches, until the client has enough of it.
-pub(crate) async fn read(clients: &Clients, request: &GenerateRequest, watch: Watch) -> Answer {
+/// Reads the answer to a request, which is wanted until its deadline, while somebody watches, until the client has enough
+/// of it.
+pub(crate) async fn read(
+    clients: &Clients,
+    request: &GenerateRequest,
+    deadline: Option<Duration>,
+    watch: Watch,
+) -> Answer {
     let schedule = Schedule { request: request.clone(), moves: Vec::new() };
     let mut client = Client::new(clients, &schedule, &[]);
     client.watch = Some(watch);
-    match clients.inference.clone().generate(request.clone()).await {
+    let mut call = tonic::Request::new(request.clone());
+    deadline.into_iter().for_each(|deadline| call.set_timeout(deadline));
+    match clients.inference.clone().generate(call).await {
         Ok(stream) => client.read(stream.into_inner()).await,
         Err(status) => client.answer.failed = Some(status),
     }

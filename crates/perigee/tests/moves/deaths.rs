@@ -51,11 +51,16 @@ pub(super) struct Open {
 
 impl Open {
     pub(super) async fn start(clients: &Clients, request: GenerateRequest) -> Self {
+        Self::start_within(clients, request, None).await
+    }
+
+    /// Starts one whose client names a deadline.
+    pub(super) async fn start_within(clients: &Clients, request: GenerateRequest, deadline: Option<Duration>) -> Self {
         let tokens = Arc::new(AtomicUsize::new(0));
         let (first, began) = tokio::sync::oneshot::channel();
         let watch = Watch::new(tokens.clone(), Arc::new(AtomicBool::new(false)), first);
         let (clients, asked) = (clients.clone(), request.clone());
-        let answer = tokio::spawn(async move { read(&clients, &asked, watch).await });
+        let answer = tokio::spawn(async move { read(&clients, &asked, deadline, watch).await });
         let (session, on) = began.await.expect("a first token");
         Self { request, tokens, session, on, answer }
     }
@@ -142,7 +147,8 @@ impl Scene {
 
     fn judge(&mut self, victim: Victim, request: &GenerateRequest, answer: &Answer) {
         self.tally.compared += 1;
-        let is_excused = judge(&mut self.undisturbed, request, answer, victim == Victim::Router);
+        let may_end_with = if victim == Victim::Router { BROKEN } else { &[] };
+        let is_excused = judge(&mut self.undisturbed, request, answer, may_end_with);
         self.tally.excused += usize::from(is_excused);
     }
 
@@ -161,19 +167,21 @@ impl Scene {
     }
 }
 
-/// Holds a stream against its undisturbed run; whether it needed an excuse. Only one whose router died may have broken off.
+/// How a stream whose router died may end: what a client makes of a connection that breaks depends on where it breaks.
+pub(super) const BROKEN: &[Code] = &[Code::Unavailable, Code::Unknown, Code::Cancelled];
+
+/// Holds a stream against its undisturbed run; whether it needed an excuse. It may have ended early only with one of these
+/// codes.
 pub(super) fn judge(
     undisturbed: &mut Undisturbed,
     request: &GenerateRequest,
     answer: &Answer,
-    has_lost_router: bool,
+    may_end_with: &[Code],
 ) -> bool {
     let name = &request.request_id;
     assert_eq!(answer.broken, Vec::<String>::new(), "{name}");
     if let Some(status) = &answer.failed {
-        // What a client makes of a connection that breaks depends on where it breaks.
-        let is_broken = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled);
-        assert!(has_lost_router && is_broken, "{name}: {status}");
+        assert!(may_end_with.contains(&status.code()), "{name}: {status}");
     }
     assert_eq!(answer.failed.is_none(), answer.choices[0].finish.is_some(), "{name}");
     let mut seen = observed(request, &answer.choices[0]);

@@ -1,6 +1,7 @@
 //! Random schedules of kills: sessions decode, some of them with latents on another replica or on their way from there, and
-//! then their owner, their home, both at once or the router ends by SIGKILL, at a random moment, and comes back later.
-//! Every stream equals its undisturbed run, and on whoever survives nothing stays held.
+//! then their owner, their home, both at once, every replica or the router ends by SIGKILL, at a random moment, and comes
+//! back later. Every stream equals its undisturbed run, or ends with its deadline where no replica came back before; and on
+//! whoever survives nothing stays held.
 //!
 //! PERIGEE_KILL_SCHEDULES asks for another number of them, PERIGEE_KILL_SEED for others; a failure names the seed of its
 //! schedule, which PERIGEE_KILL_SEED with one schedule repeats. The long run, outside the suite:
@@ -9,13 +10,15 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use perigee_proto::v1::{MigrateMode, MigrateRequest};
+use perigee_proto::v1::{GenerateRequest, MigrateMode, MigrateRequest};
 use perigee_testkit::Numbers;
 use perigee_testkit::reference::Undisturbed;
 use perigee_testkit::sandbox::{Clients, Fleet, FleetSpec};
+use tonic::Code;
 
 use crate::PATIENCE;
-use crate::deaths::{Open, judge, request};
+use crate::client::Answer;
+use crate::deaths::{BROKEN, Open, judge, request};
 use crate::schedules::setting;
 
 const SEED: u64 = 9000;
@@ -32,6 +35,9 @@ const UNDERWAY: (usize, usize) = (2, 60);
 /// Longest time from the last move to a death, and from there to the return.
 const SPREAD: Duration = Duration::from_millis(150);
 const AWAY: Duration = Duration::from_millis(500);
+/// Where all replicas die, the last session is wanted for so long, the first one much longer and the other without an end.
+const SOON: Duration = Duration::from_secs(4);
+const LATE: Duration = Duration::from_secs(600);
 /// The grace time is a second here; what a dead router left behind is free after that, its lease and the silence.
 const FREED: Duration = Duration::from_secs(20);
 
@@ -41,6 +47,8 @@ enum Victim {
     Owner,
     Home,
     Both,
+    /// All replicas, and none comes back before the last session's deadline.
+    All,
     Router,
 }
 
@@ -52,6 +60,16 @@ struct Scene {
     seen: BTreeMap<(Victim, bool), usize>,
     compared: usize,
     excused: usize,
+    /// Streams that ended with their deadline.
+    late: usize,
+}
+
+/// How a stream may end that no replica takes over before its deadline.
+const LATE_CODES: &[Code] = &[Code::DeadlineExceeded];
+
+async fn ended(stream: Open) -> (GenerateRequest, Answer) {
+    let answer = tokio::time::timeout(PATIENCE, stream.answer).await.expect("no stream hangs").unwrap();
+    (stream.request, answer)
 }
 
 /// A random part of a time.
@@ -63,14 +81,16 @@ impl Scene {
     async fn schedule(&mut self, seed: u64) {
         let mut numbers = Numbers::new(seed);
         let names: Vec<String> = self.fleet.replicas.iter().map(|replica| replica.name.clone()).collect();
+        let victims = [Victim::Owner, Victim::Home, Victim::Both, Victim::All, Victim::Router];
+        let victim = numbers.pick(&victims);
         let mut open = Vec::new();
         for session in 0..SESSIONS {
             let (least, most) = if session < MOVING { LONG } else { SHORT };
             let length = numbers.between(least, most);
             let request = request(&mut numbers, format!("kill-{seed}-{session}"), length);
-            open.push(Open::start(&self.clients, request).await);
+            let deadline = [Some(LATE), None, Some(SOON)][session].filter(|_| victim == Victim::All);
+            open.push(Open::start_within(&self.clients, request, deadline).await);
         }
-        let victim = numbers.pick(&[Victim::Owner, Victim::Home, Victim::Both, Victim::Router]);
         let mut places = (0, 0);
         let mut is_split = false;
         for (number, stream) in open.iter().take(MOVING).enumerate() {
@@ -96,10 +116,19 @@ impl Scene {
             Victim::Owner => vec![owner],
             Victim::Home => vec![home],
             Victim::Both => vec![owner, home],
+            Victim::All => (0..names.len()).collect(),
             Victim::Router => Vec::new(),
         };
         dead.dedup();
         dead.iter().for_each(|&replica| self.fleet.kill(replica));
+        let mut answers = Vec::new();
+        if victim == Victim::All {
+            let last = open.pop().expect("the one with a deadline");
+            let is_open = !last.answer.is_finished();
+            let (request, answer) = ended(last).await;
+            self.late += usize::from(is_open && answer.failed.is_some());
+            answers.push((request, answer, LATE_CODES));
+        }
         if victim == Victim::Router {
             self.fleet.router.kill();
         }
@@ -111,11 +140,14 @@ impl Scene {
             self.fleet.restart_router().unwrap();
             self.clients = self.fleet.connect().await.unwrap();
         }
+        let may_end_with = if victim == Victim::Router { BROKEN } else { &[] };
         for stream in open {
-            let answer = tokio::time::timeout(PATIENCE, stream.answer).await.expect("no stream hangs").unwrap();
+            let (request, answer) = ended(stream).await;
+            answers.push((request, answer, may_end_with));
+        }
+        for (request, answer, may_end_with) in &answers {
             self.compared += 1;
-            let is_excused = judge(&mut self.undisturbed, &stream.request, &answer, victim == Victim::Router);
-            self.excused += usize::from(is_excused);
+            self.excused += usize::from(judge(&mut self.undisturbed, request, answer, may_end_with));
         }
         self.fleet.ready(&self.clients).await.unwrap();
         self.clients.all_free(FREED).await.unwrap();
@@ -137,16 +169,18 @@ async fn random_kills_change_no_stream_and_leak_nothing() {
         .unwrap();
     let clients = fleet.connect().await.unwrap();
     let undisturbed = Undisturbed::open("random:tiny", 4096).unwrap();
-    let mut scene = Scene { fleet, clients, undisturbed, seen: BTreeMap::new(), compared: 0, excused: 0 };
+    let mut scene = Scene { fleet, clients, undisturbed, seen: BTreeMap::new(), compared: 0, excused: 0, late: 0 };
     for seed in first..first + count as u64 {
         scene.schedule(seed).await;
     }
-    let Scene { seen, compared, excused, .. } = scene;
-    println!("{seen:#?}, {excused} of {compared} runs were excused, in {:?}", began.elapsed());
+    let Scene { seen, compared, excused, late, .. } = scene;
+    println!("{seen:#?}, {excused} of {compared} runs were excused, {late} came to their deadline");
+    println!("{count} schedules in {:?}", began.elapsed());
     assert_eq!(compared, count * SESSIONS);
     assert!(excused * 20 <= compared.max(20), "{excused} of {compared} runs were excused");
     if count >= SCHEDULES {
         let split: usize = seen.iter().filter(|((_, is_split), _)| *is_split).map(|(_, count)| count).sum();
         assert!(split * 2 > count, "only {split} of {count} first sessions had moved: {seen:?}");
+        assert!(late > 0, "no stream came to its deadline");
     }
 }

@@ -29,6 +29,8 @@ mod restarts;
 mod resumes;
 #[cfg(test)]
 mod schedules;
+#[cfg(test)]
+mod shortage;
 
 use std::time::Duration;
 

@@ -1,8 +1,9 @@
 //! Routers that are killed in the middle of streams: every stream goes on at another router from the next index, whether or
-//! not the client says again which tokens it has, and all its tokens together are those of an undisturbed run.
+//! not the client says again which tokens it has, and all its tokens together are those of an undisturbed run. Where its
+//! sessions are still there, nothing is computed again; where they are not, everything is.
 
-use perigee_proto::v1::{FinishReason, GenerateRequest, GenerateResponse, ReceivedTokens, ResumeRequest};
-use perigee_testkit::sandbox::{Clients, FleetSpec};
+use perigee_proto::v1::{FinishReason, GenerateRequest, GenerateResponse, ListSessionsRequest, ReceivedTokens, ResumeRequest};
+use perigee_testkit::sandbox::{Clients, Fleet, FleetSpec, eventually, metric};
 use tonic::{Code, Streaming};
 
 use crate::PATIENCE;
@@ -13,17 +14,21 @@ use crate::known::Known;
 const REQUESTS: usize = 10;
 /// Responses that a client has before its router dies; requests are much longer.
 const BEFORE: usize = 25;
+/// Of so many requests one loses its replica too.
+const LOSING: usize = 3;
 
 /// What a client has of a request.
 struct Got {
     choices: Vec<Choice>,
     token: Vec<u8>,
+    /// The replica of the last response.
+    on: String,
 }
 
 impl Got {
     fn new(request: &GenerateRequest) -> Self {
         let count = request.sampling.as_ref().and_then(|sampling| sampling.n).unwrap_or(1);
-        Self { choices: vec![Choice::default(); count as usize], token: Vec::new() }
+        Self { choices: vec![Choice::default(); count as usize], token: Vec::new(), on: String::new() }
     }
 
     fn take(&mut self, response: GenerateResponse) {
@@ -36,6 +41,7 @@ impl Got {
         choice.finish = (finish != FinishReason::Unspecified).then_some(finish);
         assert!(!response.resume_token.is_empty());
         self.token = response.resume_token;
+        self.on = response.replica;
     }
 
     /// Reads so many responses, or all. True where the stream had its own end.
@@ -57,34 +63,67 @@ impl Got {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_whose_router_was_killed_goes_on_at_another_one() {
+/// A cluster of two routers, with the address of the second, that share a key.
+async fn two_routers(spec: FleetSpec) -> (Fleet, Clients, impl Sized) {
     let folder = tempfile::tempdir().unwrap();
     let key = folder.path().join("key");
     std::fs::write(&key, [7; 32]).unwrap();
-    let fleet = FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &[1, 2]);
-    let mut fleet = fleet.router(format!("--resume-key-file={}", key.display())).start().await.unwrap();
-    let (address, _other) = fleet.another_router().unwrap();
+    let mut fleet = spec.router(format!("--resume-key-file={}", key.display())).start().await.unwrap();
+    let (address, process) = fleet.another_router().unwrap();
     let other = Clients::connect(address).await.unwrap();
     fleet.ready(&other).await.unwrap();
-    let known = Known::ask(&other, REQUESTS, (500, 700), 9500).await;
+    (fleet, other, (folder, process))
+}
 
+/// Tokens of prompts that replicas have computed since their start; those of sessions that begin anew are among them.
+async fn computed(fleet: &Fleet) -> u64 {
+    let mut sum = 0.0;
+    for replica in &fleet.replicas {
+        // There is no such count before the first one.
+        let count = metric(replica.http, "perigee_tokens_total{kind=\"prompt\"}").await;
+        sum += count.unwrap_or_default();
+    }
+    sum as u64
+}
+
+/// Begins a request at the first router, which is killed while it runs; what its client has then.
+async fn cut_off(fleet: &mut Fleet, request: &GenerateRequest) -> Got {
+    let clients = fleet.connect().await.unwrap();
+    fleet.ready(&clients).await.unwrap();
+    let mut got = Got::new(request);
+    let mut stream = clients.inference.clone().generate(request.clone()).await.unwrap().into_inner();
+    got.read(&mut stream, BEFORE).await;
+    fleet.router.kill();
+    // What was on its way counts: the client has it.
+    assert!(!got.read(&mut stream, usize::MAX).await, "it was to be cut: let it be longer");
+    got
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_whose_router_was_killed_goes_on_at_another_one() {
+    let (mut fleet, other, _kept) = two_routers(FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &[1, 2])).await;
+    let known = Known::ask(&other, REQUESTS, (500, 700), 9500).await;
     for number in 0..REQUESTS {
         let request = GenerateRequest { resumable: true, ..known.request(number).clone() };
-        let clients = fleet.connect().await.unwrap();
-        fleet.ready(&clients).await.unwrap();
-        let mut got = Got::new(&request);
-        let mut stream = clients.inference.clone().generate(request.clone()).await.unwrap().into_inner();
-        got.read(&mut stream, BEFORE).await;
-        fleet.router.kill();
-        // What was on its way counts: the client has it.
-        assert!(!got.read(&mut stream, usize::MAX).await, "it was to be cut: let it be longer");
+        let mut got = cut_off(&mut fleet, &request).await;
         let before: usize = got.choices.iter().map(|choice| choice.tokens.len()).sum();
+        let is_lost = number % LOSING == 1;
+        if is_lost {
+            let lost = fleet.replicas.iter().position(|replica| replica.name == got.on).expect("a replica of the fleet");
+            fleet.kill(lost);
+            fleet.restart(lost).unwrap();
+            fleet.ready(&other).await.unwrap();
+        }
 
+        let computed_before = computed(&fleet).await;
         let resume = got.resume(&request, number % 2 == 0);
         let mut rest = other.inference.clone().resume(resume.clone()).await.unwrap().into_inner();
         assert!(got.read(&mut rest, usize::MAX).await, "its own end");
-        println!("{}: {before} tokens before, then {:?}", request.request_id, got.choices[0].finish);
+        let again = computed(&fleet).await - computed_before;
+        println!("{}: {before} tokens before, {again} computed again, lost: {is_lost}", request.request_id);
+        // A session that is still there goes on where it was; one that is not is computed again, with its prompt.
+        let prompt = request.token_ids.len() as u64;
+        assert!(if is_lost { again >= prompt } else { again == 0 }, "{again} of {prompt} tokens computed again");
         // A client that has everything gets nothing more.
         let mut nothing = other.inference.clone().resume(got.resume(&request, false)).await.unwrap().into_inner();
         assert!(nothing.message().await.unwrap().is_none());
@@ -97,6 +136,27 @@ async fn a_stream_whose_router_was_killed_goes_on_at_another_one() {
         fleet.restart_router().unwrap();
     }
     known.few_excuses(REQUESTS);
+    other.all_free(PATIENCE).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_whose_client_does_not_come_back_is_free_after_the_grace_time() {
+    let spec = FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &[1, 1]).worker("--move-grace=2");
+    let (mut fleet, other, _kept) = two_routers(spec).await;
+    let known = Known::ask(&other, 1, (500, 700), 9600).await;
+    let request = GenerateRequest { resumable: true, ..known.request(0).clone() };
+    let mut got = cut_off(&mut fleet, &request).await;
+    other.all_free(PATIENCE).await.unwrap();
+    let waits = async || {
+        let parked = other.cluster.clone().list_sessions(ListSessionsRequest::default()).await;
+        let listed = parked.map(|answer| answer.into_inner().sessions).unwrap_or_default();
+        Ok(listed.is_empty().then_some(()))
+    };
+    eventually("no session anywhere", PATIENCE, waits).await.unwrap();
+    // One that comes later gets what it lacks all the same.
+    let mut rest = other.inference.clone().resume(got.resume(&request, false)).await.unwrap().into_inner();
+    assert!(got.read(&mut rest, usize::MAX).await, "its own end");
+    known.judge(0, &Answer { choices: got.choices, moves: Vec::new(), failed: None, broken: Vec::new() });
     other.all_free(PATIENCE).await.unwrap();
 }
 

@@ -2,7 +2,7 @@
 
 use super::super::{
     Action, Command, Coordinator, CoordinatorAction, CoordinatorEvent, CoordinatorState, Failure, Outcome, Party,
-    PartyEvent, Phase, Report, Side, SourceState, TargetState, Timer, TokenVerdict,
+    PartyEvent, Phase, Report, Side, SourceState, TargetState, Timer, TokenVerdict, first_after, last_beside,
 };
 
 fn command(command: Command) -> PartyEvent {
@@ -48,6 +48,10 @@ fn handed() -> Party {
     assert_eq!(party.on(PartyEvent::Frozen { keeps_home: true }), [Action::SendFrozen { next: 6 }]);
     assert_eq!(party.stepping(), None);
     party
+}
+
+fn take_over(epoch: u64) -> PartyEvent {
+    command(Command::TakeOver { epoch })
 }
 
 /// A replica that holds the session for epoch 6.
@@ -381,4 +385,74 @@ fn the_end_of_a_session_ends_its_move() {
     let mut coordinator = Coordinator::new(5);
     assert_eq!(coordinator.on(CoordinatorEvent::Ended), [], "nothing was under way");
     assert_eq!(coordinator.on(CoordinatorEvent::Lost(Side::Source)), [], "and nothing will be");
+}
+
+#[test]
+fn another_router_takes_a_session_over_that_stands_still_or_runs() {
+    let mut parked = running();
+    assert_eq!(parked.on(PartyEvent::Silence(Side::Source)), [Action::Park]);
+    assert_eq!((parked.stepping(), parked.timer(Side::Source)), (None, Some(Timer::Grace)));
+    for mut party in [parked, running()] {
+        let epoch = first_after(5);
+        let taken = [report(epoch, Phase::Started), Action::Resume { epoch }];
+        assert_eq!(party.on(take_over(epoch)), taken);
+        assert_eq!(party.stepping(), Some(epoch));
+        assert_eq!(party.on(take_over(epoch)), [report(epoch, Phase::Started)], "the same once more");
+        // Whatever the first router still says is of the past, up to the last epoch that it can make.
+        assert_eq!(party.on(prepare(5, 6)), refused(5, Failure::Stale { known: epoch }));
+        assert_eq!(party.on(PartyEvent::Ended { epoch: last_beside(5) }), []);
+        assert_eq!(party.on(PartyEvent::Submit { epoch: 7 }), refused(7, Failure::Stale { known: epoch }));
+        assert_eq!(party.on(take_over(5)), refused(5, Failure::Stale { known: epoch }));
+        assert_eq!(party.stepping(), Some(epoch));
+    }
+}
+
+#[test]
+fn nobody_takes_over_what_is_between_two_replicas_or_gone() {
+    let epoch = first_after(6);
+    assert_eq!(handed().on(take_over(epoch)), refused(epoch, Failure::Busy));
+    let mut parked = handed();
+    parked.on(PartyEvent::Silence(Side::Source));
+    assert_eq!(parked.on(take_over(epoch)), refused(epoch, Failure::Parked));
+    let mut over = running();
+    over.on(PartyEvent::Silence(Side::Source));
+    assert_eq!(over.on(PartyEvent::Grace(Side::Source)), [Action::FreeState, Action::FreePages]);
+    assert_eq!(over.on(take_over(epoch)), refused(epoch, Failure::NotHere));
+    assert_eq!(Party::new().on(take_over(epoch)), refused(epoch, Failure::NotHere));
+    assert_eq!(prepared().on(take_over(epoch)), refused(epoch, Failure::NotHere), "not the owner yet");
+}
+
+#[test]
+fn a_router_that_takes_over_accepts_its_own_epoch_alone_and_replays_where_nobody_has_the_session() {
+    let began = |known| {
+        let mut coordinator = Coordinator::new(1);
+        let epoch = first_after(known);
+        let actions = coordinator.on(CoordinatorEvent::TakeOver { known });
+        assert_eq!(actions, [CoordinatorAction::Send(Side::Source, Command::TakeOver { epoch })]);
+        assert!(coordinator.is_waiting() && !coordinator.is_idle());
+        (coordinator, epoch)
+    };
+    let (mut taken, epoch) = began(5);
+    assert_eq!(taken.token(5, &mut Vec::new()), TokenVerdict::Stray);
+    let started = CoordinatorEvent::Report(Side::Source, Report { epoch, phase: Phase::Started });
+    assert_eq!(taken.on(started), []);
+    assert!(taken.is_idle() && taken.token(epoch, &mut Vec::new()) == TokenVerdict::Accepted);
+    // Its first token says the same.
+    let (mut heard, epoch) = began(first_after(5));
+    assert_eq!(heard.token(epoch, &mut Vec::new()), TokenVerdict::Accepted);
+    assert!(heard.is_idle());
+
+    let replay = CoordinatorAction::Replay { epoch: first_after(5) + 1 };
+    let refused = Report { epoch: first_after(5), phase: Phase::Failed(Failure::NotHere) };
+    for event in [CoordinatorEvent::Report(Side::Source, refused), CoordinatorEvent::Lost(Side::Source)] {
+        let (mut coordinator, _) = began(5);
+        assert_eq!(coordinator.on(event), [replay, CoordinatorAction::Finished(Outcome::Replayed)]);
+        assert!(coordinator.is_idle());
+    }
+    let (mut silent, epoch) = began(5);
+    for _ in 0..3 {
+        let again = CoordinatorAction::Send(Side::Source, Command::TakeOver { epoch });
+        assert_eq!(silent.on(CoordinatorEvent::Timeout), [again]);
+    }
+    assert_eq!(silent.on(CoordinatorEvent::Timeout)[0], replay);
 }

@@ -87,6 +87,7 @@ fn to_wire(command: Command) -> ToReplica {
         Command::Start { epoch } => ToReplica::Command(1, epoch, 0),
         Command::Release { epoch, owner_epoch } => ToReplica::Command(2, epoch, owner_epoch),
         Command::AbortMove { next, epoch } => ToReplica::Command(3, next, epoch),
+        Command::TakeOver { epoch } => ToReplica::Command(4, epoch, 0),
     }
 }
 
@@ -95,7 +96,8 @@ pub(super) fn from_wire(kind: u8, a: u64, b: u64) -> Command {
         0 => Command::Prepare { epoch: a, next: b },
         1 => Command::Start { epoch: a },
         2 => Command::Release { epoch: a, owner_epoch: b },
-        _ => Command::AbortMove { next: a, epoch: b },
+        3 => Command::AbortMove { next: a, epoch: b },
+        _ => Command::TakeOver { epoch: a },
     }
 }
 
