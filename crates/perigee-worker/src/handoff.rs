@@ -6,9 +6,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use perigee_engine::EngineHandle;
-use perigee_engine::moves::{
-    Demand, Fetching, HandoffConnector, HandoffRefused, HomeNote, Incoming, Outgoing, Target,
-};
+use perigee_engine::moves::{Demand, Fetching, HandoffConnector, HandoffRefused, HomeNote, Incoming, Outgoing, Target};
 use perigee_engine::remote::RemoteHome;
 use perigee_proto::internal::{
     HandoffAnswer, HandoffChunk, HandoffDemand, HandoffResult, HandoffRoom, ReplicaRun, handoff_answer,

@@ -10,9 +10,9 @@ use perigee_engine::request::{RefusedRequest, RouterId, SessionId};
 use perigee_engine::{EngineHandle, EngineHealth};
 use perigee_proto::internal::replica_server::Replica;
 use perigee_proto::internal::{
-    AttendAnswer, AttendQuery, EventBatch, FetchPagesRequest, Flushed, HandoffChunk, Hello,
-    KeepHomesAnswer, KeepHomesRequest, PageChunk, Prepare, ReplicaMessage, RouterMessage, Sessions, Submit,
-    replica_message, router_message,
+    AttendAnswer, AttendQuery, EventBatch, FetchPagesRequest, Flushed, HandoffChunk, Hello, KeepHomesAnswer,
+    KeepHomesRequest, PageChunk, Prepare, ReplicaMessage, RouterMessage, Sessions, Submit, replica_message,
+    router_message,
 };
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_proto::{PROTOCOL_VERSION, ids};

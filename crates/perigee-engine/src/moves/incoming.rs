@@ -9,8 +9,8 @@ use perigee_migration::{HandoffDecoder, Header, Part, SegmentTable};
 use perigee_text::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource};
 use tokio::sync::oneshot;
 
-use super::{Demand, HandoffRefused};
 use super::record::Record;
+use super::{Demand, HandoffRefused};
 use crate::cache::SlotPair;
 use crate::executor::PageSpan;
 use crate::handle::Command;

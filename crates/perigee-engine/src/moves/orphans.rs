@@ -86,10 +86,8 @@ impl EngineCore {
             Err(failure) => {
                 let report = Report { epoch: *epoch, phase: Phase::Failed(failure) };
                 let message = failure.to_string();
-                self.outbox.report(
-                    router,
-                    Reported { before: 0, session: session.clone(), report, message, facts: None },
-                );
+                self.outbox
+                    .report(router, Reported { before: 0, session: session.clone(), report, message, facts: None });
                 return Ok(());
             }
         };

@@ -11,11 +11,11 @@ use perigee_migration::{
 
 use perigee_text::grammar::Grammar;
 
-use super::{Demand, HandoffRefused};
 use super::incoming::{Arriving, Reply};
 use super::party::Then;
 use super::record::{Record, RecordError};
 use super::source::non_fatal;
+use super::{Demand, HandoffRefused};
 use crate::cache::{HomePages, Latents, SlotPair};
 use crate::executor::PageSpan;
 use crate::handle::{EngineHealth, QueuePermit};
@@ -55,12 +55,7 @@ impl EngineCore {
     }
 
     /// Slots and pages for a session, if it fits.
-    fn room(
-        &mut self,
-        task: TaskId,
-        mode: Mode,
-        demand: Demand,
-    ) -> Result<Option<(SlotPair, Vec<u32>)>, Fatal> {
+    fn room(&mut self, task: TaskId, mode: Mode, demand: Demand) -> Result<Option<(SlotPair, Vec<u32>)>, Fatal> {
         if self.scheduler.limits().check_arrival(demand.positions, demand.remote).is_err() {
             return Ok(None);
         }

@@ -4,11 +4,11 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use perigee_engine::EngineConfig;
 use perigee_engine::homes::HomeDirectory;
 use perigee_engine::moves::{FollowPolicy, HandoffConnector, Incoming, MoveConfig, Outgoing, Prepare, Target};
 use perigee_engine::request::SessionId;
 use perigee_engine::testing::{ModelExecutor, ModelSizes, greedy_request};
-use perigee_engine::EngineConfig;
 use perigee_migration::{AttendShape, Layout, Mode, Place};
 
 use crate::support::{Driver, ROUTER, config};
@@ -116,15 +116,15 @@ async fn a_move_that_is_refused_costs_no_step() {
 #[tokio::test]
 async fn a_session_stands_still_once_its_target_has_room_and_not_before() {
     let (mut source, mut outgoing) = source(Mode::Whole);
-    // As many pages as it needs, with the one that it may begin meanwhile.
-    let mut target = target(2, 2);
+    // As many pages as it may come to; it needs two now.
+    let mut target = target(2, 3);
     let mut incoming = target.handle.incoming();
     incoming.demands(outgoing.demand());
     let on_room = outgoing.on_room().expect("given out once");
     bring(&mut outgoing, &mut incoming, &mut target).await.expect("room");
     assert!(incoming.has_room());
     let load = target.core.load();
-    assert_eq!((load.slots_free, load.pages_free), (1, 0), "a slot and all pages are reserved");
+    assert_eq!((load.slots_free, load.pages_free), (1, 1), "a slot and its pages are reserved");
     draws(&mut source, 5);
     on_room.send(()).expect("it waits for that");
     // The engine hears it when more is asked for.

@@ -79,7 +79,7 @@ pub mod replica_message {
         /// Answers flush.
         #[prost(message, tag = "5")]
         Flushed(super::Flushed),
-        /// Answers prepare, start, release and abort_move.
+        /// Answers prepare, start, release, abort_move and take_over.
         #[prost(message, tag = "6")]
         MoveReport(super::MoveReport),
     }

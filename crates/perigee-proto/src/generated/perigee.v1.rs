@@ -524,8 +524,9 @@ pub mod inference_client {
             self.inner.server_streaming(req, path, codec).await
         }
         /// Goes on with a resumable request after its router was lost, at any router that shares the lost one's key: responses
-        /// follow from the next index of every choice, with the same tokens as if nothing had happened, under other session
-        /// names. What was generated is computed again from the prompt; the sessions of the lost router end by themselves.
+        /// follow from the next index of every choice, with the same tokens as if nothing had happened. Sessions of
+        /// the lost router wait for a grace time and go on where they were; what is not there any more is computed again from the
+        /// prompt, under another session name.
         pub async fn resume(
             &mut self,
             request: impl tonic::IntoRequest<super::ResumeRequest>,
@@ -704,8 +705,9 @@ pub mod inference_server {
             + std::marker::Send
             + 'static;
         /// Goes on with a resumable request after its router was lost, at any router that shares the lost one's key: responses
-        /// follow from the next index of every choice, with the same tokens as if nothing had happened, under other session
-        /// names. What was generated is computed again from the prompt; the sessions of the lost router end by themselves.
+        /// follow from the next index of every choice, with the same tokens as if nothing had happened. Sessions of
+        /// the lost router wait for a grace time and go on where they were; what is not there any more is computed again from the
+        /// prompt, under another session name.
         async fn resume(
             &self,
             request: tonic::Request<super::ResumeRequest>,

@@ -9,6 +9,7 @@ mod fake;
 mod http;
 mod moves;
 mod orders;
+mod orphans;
 mod replays;
 mod scene;
 mod streams;

@@ -124,7 +124,7 @@ impl<B: Backend + 'static> Driver<B> {
         };
         Request {
             grammar: None,
-        resumable: false,
+            resumable: false,
             request_id: name.clone(),
             sessions: vec![SessionId(name)],
             first_choice: 0,

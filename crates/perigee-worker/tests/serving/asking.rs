@@ -15,8 +15,7 @@ use perigee_proto::internal;
 use perigee_proto::internal::replica_client::ReplicaClient;
 use perigee_proto::internal::replica_server::{Replica as ReplicaRpc, ReplicaServer};
 use perigee_proto::internal::{
-    AttendAnswer, AttendQuery, HandoffChunk, MoveMode, MovePhase, ReplicaMessage, RouterMessage,
-    router_message,
+    AttendAnswer, AttendQuery, HandoffChunk, MoveMode, MovePhase, ReplicaMessage, RouterMessage, router_message,
 };
 use perigee_worker::attend::HomeParts;
 use perigee_worker::attention::GrpcAttention;

@@ -2,7 +2,9 @@
 //! not the client says again which tokens it has, and all its tokens together are those of an undisturbed run. Where its
 //! sessions are still there, nothing is computed again; where they are not, everything is.
 
-use perigee_proto::v1::{FinishReason, GenerateRequest, GenerateResponse, ListSessionsRequest, ReceivedTokens, ResumeRequest};
+use perigee_proto::v1::{
+    FinishReason, GenerateRequest, GenerateResponse, ListSessionsRequest, ReceivedTokens, ResumeRequest,
+};
 use perigee_testkit::sandbox::{Clients, Fleet, FleetSpec, eventually, metric};
 use tonic::{Code, Streaming};
 
@@ -109,7 +111,8 @@ async fn a_stream_whose_router_was_killed_goes_on_at_another_one() {
         let before: usize = got.choices.iter().map(|choice| choice.tokens.len()).sum();
         let is_lost = number % LOSING == 1;
         if is_lost {
-            let lost = fleet.replicas.iter().position(|replica| replica.name == got.on).expect("a replica of the fleet");
+            let lost =
+                fleet.replicas.iter().position(|replica| replica.name == got.on).expect("a replica of the fleet");
             fleet.kill(lost);
             fleet.restart(lost).unwrap();
             fleet.ready(&other).await.unwrap();

@@ -1,81 +1,80 @@
 //! Two full replicas, each the home of a session that runs on the other, and each in need of pages: neither waits for the
 //! other, and every session comes to its end with its own tokens.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
-use perigee_proto::v1::{GenerateRequest, MigrateMode, MigrateRequest};
+use perigee_proto::v1::{GenerateRequest, MigrateMode, MigrateRequest, MigrateResponse, ReplicaInfo};
 use perigee_testkit::Numbers;
 use perigee_testkit::reference::Undisturbed;
-use perigee_testkit::sandbox::{Clients, Fleet, FleetSpec, eventually};
+use perigee_testkit::sandbox::{Clients, FleetSpec, eventually};
 
 use crate::deaths::{Open, judge};
 use crate::plan::prompt;
 use crate::{PATIENCE, greedy};
 
-/// Latent pages of a replica. Each session alone comes to almost as many.
-const PAGES: u32 = 20;
-const PROMPT: usize = 400;
-const TOKENS: u32 = 800;
+/// Latent pages of a replica. Each session alone comes to almost as many; where they begin there is room to move.
+const PAGES: u32 = 40;
+const PROMPT: usize = 600;
+const TOKENS: u32 = 1800;
 /// Sessions that each replica has at least: one that moves to the other, and one that stays.
 const EACH: usize = 2;
 const SEED: u64 = 950;
 
-/// Starts sessions until each replica has enough of them.
-async fn begin(clients: &Clients, names: &[String]) -> Vec<Open> {
-    const ENOUGH: usize = 60;
+/// Moves a session.
+async fn migrate(clients: &Clients, stream: &mut Open, to: &str, mode: MigrateMode) -> MigrateResponse {
+    let order = MigrateRequest { session_id: stream.session.clone(), to: to.to_owned(), mode: mode.into() };
+    let moved = clients.cluster.clone().migrate(order).await.expect("there is room").into_inner();
+    stream.on = to.to_owned();
+    moved
+}
+
+/// Sessions, as many on each replica: the first of each then runs on the other one, without its pages.
+async fn cross(clients: &Clients, names: &[String]) -> Vec<Open> {
     let mut numbers = Numbers::new(SEED);
     let mut open: Vec<Open> = Vec::new();
-    while names.iter().any(|name| open.iter().filter(|stream| stream.on == *name).count() < EACH) {
-        assert!(open.len() < ENOUGH, "the router uses one replica only");
-        let request_id = format!("full-{}", open.len());
+    for number in 0..EACH * names.len() {
         let request = greedy(prompt(&mut numbers, 512, PROMPT), TOKENS);
-        open.push(Open::start(clients, GenerateRequest { request_id, ..request }).await);
+        let request = GenerateRequest { request_id: format!("full-{number}"), ..request };
+        let mut stream = Open::start(clients, request).await;
+        let wanted = &names[number % names.len()];
+        if stream.on != *wanted {
+            migrate(clients, &mut stream, wanted, MigrateMode::Whole).await;
+        }
+        open.push(stream);
+    }
+    for (stream, to) in open.iter_mut().zip(names.iter().rev()) {
+        let moved = migrate(clients, stream, to, MigrateMode::Split).await;
+        assert_eq!((moved.mode(), moved.page_bytes), (MigrateMode::Split, 0), "{moved:?}");
     }
     open
 }
 
-/// Moves the first session of each replica to the other one, without its pages.
-async fn cross(clients: &Clients, names: &[String], open: &[Open]) {
-    let moves = names.iter().zip(names.iter().rev()).map(|(from, to)| {
-        let stream = open.iter().find(|stream| stream.on == *from).expect("one on each");
-        let order = MigrateRequest {
-            session_id: stream.session.clone(),
-            to: to.clone(),
-            mode: MigrateMode::Split.into(),
-        };
-        let mut cluster = clients.cluster.clone();
-        tokio::spawn(async move { cluster.migrate(order).await })
-    });
-    for moved in moves.collect::<Vec<_>>() {
-        let moved = moved.await.expect("a task").expect("a move").into_inner();
-        assert_eq!((moved.mode(), moved.page_bytes), (MigrateMode::Split, 0), "{moved:?}");
-    }
-}
-
-/// Waits until every page of each replica is in use while it keeps some for the other one.
-async fn both_were_full(fleet: &Fleet, clients: &Clients) {
-    let mut full: BTreeMap<String, bool> = BTreeMap::new();
+/// Waits until each replica was full once, and both need pages while they keep some for the other one: no page is free, or
+/// a session has stepped back for want of them.
+async fn both_are_short(clients: &Clients) {
+    let mut full: BTreeSet<String> = BTreeSet::new();
     let look = async || {
-        for (name, replica) in clients.replicas().await? {
-            *full.entry(name).or_default() |= replica.pages_free == 0 && replica.homes > 0;
-        }
-        Ok((full.len() == fleet.replicas.len() && full.values().all(|was| *was)).then_some(()))
+        let seen = clients.replicas().await?;
+        full.extend(seen.values().filter(|one| one.pages_free == 0).map(|one| one.replica.clone()));
+        let is_short = |one: &ReplicaInfo| one.homes > 0 && (one.pages_free == 0 || one.running < EACH as u32);
+        Ok((full.len() == seen.len() && seen.values().all(is_short)).then_some(()))
     };
-    eventually("both replicas full", PATIENCE, look).await.unwrap();
+    eventually("both replicas short of pages", PATIENCE, look).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_full_replicas_that_hold_pages_for_each_other_both_go_on() {
     let fleet = FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &[1, 1])
         .worker(format!("--latent-pages={PAGES}"))
+        // While there is room, they would follow their session before anybody needs them.
+        .worker("--pages-follow=never")
         .start()
         .await
         .unwrap();
     let clients = fleet.connect().await.unwrap();
     let names: Vec<String> = fleet.replicas.iter().map(|replica| replica.name.clone()).collect();
-    let open = begin(&clients, &names).await;
-    cross(&clients, &names, &open).await;
-    both_were_full(&fleet, &clients).await;
+    let open = cross(&clients, &names).await;
+    both_are_short(&clients).await;
     let mut undisturbed = Undisturbed::open("random:tiny", PROMPT + TOKENS as usize).unwrap();
     let (mut excused, count) = (0, open.len());
     for stream in open {
