@@ -1,23 +1,26 @@
 //! Two full replicas, each the home of a session that runs on the other, and each in need of pages: neither waits for the
 //! other, and every session comes to its end with its own tokens.
 
-use std::collections::BTreeSet;
-
 use perigee_proto::v1::{GenerateRequest, MigrateMode, MigrateRequest, MigrateResponse, ReplicaInfo};
 use perigee_testkit::Numbers;
 use perigee_testkit::reference::Undisturbed;
 use perigee_testkit::sandbox::{Clients, FleetSpec, eventually};
+use tokio::task::JoinHandle;
 
+use crate::client::{Answer, run};
 use crate::deaths::{Open, judge};
-use crate::plan::prompt;
+use crate::plan::{Schedule, prompt};
 use crate::{PATIENCE, greedy};
 
-/// Latent pages of a replica. Each session alone comes to almost as many; where they begin there is room to move.
+/// Latent pages of a replica. Each session alone comes to almost as many.
 const PAGES: u32 = 40;
-const PROMPT: usize = 600;
-const TOKENS: u32 = 1800;
+const PROMPT: usize = 1100;
+const TOKENS: u32 = 700;
 /// Sessions that each replica has at least: one that moves to the other, and one that stays.
 const EACH: usize = 2;
+/// A session that comes to both when they are all but full, and needs more than what is left for its prompt.
+const LONG_PROMPT: usize = 600;
+const FEW: u32 = 60;
 const SEED: u64 = 950;
 
 /// Moves a session.
@@ -49,17 +52,28 @@ async fn cross(clients: &Clients, names: &[String]) -> Vec<Open> {
     open
 }
 
-/// Waits until each replica was full once, and both need pages while they keep some for the other one: no page is free, or
-/// a session has stepped back for want of them.
+/// Asks for one more session on each replica, which needs more pages than there are left.
+async fn fill(clients: &Clients) -> Vec<(GenerateRequest, JoinHandle<Answer>)> {
+    let mut numbers = Numbers::new(SEED + 1);
+    let fillers = (0..2).map(|number| {
+        let request = greedy(prompt(&mut numbers, 512, LONG_PROMPT), FEW);
+        let request = GenerateRequest { request_id: format!("filler-{number}"), ..request };
+        let (clients, schedule) = (clients.clone(), Schedule { request: request.clone(), moves: Vec::new() });
+        (request, tokio::spawn(async move { run(&clients, &schedule, &[]).await }))
+    });
+    fillers.collect()
+}
+
+/// Waits until both replicas need pages while they keep some for the other one.
 async fn both_are_short(clients: &Clients) {
-    let mut full: BTreeSet<String> = BTreeSet::new();
     let look = async || {
         let seen = clients.replicas().await?;
-        full.extend(seen.values().filter(|one| one.pages_free == 0).map(|one| one.replica.clone()));
-        let is_short = |one: &ReplicaInfo| one.homes > 0 && (one.pages_free == 0 || one.running < EACH as u32);
-        Ok((full.len() == seen.len() && seen.values().all(is_short)).then_some(()))
+        let is_short = |one: &ReplicaInfo| one.homes > 0 && (one.waiting > 0 || one.pages_free == 0);
+        let free = seen.values().map(|one| one.pages_free).collect::<Vec<_>>();
+        Ok(seen.values().all(is_short).then_some(free))
     };
-    eventually("both replicas short of pages", PATIENCE, look).await.unwrap();
+    let (free, _) = eventually("both replicas short of pages", PATIENCE, look).await.unwrap();
+    println!("{free:?} of {PAGES} pages are free, and what waits needs {}", LONG_PROMPT.div_ceil(64));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -74,12 +88,15 @@ async fn two_full_replicas_that_hold_pages_for_each_other_both_go_on() {
     let clients = fleet.connect().await.unwrap();
     let names: Vec<String> = fleet.replicas.iter().map(|replica| replica.name.clone()).collect();
     let open = cross(&clients, &names).await;
+    let fillers = fill(&clients).await;
     both_are_short(&clients).await;
+    let of_sessions = open.into_iter().map(|stream| (stream.request, stream.answer));
     let mut undisturbed = Undisturbed::open("random:tiny", PROMPT + TOKENS as usize).unwrap();
-    let (mut excused, count) = (0, open.len());
-    for stream in open {
-        let answer = tokio::time::timeout(PATIENCE, stream.answer).await.expect("nobody waits for the other").unwrap();
-        excused += usize::from(judge(&mut undisturbed, &stream.request, &answer, &[]));
+    let (mut excused, mut count) = (0, 0);
+    for (request, answer) in of_sessions.chain(fillers) {
+        let answer = tokio::time::timeout(PATIENCE, answer).await.expect("nobody waits for the other").unwrap();
+        excused += usize::from(judge(&mut undisturbed, &request, &answer, &[]));
+        count += 1;
     }
     println!("{excused} of {count} sessions were excused");
     assert!(excused <= 1, "{excused} of {count} sessions were excused");
