@@ -13,13 +13,13 @@ use crate::plan::{Schedule, prompt};
 use crate::{PATIENCE, greedy};
 
 /// Latent pages of a replica. Each session alone comes to almost as many.
-const PAGES: u32 = 40;
+const PAGES: u32 = 48;
 const PROMPT: usize = 1100;
 const TOKENS: u32 = 700;
 /// Sessions that each replica has at least: one that moves to the other, and one that stays.
 const EACH: usize = 2;
 /// A session that comes to both when they are all but full, and needs more than what is left for its prompt.
-const LONG_PROMPT: usize = 600;
+const LONG_PROMPT: usize = 1000;
 const FEW: u32 = 60;
 const SEED: u64 = 950;
 
