@@ -54,11 +54,12 @@ enum Command {
 }
 
 /// Logs go to standard error. PERIGEE_LOG filters them, such as `info,perigee_router=debug`; PERIGEE_LOG_FORMAT is text or
-/// json. Only warnings by default: a person at a terminal came for the answer.
+/// json. By default only warnings, and the balancer's moves: a person at a terminal came for the answer.
 fn logs() -> anyhow::Result<()> {
     let setting = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
     let format = setting("PERIGEE_LOG_FORMAT", "text").parse()?;
-    perigee_telemetry::LogOptions { format, filter: setting("PERIGEE_LOG", "warn") }.install()?;
+    perigee_telemetry::LogOptions { format, filter: setting("PERIGEE_LOG", "warn,perigee_router::balance=info") }
+        .install()?;
     Ok(())
 }
 
