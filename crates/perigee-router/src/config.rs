@@ -14,6 +14,8 @@ pub struct Limits {
     pub text_bytes: usize,
     /// Most choices of a request.
     pub choices: u32,
+    /// Most prompts of one HTTP call; each is a request.
+    pub prompts: usize,
     /// Most alternatives that logprobs and prompt_logprobs may ask for.
     pub logprobs: u32,
     /// Most log-probabilities of prompt tokens in all choices of a request: a message must hold those of one choice.
@@ -46,6 +48,7 @@ impl Default for Limits {
             message_bytes: 16 << 20,
             text_bytes: 8 << 20,
             choices: 16,
+            prompts: 128,
             logprobs: 20,
             prompt_logprobs: 200_000,
             stop_strings: MAX_STOP_STRINGS,

@@ -115,6 +115,12 @@ pub(crate) fn no_tokenizer(field: &str) -> WireError {
     WireError { reason: Some("NO_TOKENIZER"), ..WireError::new(ErrorKind::FailedPrecondition, message) }
 }
 
+/// A conversation was given without a template.
+pub(crate) fn no_template() -> WireError {
+    let message = "messages need a chat template, and this model has none: add chat_template.jinja, or send a prompt";
+    WireError { reason: Some("NO_TEMPLATE"), ..WireError::new(ErrorKind::FailedPrecondition, message) }
+}
+
 /// A tokenizer refused what a client sent in `field`.
 pub(crate) fn text_refused(field: &str, error: &TextError) -> WireError {
     match error {

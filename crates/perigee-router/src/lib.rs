@@ -6,6 +6,8 @@
 //! `relay` → `driver` (whose they are) → `flight` (what is accepted) → `buffer` → `reply`, which the client's connection
 //! polls.
 //!
+//! HTTP's handlers (`http`) stand beside `service` and go the same way from `validate` on.
+//!
 //! A session's way to another replica: `cluster_service` → `migrate` (may it) → `driver` (perigee-migration's coordinator,
 //! one for each `choice`; reports come back by `relay`, time by `timers`) → `transit` (what it came to).
 
@@ -18,6 +20,7 @@ mod config;
 mod driver;
 mod error;
 mod flight;
+mod http;
 mod membership;
 mod metrics;
 mod migrate;

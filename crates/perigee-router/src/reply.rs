@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use perigee_proto::status::WireError;
 use perigee_proto::{internal, v1};
 use tokio::time::Sleep;
 use tokio_stream::Stream;
@@ -37,7 +38,35 @@ impl Stream for Reply {
     type Item = Result<v1::GenerateResponse, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let this = &mut *self;
+        self.poll_response(context).map(|item| item.map(|response| response.map_err(Status::from)))
+    }
+}
+
+/// The same answer with its error as the router knows it, for readers that do not speak gRPC.
+#[derive(Debug)]
+pub(crate) struct Responses(pub(crate) Reply);
+
+impl Stream for Responses {
+    type Item = Result<v1::GenerateResponse, WireError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_response(context)
+    }
+}
+
+impl Reply {
+    /// Tokens of the prompt.
+    pub(crate) fn prompt(&self) -> &[u32] {
+        &self.flight.submit.prompt
+    }
+
+    /// Name of the request.
+    pub(crate) fn request_id(&self) -> &str {
+        self.flight.request_id()
+    }
+
+    fn poll_response(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<v1::GenerateResponse, WireError>>> {
+        let this = self;
         if this.done {
             return Poll::Ready(None);
         }
@@ -60,7 +89,7 @@ impl Stream for Reply {
             return Poll::Pending;
         };
         this.done = true;
-        Poll::Ready(end.clone().err().map(|error| Err(error.into())))
+        Poll::Ready(end.clone().err().map(Err))
     }
 }
 

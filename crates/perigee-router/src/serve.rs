@@ -14,7 +14,7 @@ use perigee_proto::v1::cluster_server::ClusterServer;
 use perigee_proto::v1::inference_server::InferenceServer;
 use perigee_registry::Registry;
 use perigee_telemetry::{Metrics, probes};
-use perigee_text::Tokenizer;
+use perigee_text::{ChatTemplate, Tokenizer};
 use perigee_tls::{Dialer, Listening, Purpose, Tls, require_certificate};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -29,6 +29,7 @@ use crate::admission::Admission;
 use crate::cluster_service::ClusterService;
 use crate::config::RouterConfig;
 use crate::error::RouterError;
+use crate::http;
 use crate::membership;
 use crate::metrics::RouterMetrics;
 use crate::random::Random;
@@ -48,6 +49,8 @@ pub struct RouterParts {
     pub registry: Arc<dyn Registry>,
     /// Encodes prompts; without one, clients send token ids.
     pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Renders conversations; without one, clients send prompts.
+    pub template: Option<Arc<ChatTemplate>>,
     /// Reaches replicas.
     pub connector: Arc<dyn Connect>,
     /// Names sessions and draws seeds.
@@ -65,10 +68,16 @@ impl RouterParts {
         Ok(Self {
             registry,
             tokenizer,
+            template: None,
             connector: Arc::new(TcpConnector::default()),
             random: Random::system()?,
             tls: None,
         })
+    }
+
+    /// The same with a chat template, where there is one.
+    pub fn with_template(self, template: Option<Arc<ChatTemplate>>) -> Self {
+        Self { template, ..self }
     }
 
     /// The same with TLS, where there is some, on the listeners and towards replicas.
@@ -82,7 +91,7 @@ impl RouterParts {
 pub struct RouterListeners {
     /// For gRPC.
     pub grpc: TcpListener,
-    /// For /health and /metrics.
+    /// For the OpenAI-compatible API, /health and /metrics.
     pub http: TcpListener,
 }
 
@@ -131,7 +140,7 @@ impl Router {
             relay,
             replicas: replicas.clone(),
             admission: Admission::new(config.limits.requests),
-            text: Text::new(parts.tokenizer),
+            text: Text::new(parts.tokenizer, parts.template),
             limits: Arc::new(config.limits.clone()),
             metrics: router_metrics,
             random: parts.random,
@@ -204,7 +213,8 @@ impl Router {
         let listening = |listener, purpose| Listening::new(listener, self.tls.clone(), purpose);
         let (http, incoming) =
             (listening(listeners.http, Purpose::Http), listening(listeners.grpc, Purpose::Public).incoming());
-        let http = axum::serve(http, probes::routes(self.metrics.clone(), self.serving.clone(), Arc::new(|| {})));
+        let probes = probes::routes(self.metrics.clone(), self.serving.clone(), Arc::new(|| {}));
+        let http = axum::serve(http, http::routes(self.inference.clone()).merge(probes));
         let http = http.with_graceful_shutdown(until_stopped());
         let grpc = self.grpc()?.serve_with_incoming_shutdown(incoming, until_stopped());
         let failed = |what, reason: String| RouterError::Listener { what, reason };

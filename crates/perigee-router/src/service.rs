@@ -9,7 +9,6 @@ use perigee_proto::status::{ErrorKind, WireError};
 use perigee_proto::v1::{self, inference_server::Inference};
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
-use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use crate::admission::{self, Admission};
@@ -37,19 +36,18 @@ pub(crate) struct InferenceService {
 }
 
 impl InferenceService {
-    fn model(&self) -> Result<Arc<Model>, WireError> {
+    pub(crate) fn model(&self) -> Result<Arc<Model>, WireError> {
         self.replicas.model().ok_or_else(error::no_replica)
     }
 
     /// Encodes, names and starts what a plan asks for. `check` makes the plan once it is known what is served.
-    async fn start(
+    pub(crate) async fn start(
         &self,
-        metadata: &MetadataMap,
+        deadline: Option<Instant>,
         prompt_logprobs: Option<u64>,
         check: impl FnOnce(&Model) -> Result<Plan, WireError>,
     ) -> Result<Reply, WireError> {
         let arrived = Instant::now();
-        let deadline = admission::deadline(metadata)?;
         let model = self.model()?;
         let mut plan = check(&model)?;
         let place = self.admission.enter()?;
@@ -65,23 +63,39 @@ impl InferenceService {
         for _ in 0..plan.choices {
             sessions.push(SessionId::from_random(self.random.next()?, self.random.next()?).to_string());
         }
-        let prompt = match &mut plan.prompt {
-            Prompt::Text(text) => {
-                let encoding = self.text.encode("text", std::mem::take(text));
-                match deadline {
-                    Some(deadline) => {
-                        let in_time = tokio::time::timeout_at(deadline, encoding).await;
-                        in_time.map_err(|_| error::deadline_exceeded())??
-                    }
-                    None => encoding.await?,
-                }
+        let encoding = self.encode(&mut plan.prompt);
+        let prompt = match deadline {
+            Some(deadline) => {
+                let in_time = tokio::time::timeout_at(deadline, encoding).await;
+                in_time.map_err(|_| error::deadline_exceeded())??
             }
-            Prompt::Tokens(tokens) => std::mem::take(tokens),
+            None => encoding.await?,
         };
         let submit = plan.submission(prompt, seed, &model, prompt_logprobs)?;
         self.metrics.prompt_tokens.inc_by(submit.prompt.len() as u64);
         let submit = Submit { request_id: request_id.to_string(), sessions, ..submit };
         self.relay.start(NewFlight { submit, arrived, deadline, place })
+    }
+
+    /// The tokens of a prompt, which is taken out of its place.
+    async fn encode(&self, prompt: &mut Prompt) -> Result<Vec<u32>, WireError> {
+        match prompt {
+            Prompt::Text(text, special) => self.text.encode("text", std::mem::take(text), *special).await,
+            Prompt::Chat(input) => self.text.encode_chat(std::mem::take(&mut **input), self.limits.text_bytes).await,
+            Prompt::Tokens(tokens) => Ok(std::mem::take(tokens)),
+        }
+    }
+
+    /// The text of tokens that a client sent in `field`.
+    pub(crate) async fn decode(&self, field: &'static str, tokens: Vec<u32>) -> Result<String, WireError> {
+        let _place = self.admission.enter()?;
+        let model = self.model()?;
+        if tokens.len() as u64 > u64::from(model.max_len) {
+            let message = format!("there are {}, but at most {} are taken", tokens.len(), model.max_len);
+            return Err(WireError::invalid(field, message));
+        }
+        validate::token_ids(field, &tokens, &model)?;
+        self.text.decode(field, tokens).await
     }
 
     /// Ends sessions that other routers hold, by asking all replicas who runs them.
@@ -111,7 +125,8 @@ impl Inference for InferenceService {
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Reply>, Status> {
         let (metadata, _, message) = request.into_parts();
         let limit = Some(self.limits.prompt_logprobs);
-        let reply = self.start(&metadata, limit, |model| validate::generate(message, model, &self.limits)).await?;
+        let deadline = admission::deadline(&metadata)?;
+        let reply = self.start(deadline, limit, |model| validate::generate(message, model, &self.limits)).await?;
         Ok(Response::new(reply))
     }
 
@@ -122,7 +137,8 @@ impl Inference for InferenceService {
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
         let (metadata, _, message) = request.into_parts();
         let tokens = message.token_ids.len();
-        let mut reply = self.start(&metadata, None, |model| validate::score(message, model, &self.limits)).await?;
+        let deadline = admission::deadline(&metadata)?;
+        let mut reply = self.start(deadline, None, |model| validate::score(message, model, &self.limits)).await?;
         let mut answer = v1::ScoreResponse::default();
         while let Some(response) = reply.next().await {
             let response = response?;
@@ -168,9 +184,9 @@ impl Inference for InferenceService {
 
     async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
         let _place = self.admission.enter()?;
-        let text = request.into_inner().text;
+        let v1::TokenizeRequest { text, parse_special } = request.into_inner();
         validate::text_length("text", &text, &self.limits)?;
-        let token_ids = self.text.encode("text", text).await?;
+        let token_ids = self.text.encode("text", text, validate::special_tokens(parse_special)).await?;
         Ok(Response::new(v1::TokenizeResponse { token_ids }))
     }
 
@@ -178,15 +194,7 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
-        let _place = self.admission.enter()?;
-        let tokens = request.into_inner().token_ids;
-        let model = self.model()?;
-        if tokens.len() as u64 > u64::from(model.max_len) {
-            let message = format!("there are {}, but at most {} are taken", tokens.len(), model.max_len);
-            return Err(WireError::invalid("token_ids", message).into());
-        }
-        validate::token_ids("token_ids", &tokens, &model)?;
-        let text = self.text.decode("token_ids", tokens).await?;
+        let text = self.decode("token_ids", request.into_inner().token_ids).await?;
         Ok(Response::new(v1::DetokenizeResponse { text }))
     }
 

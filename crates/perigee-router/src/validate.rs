@@ -2,6 +2,7 @@
 //! messages to a submission without its prompt; each refusal names the field as the proto does.
 
 use perigee_proto::{ids::RequestId, internal, status::WireError, v1};
+use perigee_text::{ChatInput, SpecialTokens};
 
 use crate::config::Limits;
 use crate::error;
@@ -16,7 +17,9 @@ const MAX_PRIORITY: i32 = 100;
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Prompt {
     /// Text to encode.
-    Text(String),
+    Text(String, SpecialTokens),
+    /// A conversation to render.
+    Chat(Box<ChatInput>),
     /// Token ids, not yet checked against the vocabulary.
     Tokens(Vec<u32>),
 }
@@ -37,21 +40,22 @@ pub(crate) struct Plan {
 ///
 /// # Errors
 /// INVALID_ARGUMENT with the field, or FAILED_PRECONDITION where stop strings need a tokenizer that is not there.
-pub(crate) fn generate(request: v1::GenerateRequest, model: &Model, limits: &Limits) -> Result<Plan> {
+pub(crate) fn generate(mut request: v1::GenerateRequest, model: &Model, limits: &Limits) -> Result<Plan> {
+    let prompt = Prompt::of(&mut request, limits)?;
+    generate_from(prompt, request, model, limits)
+}
+
+/// The same with a prompt that is not in the request.
+///
+/// # Errors
+/// As [`generate`].
+pub(crate) fn generate_from(
+    prompt: Prompt,
+    request: v1::GenerateRequest,
+    model: &Model,
+    limits: &Limits,
+) -> Result<Plan> {
     let request_id = request_id(&request.request_id)?;
-    let prompt = match (request.text, request.token_ids) {
-        (Some(_), tokens) if !tokens.is_empty() => {
-            return Err(WireError::invalid("text", "give exactly one of text and token_ids, not both"));
-        }
-        (Some(text), _) => {
-            text_length("text", &text, limits)?;
-            Prompt::Text(text)
-        }
-        (None, tokens) if tokens.is_empty() => {
-            return Err(WireError::invalid("token_ids", "give exactly one of text and token_ids, neither is there"));
-        }
-        (None, tokens) => Prompt::Tokens(tokens),
-    };
     stop_strings(&request.stop, model, limits)?;
     priority(request.priority)?;
     cache_salt(&request.cache_salt, limits)?;
@@ -118,6 +122,45 @@ pub(crate) fn score(request: v1::ScoreRequest, model: &Model, limits: &Limits) -
     })
 }
 
+impl Prompt {
+    /// The prompt of a request, checked for what can be said before it is encoded.
+    fn of(request: &mut v1::GenerateRequest, limits: &Limits) -> Result<Self> {
+        let given =
+            (request.text.take(), std::mem::take(&mut request.token_ids), std::mem::take(&mut request.messages));
+        let special = special_tokens(request.parse_special);
+        match given {
+            (Some(text), tokens, messages) if tokens.is_empty() && messages.is_empty() => {
+                text_length("text", &text, limits)?;
+                Ok(Self::Text(text, special))
+            }
+            (Some(_), ..) => {
+                Err(WireError::invalid("text", "give exactly one of text, token_ids and messages, not more"))
+            }
+            (None, tokens, messages) if tokens.is_empty() && !messages.is_empty() => {
+                let message =
+                    |message: v1::ChatMessage| serde_json::json!({"role": message.role, "content": message.content});
+                let messages = messages.into_iter().map(message).collect();
+                Ok(Self::Chat(Box::new(ChatInput { messages, add_generation_prompt: true, ..ChatInput::default() })))
+            }
+            (None, tokens, messages) if !tokens.is_empty() && messages.is_empty() => Ok(Self::Tokens(tokens)),
+            (None, tokens, _) => {
+                let found = if tokens.is_empty() { "none is there" } else { "not more" };
+                let message = format!("give exactly one of text, token_ids and messages, {found}");
+                Err(WireError::invalid("token_ids", message))
+            }
+        }
+    }
+
+    /// The field that it came in.
+    fn field(&self) -> &'static str {
+        match self {
+            Self::Text(..) => "text",
+            Self::Chat(_) => "messages",
+            Self::Tokens(_) => "token_ids",
+        }
+    }
+}
+
 impl Plan {
     /// What goes to a replica, once the prompt is encoded; the names of request and sessions, epoch and deadline are the
     /// caller's. `limit_logprobs` is off where a caller has its own answer to long prompts.
@@ -132,7 +175,7 @@ impl Plan {
         model: &Model,
         limit_logprobs: Option<u64>,
     ) -> Result<internal::Submit> {
-        let field = if matches!(self.prompt, Prompt::Text(_)) { "text" } else { "token_ids" };
+        let field = self.prompt.field();
         let length = prompt.len() as u64;
         if length == 0 {
             return Err(WireError::invalid(field, "the prompt has no tokens, but at least 1 is needed"));
@@ -165,6 +208,11 @@ impl Plan {
         }
         Ok(internal::Submit { prompt, max_tokens, ..submission })
     }
+}
+
+/// What becomes of control tokens' names in a client's text.
+pub(crate) fn special_tokens(parse: bool) -> SpecialTokens {
+    if parse { SpecialTokens::Parse } else { SpecialTokens::AsText }
 }
 
 /// Checks the length of a text.

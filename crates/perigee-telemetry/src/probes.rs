@@ -1,4 +1,4 @@
-//! The HTTP port of every process: /health for probes and /metrics for Prometheus. Clients' calls do not come here.
+//! The HTTP port of every process: /health for probes and /metrics for Prometheus. A router puts its API beside them.
 
 use std::sync::Arc;
 

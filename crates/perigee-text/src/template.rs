@@ -37,7 +37,7 @@ pub struct ChatTemplate {
 }
 
 /// What a template is rendered with. Values are as clients send them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ChatInput {
     /// The messages, each an object with at least `role`.
     pub messages: serde_json::Value,
@@ -58,6 +58,11 @@ pub struct Rendered {
 }
 
 impl Rendered {
+    /// Bytes of the text, give or take those of the marks.
+    pub fn bytes(&self) -> usize {
+        self.marked.len()
+    }
+
     /// The text, without marks.
     pub fn text(&self) -> String {
         self.marked.replace(self.mark, "")

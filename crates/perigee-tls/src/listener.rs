@@ -29,7 +29,7 @@ pub enum Purpose {
     Public,
     /// gRPC among routers and replicas: a certificate must be shown.
     Internal,
-    /// Probes and metrics over HTTP: nobody is asked for a certificate.
+    /// HTTP: probes, metrics and a router's API: nobody is asked for a certificate.
     Http,
 }
 

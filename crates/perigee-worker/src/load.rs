@@ -8,7 +8,7 @@ use perigee_collectives::Collective;
 use perigee_engine::executor::ExecutorLimits;
 use perigee_engine::rank::{Rank, RankShape};
 use perigee_model::{Model, ModelConfig, ModelSpec, StepLimits, WeightSource, model_digest};
-use perigee_text::{GenerationConfig, SpecialIds, TextError, Tokenizer, byte_level_tokenizer};
+use perigee_text::{ChatTemplate, GenerationConfig, SpecialIds, TextError, Tokenizer, byte_level_tokenizer};
 
 use crate::config::WorkerConfig;
 use crate::error::{Result, WorkerError};
@@ -95,7 +95,7 @@ pub fn cpu_backend(config: &WorkerConfig, collective: Box<dyn Collective>) -> pe
 /// vocabulary has room for all bytes.
 ///
 /// # Errors
-/// A tokenizer.json or generation_config.json that cannot be read.
+/// A tokenizer.json, tiktoken.model or generation_config.json that cannot be read.
 pub fn tokenizer(spec: &ModelSpec) -> Result<Option<Arc<Tokenizer>>> {
     let failed = |error: TextError| WorkerError::Options(format!("tokenizer: {error}"));
     match spec {
@@ -115,5 +115,20 @@ pub fn tokenizer(spec: &ModelSpec) -> Result<Option<Arc<Tokenizer>>> {
             let path = PathBuf::from(spec.to_string());
             Ok(Some(Arc::new(Tokenizer::from_json(json.to_string().as_bytes(), path, generation).map_err(failed)?)))
         }
+    }
+}
+
+/// The chat template of a model: the directory's, none where it has none, and the default one for a random model.
+///
+/// # Errors
+/// A template that cannot be read.
+pub fn chat_template(spec: &ModelSpec) -> Result<Option<Arc<ChatTemplate>>> {
+    let template = match spec {
+        ModelSpec::Directory(path) => ChatTemplate::load(path),
+        ModelSpec::Random { .. } => ChatTemplate::fallback().map(Some),
+    };
+    match template {
+        Ok(template) => Ok(template.map(Arc::new)),
+        Err(error) => Err(WorkerError::Options(format!("chat template: {error}"))),
     }
 }

@@ -7,12 +7,13 @@ pub struct GenerateRequest {
     #[prost(string, tag = "1")]
     pub request_id: ::prost::alloc::string::String,
     /// The prompt as text, in UTF-8 bytes; the router's tokenizer encodes it, and special tokens written in it are plain
-    /// text. Give exactly one of text and token_ids. INVALID_ARGUMENT where both or neither are given, or it is longer
-    /// than GetModelInfo's max_text_bytes; FAILED_PRECONDITION where the router has no tokenizer.
+    /// text unless parse_special is set. Give exactly one of text, token_ids and messages. INVALID_ARGUMENT where more or
+    /// none are given, or it is longer than GetModelInfo's max_text_bytes; FAILED_PRECONDITION where the router has no
+    /// tokenizer.
     #[prost(string, optional, tag = "2")]
     pub text: ::core::option::Option<::prost::alloc::string::String>,
     /// The prompt as token ids, each below the vocabulary size; at least one, and fewer than the model's max_model_len.
-    /// Give exactly one of text and token_ids. INVALID_ARGUMENT otherwise.
+    /// Give exactly one of text, token_ids and messages. INVALID_ARGUMENT otherwise.
     #[prost(uint32, repeated, tag = "3")]
     pub token_ids: ::prost::alloc::vec::Vec<u32>,
     /// How to sample. Default: the model's generation_config.json.
@@ -36,6 +37,26 @@ pub struct GenerateRequest {
     /// Whether the request is to outlive its router, see Resume. Default: false.
     #[prost(bool, tag = "9")]
     pub resumable: bool,
+    /// Whether special tokens written in text, such as \<\|im_end|>, become those tokens. Not for text of others. Default:
+    /// false.
+    #[prost(bool, tag = "10")]
+    pub parse_special: bool,
+    /// The prompt as a conversation, which the model's chat template renders, with the beginning of the model's turn at its
+    /// end; special tokens written in it are plain text. Give exactly one of text, token_ids and messages.
+    /// INVALID_ARGUMENT otherwise, and where the template refuses it; FAILED_PRECONDITION where the router has no chat
+    /// template. Conversations with tools are HTTP's, see /v1/chat/completions.
+    #[prost(message, repeated, tag = "11")]
+    pub messages: ::prost::alloc::vec::Vec<ChatMessage>,
+}
+/// A message of a conversation.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChatMessage {
+    /// Who says it: system, user, assistant or what else the template knows.
+    #[prost(string, tag = "1")]
+    pub role: ::prost::alloc::string::String,
+    /// What is said, in UTF-8.
+    #[prost(string, tag = "2")]
+    pub content: ::prost::alloc::string::String,
 }
 /// How tokens are drawn. Absent fields take the value of the model's generation_config.json where it has one, else the
 /// default named here. The draw is a function of (seed, choice, absolute position), the same on every replica.
@@ -237,10 +258,13 @@ pub struct AbortResponse {
 /// Text to encode.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TokenizeRequest {
-    /// The text, in UTF-8; special tokens written in it are plain text. INVALID_ARGUMENT where it is longer than
-    /// GetModelInfo's max_text_bytes.
+    /// The text, in UTF-8; special tokens written in it are plain text unless parse_special is set. INVALID_ARGUMENT where
+    /// it is longer than GetModelInfo's max_text_bytes.
     #[prost(string, tag = "1")]
     pub text: ::prost::alloc::string::String,
+    /// Whether special tokens written in the text become those tokens. Default: false.
+    #[prost(bool, tag = "2")]
+    pub parse_special: bool,
 }
 /// Encoded text.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -133,7 +133,10 @@ async fn without_a_tokenizer_text_fails_and_token_ids_work() {
     let status = client.generate(text).await.expect_err("no tokenizer");
     assert_eq!(status.code(), Code::FailedPrecondition);
     assert!(status.message().contains("tokenizer"), "{}", status.message());
-    let status = client.tokenize(v1::TokenizeRequest { text: "hello".to_owned() }).await.expect_err("no tokenizer");
+    let status = client
+        .tokenize(v1::TokenizeRequest { text: "hello".to_owned(), ..Default::default() })
+        .await
+        .expect_err("no tokenizer");
     assert_eq!(status.code(), Code::FailedPrecondition);
     let status = client.detokenize(v1::DetokenizeRequest { token_ids: vec![1] }).await.expect_err("no tokenizer");
     assert_eq!(status.code(), Code::FailedPrecondition);

@@ -16,6 +16,7 @@ use perigee_proto::internal::{
 use perigee_proto::v1::cluster_client::ClusterClient;
 use perigee_proto::v1::inference_client::InferenceClient;
 use perigee_registry::{BoxFuture, InProcessRegistry, ReplicaRecord};
+use perigee_text::{ChatTemplate, Tokenizer};
 use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -251,11 +252,21 @@ pub(super) struct Sandbox {
 
 impl Sandbox {
     pub(super) async fn start(config: RouterConfig) -> Self {
+        Self::start_with(config, None, None).await
+    }
+
+    /// The same with what makes tokens of text and conversations.
+    pub(super) async fn start_with(
+        config: RouterConfig,
+        tokenizer: Option<Arc<Tokenizer>>,
+        template: Option<Arc<ChatTemplate>>,
+    ) -> Self {
         let (network, registry) = (Network::default(), InProcessRegistry::default());
         let counter = AtomicU64::new(1);
         let parts = RouterParts {
             registry: Arc::new(registry.clone()),
-            tokenizer: None,
+            tokenizer,
+            template,
             connector: Arc::new(network.clone()),
             random: Random::from_source(move || counter.fetch_add(1, Ordering::Relaxed)),
             tls: None,

@@ -5,6 +5,7 @@ mod actor;
 mod broken;
 mod calls;
 mod fake;
+mod http;
 mod moves;
 mod orders;
 mod replays;

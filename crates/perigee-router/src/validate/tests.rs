@@ -38,7 +38,8 @@ fn check(request: v1::GenerateRequest) -> Result<internal::Submit> {
     let limits = Limits::default();
     let plan = generate(request, &model(), &limits)?;
     let prompt = match &plan.prompt {
-        Prompt::Text(text) => text.bytes().map(u32::from).collect(),
+        Prompt::Text(text, _) => text.bytes().map(u32::from).collect(),
+        Prompt::Chat(_) => panic!("no conversation is given"),
         Prompt::Tokens(tokens) => tokens.clone(),
     };
     plan.submission(prompt, 7, &model(), Some(limits.prompt_logprobs))

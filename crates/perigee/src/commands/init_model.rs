@@ -1,10 +1,11 @@
-//! `perigee init-model`: a random model as a checkpoint directory with a byte-level tokenizer.
+//! `perigee init-model`: a random model as a checkpoint directory with a byte-level tokenizer and the default chat template.
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use anyhow::Context;
 use perigee_model::{ModelSpec, WeightSource};
+use perigee_text::template::DEFAULT_TEMPLATE;
 use perigee_text::{SpecialIds, byte_level_tokenizer};
 
 /// Arguments of `init-model`.
@@ -40,6 +41,8 @@ pub(crate) fn run(args: &InitModelArgs) -> anyhow::Result<()> {
     }
     let path = args.directory.join("tokenizer.json");
     std::fs::write(&path, serde_json::to_vec_pretty(&tokenizer)?).with_context(|| path.display().to_string())?;
+    let path = args.directory.join("chat_template.jinja");
+    std::fs::write(&path, DEFAULT_TEMPLATE).with_context(|| path.display().to_string())?;
     if args.json {
         println!("{}", serde_json::json!({"directory": args.directory, "bytes": written}));
     } else {

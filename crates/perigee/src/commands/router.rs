@@ -52,7 +52,7 @@ pub(crate) struct RouterArgs {
     /// Address of the gRPC service.
     #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_PORT)))]
     listen: SocketAddr,
-    /// Address of /health and /metrics.
+    /// Address of the OpenAI-compatible API, /health and /metrics.
     #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_HTTP_PORT)))]
     http: SocketAddr,
     /// Where replicas are found: etcd://HOST:PORT,HOST:PORT[/PREFIX], or file:PATH, a JSON file
@@ -62,7 +62,7 @@ pub(crate) struct RouterArgs {
     /// How etcd is reached.
     #[command(flatten)]
     etcd: EtcdOptions,
-    /// The model whose tokenizer encodes prompts, and the only one that is routed to; without it clients send token ids.
+    /// The model whose tokenizer encodes prompts and whose template renders chats, and the only one that is routed to; without it clients send token ids.
     #[arg(long)]
     model: Option<String>,
     #[command(flatten)]
@@ -78,12 +78,13 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
     without_faults(&faults)?;
     let tls = args.tls.load()?;
     let registry = perigee_registry::open(&args.registry, &args.etcd).context("--registry")?;
-    let (tokenizer, model_digest) = match &args.model {
+    let (tokenizer, template, model_digest) = match &args.model {
         Some(model) => {
             let spec: perigee_model::ModelSpec = model.parse()?;
-            (perigee_worker::load::tokenizer(&spec)?, Some(perigee_model::model_digest(&spec)?))
+            let digest = perigee_model::model_digest(&spec)?;
+            (perigee_worker::load::tokenizer(&spec)?, perigee_worker::load::chat_template(&spec)?, Some(digest))
         }
-        None => (None, None),
+        None => (None, None, None),
     };
     let config = args.options.config(model_digest);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -94,7 +95,7 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
         let listeners =
             RouterListeners { grpc: bind("--listen", args.listen).await?, http: bind("--http", args.http).await? };
         println!("perigee router: gRPC {}, HTTP {}", listeners.grpc.local_addr()?, listeners.http.local_addr()?);
-        let parts = RouterParts::new(registry, tokenizer)?.with_tls(tls);
+        let parts = RouterParts::new(registry, tokenizer)?.with_template(template).with_tls(tls);
         perigee_router::serve(config, parts, listeners, async {
             if let Err(error) = interrupted().await {
                 tracing::warn!(%error, "no handler for signals; ending");

@@ -34,7 +34,7 @@ pub(crate) struct UpArgs {
     /// Port of the router's gRPC service on 127.0.0.1; 0 takes a free one.
     #[arg(long, default_value_t = DEFAULT_PORT)]
     port: u16,
-    /// Port of /health and /metrics on 127.0.0.1; 0 takes a free one.
+    /// Port of the OpenAI-compatible API, /health and /metrics on 127.0.0.1; 0 takes a free one.
     #[arg(long, default_value_t = DEFAULT_HTTP_PORT)]
     http_port: u16,
     /// Answer this and end.
@@ -78,6 +78,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     let tls = args.tls.load()?;
     let spec: perigee_model::ModelSpec = args.engine.model.parse()?;
     let tokenizer = perigee_worker::load::tokenizer(&spec)?;
+    let template = perigee_worker::load::chat_template(&spec)?;
     let digest = perigee_model::model_digest(&spec)?;
 
     let started = Instant::now();
@@ -87,7 +88,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
         start_replica(&args, replica, notices.clone())?;
     }
     let config = args.router.config(Some(digest));
-    let parts = RouterParts::new(Arc::new(registry.clone()), tokenizer)?.with_tls(tls);
+    let parts = RouterParts::new(Arc::new(registry.clone()), tokenizer)?.with_template(template).with_tls(tls);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let router = Router::start(config, parts)?;
     let mut attached = router.ready_replicas();
@@ -239,7 +240,7 @@ fn announce(args: &UpArgs, (grpc, http): (SocketAddr, SocketAddr), ready: &[Read
             (Some(_), None) => ("https", " --tls-ca AUTHORITY".to_owned()),
             (Some(_), Some(ca)) => ("https", format!(" --tls-ca {}", ca.display())),
         };
-        println!("  HTTP   {scheme}://{http}/health and /metrics");
+        println!("  HTTP   {scheme}://{http}/v1 (OpenAI-compatible), /health and /metrics");
         println!("Ask something from another terminal:");
         println!("  perigee generate --router {grpc}{client} --prompt \"Hello\" --max-tokens 32");
         println!("Stop with Ctrl-C.");

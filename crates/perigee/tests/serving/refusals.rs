@@ -116,7 +116,7 @@ async fn every_bad_field_is_named() {
     names(&inference.detokenize(detokenize(vec![VOCAB as u32])).await.unwrap_err(), "token_ids");
     names(&inference.detokenize(detokenize(vec![5; MODEL_LEN + 1])).await.unwrap_err(), "token_ids");
     let text = "a".repeat((8 << 20) + 1);
-    names(&inference.tokenize(TokenizeRequest { text }).await.unwrap_err(), "text");
+    names(&inference.tokenize(TokenizeRequest { text, ..TokenizeRequest::default() }).await.unwrap_err(), "text");
     let mut call = Request::new(greedy(vec![5], 1));
     call.metadata_mut().insert("grpc-timeout", MetadataValue::from_static("soon"));
     names(&inference.generate(call).await.unwrap_err(), "grpc-timeout");
@@ -235,7 +235,10 @@ async fn without_a_tokenizer_token_ids_work_and_text_is_told_why_not() {
     let stop = GenerateRequest { stop: vec!["x".into()], ..greedy(vec![5], 4) };
     lacks(ask(&clients, &stop).await.status(), "stop");
     let mut inference = clients.inference.clone();
-    lacks(&inference.tokenize(TokenizeRequest { text: "hello".into() }).await.unwrap_err(), "text");
+    lacks(
+        &inference.tokenize(TokenizeRequest { text: "hello".into(), ..TokenizeRequest::default() }).await.unwrap_err(),
+        "text",
+    );
     lacks(&inference.detokenize(DetokenizeRequest { token_ids: vec![5] }).await.unwrap_err(), "token_ids");
 
     let answer = ask(&clients, &greedy(vec![5, 6], 6)).await.finished();

@@ -26,7 +26,7 @@ async fn cluster(tp: usize) -> (Sandbox, Clients) {
 }
 
 async fn tokenize(clients: &Clients, text: &str) -> Vec<u32> {
-    let request = TokenizeRequest { text: text.to_owned() };
+    let request = TokenizeRequest { text: text.to_owned(), ..TokenizeRequest::default() };
     clients.inference.clone().tokenize(request).await.unwrap().into_inner().token_ids
 }
 

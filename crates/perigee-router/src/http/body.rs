@@ -1,0 +1,30 @@
+//! Bodies of requests: JSON within the limit of bytes, whatever the content type says, as OpenAI's servers take it.
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{FromRequest, Request};
+use axum::http::StatusCode;
+use serde::de::DeserializeOwned;
+
+use super::error::HttpError;
+use crate::service::InferenceService;
+
+/// A body that was read.
+pub(crate) struct Body<T>(pub(crate) T);
+
+impl<T: DeserializeOwned> FromRequest<InferenceService> for Body<T> {
+    type Rejection = HttpError;
+
+    async fn from_request(request: Request, service: &InferenceService) -> Result<Self, HttpError> {
+        let bytes = Bytes::from_request(request, service).await.map_err(|rejected: BytesRejection| {
+            if rejected.status() == StatusCode::PAYLOAD_TOO_LARGE {
+                return HttpError::too_large(service.limits.message_bytes);
+            }
+            HttpError::malformed(rejected.body_text())
+        })?;
+        match serde_json::from_slice(&bytes) {
+            Ok(value) => Ok(Self(value)),
+            Err(error) => Err(HttpError::malformed(format!("the body is not what this path takes: {error}"))),
+        }
+    }
+}
