@@ -16,6 +16,7 @@ mod record;
 pub mod report;
 mod scenario;
 mod spread;
+pub mod stub;
 mod tally;
 pub mod target;
 mod thresholds;

@@ -89,6 +89,13 @@ impl Tls {
         self.files.ca.is_some()
     }
 
+    /// What a client of an HTTP server needs: the same certificates, and no protocol chosen.
+    pub fn https_client(&self) -> ClientConfig {
+        let mut config = ClientConfig::clone(&self.material().client);
+        config.alpn_protocols.clear();
+        config
+    }
+
     /// Reads the files again if they have changed. Connections do this by themselves, but not more often than every 10 s.
     pub fn refresh(&self) {
         self.state.lock().refresh(&self.files);

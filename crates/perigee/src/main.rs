@@ -45,6 +45,8 @@ enum Command {
     Drain(client::drain::DrainArgs),
     /// Scores token sequences: logits, states and traces of every position.
     Score(Box<commands::score::ScoreArgs>),
+    /// Measures.
+    Bench(Box<commands::bench::BenchArgs>),
     /// Writes a random model as a checkpoint directory.
     InitModel(commands::init_model::InitModelArgs),
 }
@@ -74,6 +76,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Migrate(args) => client::migrate::run(&args),
         Command::Drain(args) => client::drain::run(&args),
         Command::Score(args) => commands::score::run(*args),
+        Command::Bench(args) => commands::bench::run(*args),
         Command::InitModel(args) => commands::init_model::run(&args),
     }
 }

@@ -1,5 +1,6 @@
 //! Subcommands, one file each: arguments, and a `run` that does the work or starts the processes that do.
 
+pub(crate) mod bench;
 pub(crate) mod config;
 pub(crate) mod init_model;
 pub(crate) mod router;

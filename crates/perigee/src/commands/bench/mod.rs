@@ -1,0 +1,29 @@
+//! `perigee bench`: measurements of what this program ships, and of servers like it, one file each.
+
+mod child;
+mod router;
+mod serve;
+
+use clap::Subcommand;
+
+/// Arguments of `bench`.
+#[derive(clap::Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    what: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Puts a scenario's load on a router, or on any OpenAI-compatible server, and reports how long answers took.
+    Serve(Box<serve::ServeArgs>),
+    /// Measures the router between stub replicas and a load client: its processor time, and how long tokens take.
+    Router(Box<router::RouterBenchArgs>),
+}
+
+pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
+    match args.what {
+        Bench::Serve(args) => serve::run(*args),
+        Bench::Router(args) => router::run(*args),
+    }
+}
