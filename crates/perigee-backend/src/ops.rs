@@ -20,6 +20,17 @@ pub enum Precision {
     Full,
 }
 
+/// What a backend makes of a step that it was offered as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recorded {
+    /// Nothing: the step is run op by op.
+    No,
+    /// Its ops are recorded as they are called, and run at the end of the recording.
+    Recording,
+    /// It runs already.
+    Done,
+}
+
 /// Which experts a mixture-of-experts layer uses.
 #[derive(Debug, Clone, Copy)]
 pub enum Routing<'a> {
@@ -130,8 +141,18 @@ pub trait Backend: Send {
     /// A tensor of `rows` by `width`, poisoned.
     fn tensor(&mut self, rows: usize, width: usize, precision: Precision) -> Result<Self::Tensor>;
 
-    // A step: `begin_step`, then ops in the model's order. The current batch is implicit in all of them.
+    // A step: `run_recorded` or `begin_step`, then ops in the model's order. The current batch is implicit in all of them.
 
+    /// Offers a step to run as a whole, `batch` already validated, instead of op by op: where the answer is not
+    /// [`Recorded::No`], `begin_step` is left out. Only steps whose ops nobody changes or looks into are offered, always of the
+    /// same model with the same tensors. As provided, nothing is recorded.
+    fn run_recorded(&mut self, _batch: &StepBatch) -> Result<Recorded> {
+        Ok(Recorded::No)
+    }
+    /// Ends what [`Recorded::Recording`] began, and runs it.
+    fn end_recording(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Makes `batch`, already validated, the current one.
     fn begin_step(&mut self, batch: &StepBatch) -> Result<()>;
     /// Embedding rows of the step's tokens, full precision: the residual stream begins. Zero where another rank holds the row.
@@ -190,6 +211,9 @@ pub trait Backend: Send {
     fn moe(&mut self, layer: &Self::Moe, x: &Self::Tensor, routing: Routing<'_>, out: &mut Self::Tensor) -> Result<()>;
     /// The layer's own selection in the last `moe`, `top_k` for each token, ascending; also under forced routing.
     fn selected_experts(&mut self) -> Result<Vec<u32>>;
+    /// Distinct experts that `moe` computed with, summed over all its calls since the backend was opened; on every rank the
+    /// same. Waits for the device.
+    fn experts_touched(&mut self) -> Result<u64>;
     /// Sums `x` over the ranks of the group, the same bits on every rank.
     fn all_reduce(&mut self, x: &mut Self::Tensor) -> Result<()>;
     /// Logits [batch.logits.len(), V], full precision, gathered from all ranks; `x` is the finally normed stream.

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::weights::DType;
+
 /// Absolute positions held by one latent page.
 pub const PAGE_TOKENS: usize = 64;
 
@@ -105,4 +107,38 @@ pub struct CacheShape {
     pub slots: usize,
     /// Latent pages; a page covers [`PAGE_TOKENS`] positions in every MLA layer.
     pub pages: usize,
+}
+
+impl CacheShape {
+    /// Bytes of a state slot with tails of this type; recurrent states are float32.
+    pub fn slot_bytes(&self, tails: DType) -> u64 {
+        let channels = self.kda_layers * self.kda_heads * self.kda_head_dim;
+        (channels * (self.kda_head_dim * 4 + 3 * self.conv.saturating_sub(1) * tails.bytes())) as u64
+    }
+
+    /// Bytes of a latent page of this type in all layers.
+    pub fn page_bytes(&self, latents: DType) -> u64 {
+        (self.mla_layers * PAGE_TOKENS * self.latent_width * latents.bytes()) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_of_the_48b_model_has_the_published_sizes() {
+        let shape = CacheShape {
+            kda_layers: 20,
+            kda_heads: 32,
+            kda_head_dim: 128,
+            conv: 4,
+            mla_layers: 7,
+            latent_width: 576,
+            slots: 1,
+            pages: 1,
+        };
+        assert_eq!(shape.slot_bytes(DType::Bf16), 41_943_040 + 1_474_560);
+        assert_eq!(shape.page_bytes(DType::Bf16), 64 * 8_064);
+    }
 }

@@ -56,6 +56,7 @@ pub struct CpuBackend {
     latents: Option<Arc<LatentSlab>>,
     batch: StepBatch,
     selected: Vec<u32>,
+    experts_touched: u64,
     #[cfg(feature = "planted-faults")]
     router_gaps: Option<Vec<f32>>,
     weight_bytes: u64,
@@ -73,6 +74,7 @@ impl CpuBackend {
             latents: None,
             batch: StepBatch::default(),
             selected: Vec::new(),
+            experts_touched: 0,
             #[cfg(feature = "planted-faults")]
             router_gaps: None,
             weight_bytes: 0,
@@ -328,12 +330,17 @@ impl Backend for CpuBackend {
         let selection = layer.route(&self.workers, x, routing)?;
         layer.forward(&self.workers, x, &selection, rounded, out.head_mut(tokens)?);
         out.settle(tokens);
+        self.experts_touched += selection.touched();
         self.selected = selection.own;
         Ok(())
     }
 
     fn selected_experts(&mut self) -> Result<Vec<u32>> {
         Ok(self.selected.clone())
+    }
+
+    fn experts_touched(&mut self) -> Result<u64> {
+        Ok(self.experts_touched)
     }
 
     fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use perigee_backend::batch::StepBatch;
-use perigee_backend::ops::{Backend, LatentReader, Partials, Precision, Routing, StatePart};
+use perigee_backend::ops::{Backend, LatentReader, Partials, Precision, Recorded, Routing, StatePart};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
 use perigee_collectives::Collective;
@@ -19,6 +19,7 @@ use crate::exchange::Exchange;
 use crate::formula::Formula;
 use crate::kernels::Kernels;
 use crate::loader::Loader;
+use crate::needs;
 use crate::ops::embed::Embedding;
 use crate::ops::kda::Kda;
 use crate::ops::logits::Head;
@@ -28,9 +29,10 @@ use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
 use crate::ops::sample::Draws;
 use crate::reader::Reader;
+use crate::recorder::Recorder;
 use crate::scratch::Scratch;
 use crate::step::{Planning, Step};
-use crate::stream::{Event, Stream};
+use crate::stream::Stream;
 use crate::tensor::Tensor;
 
 /// How a backend is opened.
@@ -45,6 +47,7 @@ pub struct Options {
 
 /// Kimi Linear's ops on one GPU. Fields are dropped in order: whatever queues work or holds memory goes before the device.
 pub struct CudaBackend {
+    pub(crate) recorder: Recorder,
     pub(crate) precision: DType,
     pub(crate) formula: Formula,
     pub(crate) exchange: Exchange,
@@ -52,6 +55,8 @@ pub struct CudaBackend {
     pub(crate) scratch: Scratch,
     pub(crate) step: Step,
     pub(crate) selected: Option<Selected>,
+    /// Experts touched so far, one 64-bit number.
+    pub(crate) touched: Buffer,
     pub(crate) draws: Draws,
     cache: Option<Cache>,
     /// Query heads of MLA layers, once one is loaded.
@@ -59,6 +64,8 @@ pub struct CudaBackend {
     latent: usize,
     /// Rows of the largest tensor: the most tokens of a step.
     pub(crate) most_rows: usize,
+    /// Rows of the smallest: the most rows of a step in which every token wants its logits.
+    least_rows: usize,
     pub(crate) blas: Blas,
     pub(crate) kernels: Kernels,
     pub(crate) stream: Stream,
@@ -73,7 +80,10 @@ impl CudaBackend {
         let formula = Formula::from_environment()?;
         let device = Device::open(options.device)?;
         let stream = Stream::new(&device)?;
+        let touched = Buffer::new(&device, 8, "count of experts")?;
+        stream.fill(&touched, 0, 8, 0)?;
         Ok(Self {
+            recorder: Recorder::default(),
             precision: options.precision,
             formula,
             exchange: Exchange::open(&device, group)?,
@@ -81,11 +91,13 @@ impl CudaBackend {
             scratch: Scratch::default(),
             step: Step::default(),
             selected: None,
+            touched,
             draws: Draws::default(),
             cache: None,
             mla_heads: None,
             latent: 0,
             most_rows: 0,
+            least_rows: usize::MAX,
             blas: Blas::new(&stream)?,
             kernels: Kernels::load(&device, options.precision, formula)?,
             stream,
@@ -117,17 +129,17 @@ impl CudaBackend {
         self.exchange.check()
     }
 
-    /// Milliseconds that the device spends on `work`, for measurements.
-    ///
-    /// # Errors
-    /// Those of `work`, and [`BackendError::Device`] with a fault of the device in it.
-    pub fn timed(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<f32> {
-        let (start, end) = (Event::new(self.stream.device(), true)?, Event::new(self.stream.device(), true)?);
-        start.record(&self.stream)?;
-        work(self)?;
-        end.record(&self.stream)?;
-        end.wait()?;
-        end.since(&start)
+    /// What the attention plan of any step depends on.
+    pub(crate) fn planning(&self) -> Planning {
+        Planning { heads: self.mla_heads.unwrap_or(0), items: 2 * self.stream.device().multiprocessors() as usize }
+    }
+
+    /// Makes room for the current step of `tokens` tokens, and for any decode step of its size.
+    pub(crate) fn reserve_scratch(&mut self, tokens: usize) -> Result<()> {
+        let planning = self.planning();
+        let most = needs::parts(2 * planning.items, planning.heads, self.latent);
+        let parts = self.mla_part_bytes(self.latent).max(most);
+        self.scratch.reserve(self.stream.device(), self.most_rows.max(tokens), parts)
     }
 
     /// Tokens of the current step.
@@ -194,6 +206,7 @@ impl Backend for CudaBackend {
         self.loader.finish();
         self.cache = None;
         self.cache = Some(Cache::new(&self.stream, shape, self.precision)?);
+        self.recorder.set_most(self.least_rows.min(shape.slots));
         Ok(())
     }
 
@@ -206,17 +219,26 @@ impl Backend for CudaBackend {
         let buffer = Buffer::new(self.stream.device(), bytes, &format!("activations [{rows}, {width}]"))?;
         self.stream.fill(&buffer, 0, bytes, 0x7fff)?;
         self.most_rows = self.most_rows.max(rows);
+        self.least_rows = self.least_rows.min(rows);
         Ok(Tensor { buffer, rows, width, dtype })
     }
 
     fn begin_step(&mut self, batch: &StepBatch) -> Result<()> {
         self.stream.device().bind()?;
         self.exchange.check()?;
-        let planning =
-            Planning { heads: self.mla_heads.unwrap_or(0), items: 2 * self.stream.device().multiprocessors() as usize };
-        self.step.begin(&self.stream, batch, planning, self.formula)?;
-        let parts = self.mla_part_bytes(self.latent);
-        self.scratch.reserve(self.stream.device(), self.most_rows.max(batch.tokens.len()), parts)
+        self.abandon_recording();
+        self.step.begin(&self.stream, batch, self.planning(), self.formula)?;
+        self.reserve_scratch(batch.tokens.len())?;
+        self.recorder.note_run();
+        Ok(())
+    }
+
+    fn run_recorded(&mut self, batch: &StepBatch) -> Result<Recorded> {
+        self.recorded_run(batch)
+    }
+
+    fn end_recording(&mut self) -> Result<()> {
+        self.recording_end()
     }
 
     fn embed(&mut self, table: &Embedding, out: &mut Tensor) -> Result<()> {
@@ -274,6 +296,12 @@ impl Backend for CudaBackend {
 
     fn selected_experts(&mut self) -> Result<Vec<u32>> {
         self.moe_read_selected()
+    }
+
+    fn experts_touched(&mut self) -> Result<u64> {
+        let count = self.moe_read_touched()?;
+        self.exchange.check()?;
+        Ok(count)
     }
 
     fn all_reduce(&mut self, x: &mut Tensor) -> Result<()> {

@@ -107,6 +107,15 @@ fn count() -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
+/// See [`crate::memory`].
+pub(crate) fn total_memory(ordinal: usize) -> Result<u64> {
+    let device =
+        result::device::get(i32::try_from(ordinal).unwrap_or(i32::MAX)).map_err(fault("finding the device"))?;
+    // SAFETY: the driver just handed this device out.
+    let total = unsafe { result::device::total_mem(device) }.map_err(fault("asking for the device's memory"))?;
+    Ok(total as u64)
+}
+
 /// See [`crate::check`].
 pub(crate) fn check(ordinal: usize) -> Result<()> {
     let unsupported = |reason: String| Err(BackendError::Unsupported(format!("device cuda:{ordinal}: {reason}")));

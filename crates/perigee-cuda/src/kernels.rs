@@ -8,6 +8,7 @@ use perigee_backend::{DType, Result};
 use crate::device::Device;
 use crate::formula::{Fault, Formula};
 use crate::module::{Kernel, Modules};
+use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
     ElementParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaMergeParams, MlaStoreParams,
@@ -179,7 +180,7 @@ impl Kernels {
             kda_conv: modules.kernel("kda_conv", &typed("kda_conv"))?,
             kda_tails: modules.kernel("kda_conv", &typed("kda_tails"))?,
             kda_gate: modules.kernel("kda_conv", &(typed("kda_gate") + gate_fault))?,
-            kda_fast: [32, 64, 128]
+            kda_fast: KDA_HEAD_DIMS
                 .iter()
                 .map(|&dim| KdaFast::load(&modules, suffix, dim, formula))
                 .collect::<Result<_>>()?,

@@ -17,19 +17,27 @@ mod exchange;
 #[cfg(feature = "cuda")]
 mod formula;
 #[cfg(feature = "cuda")]
+mod graph;
+#[cfg(feature = "cuda")]
 mod kernels;
+mod ladder;
 #[cfg(feature = "cuda")]
 mod loader;
+#[cfg(feature = "cuda")]
+mod measure;
 #[cfg(feature = "cuda")]
 mod module;
 #[cfg(feature = "cuda")]
 mod nccl;
+mod needs;
 #[cfg(feature = "cuda")]
 mod ops;
 #[cfg(feature = "cuda")]
 mod params;
 #[cfg(feature = "cuda")]
 mod reader;
+#[cfg(feature = "cuda")]
+mod recorder;
 #[cfg(feature = "cuda")]
 mod scratch;
 #[cfg(feature = "cuda")]
@@ -43,6 +51,8 @@ mod tensor;
 pub use backend::{CudaBackend, Options};
 #[cfg(feature = "cuda")]
 pub use device::{DeviceInfo, devices};
+pub use ladder::ladder;
+pub use needs::{LayerShapes, working_bytes};
 #[cfg(feature = "cuda")]
 pub use ops::embed::Embedding;
 #[cfg(feature = "cuda")]
@@ -78,6 +88,23 @@ pub fn check(ordinal: usize) -> Result<()> {
         Err(perigee_backend::BackendError::Unsupported(format!(
             "device cuda:{ordinal}: this program was built without CUDA; build it with `--features cuda`"
         )))
+    }
+}
+
+/// Memory in bytes of CUDA device `ordinal`, used or not.
+///
+/// # Errors
+/// As [`check`].
+pub fn memory(ordinal: usize) -> Result<u64> {
+    check(ordinal)?;
+    #[cfg(feature = "cuda")]
+    {
+        device::total_memory(ordinal)
+    }
+    // Without the feature the check never passes.
+    #[cfg(not(feature = "cuda"))]
+    {
+        Ok(0)
     }
 }
 

@@ -69,6 +69,11 @@ impl Nccl {
         self.communicator.all_reduce(stream, address, count, dtype)
     }
 
+    /// Device address of the parts of the vocabulary, 0 while there are none.
+    pub(crate) fn gathered_address(&self) -> u64 {
+        self.gathered.as_ref().map_or(0, Buffer::address)
+    }
+
     /// Memory for a gather of `count` float32 numbers from each rank: where this rank puts its own.
     pub(crate) fn gather_place(&mut self, stream: &Stream, count: usize) -> Result<u64> {
         let bytes = count * self.size * 4;

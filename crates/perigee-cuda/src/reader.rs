@@ -11,9 +11,10 @@ use crate::cache::Cache;
 use crate::device::Device;
 use crate::kernels::{AttentionKernels, Kernels};
 use crate::module::Modules;
+use crate::needs::ITEM_ROWS;
 use crate::ops::attention::Launch;
 use crate::params::MlaAttendParams;
-use crate::step::{Attention, ITEM_ROWS, Planning};
+use crate::step::{Attention, Planning};
 use crate::stream::Stream;
 
 /// Parts of a lane's memory begin at multiples of this.

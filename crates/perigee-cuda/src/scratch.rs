@@ -5,18 +5,10 @@ use perigee_backend::{BackendError, Result};
 
 use crate::buffer::Buffer;
 use crate::device::Device;
+use crate::needs::Need;
 use crate::stream::Stream;
 
 const ALIGNMENT: usize = 256;
-
-/// What an op needs for a step of some tokens.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Need {
-    /// Bytes for each token.
-    pub(crate) per_token: usize,
-    /// Bytes besides.
-    pub(crate) fixed: usize,
-}
 
 /// The block.
 #[derive(Debug, Default)]
@@ -35,13 +27,18 @@ impl Scratch {
 
     /// Makes room for a step of `tokens` tokens that needs at least `besides` bytes in some op.
     pub(crate) fn reserve(&mut self, device: &Device, tokens: usize, besides: usize) -> Result<()> {
-        let bytes = self.needs.iter().map(|need| need.per_token * tokens + need.fixed).max().unwrap_or(0).max(besides);
+        let bytes = self.needs.iter().map(|need| need.bytes(tokens)).max().unwrap_or(0).max(besides);
         self.tokens = self.tokens.max(tokens);
         if self.buffer.as_ref().is_none_or(|buffer| buffer.bytes() < bytes) {
             self.buffer = None;
             self.buffer = Some(Buffer::new(device, bytes, &format!("working memory of a step of {tokens} tokens"))?);
         }
         Ok(())
+    }
+
+    /// Device address of the block, 0 while there is none.
+    pub(crate) fn address(&self) -> u64 {
+        self.buffer.as_ref().map_or(0, Buffer::address)
     }
 
     /// Tokens that it has room for.

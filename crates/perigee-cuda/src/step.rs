@@ -5,13 +5,10 @@ use bytemuck::{NoUninit, cast_slice};
 use perigee_backend::{BackendError, PAGE_TOKENS, Result, Row, StepBatch};
 
 use crate::formula::{Fault, Formula};
+use crate::needs::{CHUNK_TOKENS, ITEM_ROWS};
 use crate::params::{AttendItem, AttendMerge, AttendRange, KdaChunk, KdaRow};
 use crate::stream::{Stream, Upload};
 
-/// Query rows (tokens times heads) of one attention item.
-pub(crate) const ITEM_ROWS: usize = 64;
-/// Tokens of one chunk of the chunked KDA form.
-pub(crate) const CHUNK_TOKENS: usize = 64;
 /// An item's result that needs no merge.
 const NO_PART: u32 = u32::MAX;
 /// Least keys of a split: below it a split costs more than it gains.
@@ -28,8 +25,12 @@ pub(crate) struct Section {
 #[derive(Debug, Default)]
 pub(crate) struct Step {
     upload: Option<Upload>,
+    /// Of decode steps of a fixed form: its sections never move.
+    decode_upload: Option<Upload>,
     packed: Vec<u8>,
     pub(crate) tokens: Section,
+    /// One number: tokens that do not pad the step.
+    pub(crate) live: Section,
     pub(crate) logits: Section,
     /// Place of each token's latent: page * 64 + offset.
     pub(crate) places: Section,
@@ -79,6 +80,7 @@ impl Step {
         let attention = Attention::plan(batch, planning);
         self.packed.clear();
         self.tokens = self.pack(&batch.tokens);
+        self.live = self.pack(&[batch.tokens.len() as u32]);
         self.logits = self.pack(&batch.logits);
         self.places = self.pack(&rows.places);
         self.decode_rows = self.pack(&rows.decode);
@@ -114,8 +116,15 @@ impl Step {
         let Some(upload) = &mut self.upload else { return Ok(()) };
         upload.send(stream, &self.packed)?;
         let base = upload.address();
+        self.shift(base);
+        Ok(())
+    }
+
+    /// Adds the block's address to the sections' offsets.
+    fn shift(&mut self, base: u64) {
         for section in [
             &mut self.tokens,
+            &mut self.live,
             &mut self.logits,
             &mut self.places,
             &mut self.decode_rows,
@@ -129,7 +138,108 @@ impl Step {
         ] {
             section.address += base;
         }
-        Ok(())
+    }
+
+    /// Plans a batch of one-token rows in a fixed form and sends the plan: rows, items and merges that are not there are
+    /// zeros, and every section lies where it lay in the last step of that form. False where the plan does not fit it.
+    pub(crate) fn begin_decode(
+        &mut self,
+        stream: &Stream,
+        batch: &StepBatch,
+        planning: Planning,
+        form: DecodeForm,
+    ) -> Result<bool> {
+        let rows = Rows::new(batch)?;
+        let attention = Attention::plan(batch, planning);
+        let items = form.items(planning);
+        // Pages come last, and only those that there are are sent.
+        let pages = form.fixed_bytes(planning);
+        if self.decode_upload.as_ref().is_none_or(|upload| upload.capacity() < pages + form.page_bytes()) {
+            stream.wait()?;
+            let bytes = (pages + form.page_bytes()).next_power_of_two();
+            self.decode_upload = Some(Upload::new(stream.device(), bytes, "plan of a decode step")?);
+        }
+        let Some(upload) = &self.decode_upload else { return Ok(false) };
+        let fits = attention.items.len() <= items
+            && attention.ranges.len() <= items * RANGES_PER_ITEM
+            && attention.item_tokens <= 1
+            && pages + size_of_val(attention.pages.as_slice()) <= upload.capacity();
+        if !fits {
+            return Ok(false);
+        }
+        self.packed.clear();
+        self.tokens = self.pack_fixed(&batch.tokens, form.rows, 0);
+        self.live = self.pack_fixed(&[batch.tokens.len() as u32], 1, 0);
+        self.logits = self.pack_fixed(&batch.logits, form.rows, 0);
+        self.places = self.pack_fixed(&rows.places, form.rows, 0xff);
+        self.decode_rows = self.pack_fixed(&rows.decode, form.rows, 0);
+        self.items = self.pack_fixed(&attention.items, items, 0);
+        self.merges = self.pack_fixed(&attention.merges, form.rows, 0);
+        self.ranges = self.pack_fixed(&attention.ranges, items * RANGES_PER_ITEM, 0);
+        let none = Section { address: 0, count: 0 };
+        (self.prefill_rows, self.chunks, self.row_chunks) = (none, none, none);
+        self.pages = self.pack(&attention.pages);
+        self.chunk_bounds.clear();
+        self.parts = attention.parts as usize;
+        self.item_tokens = 1;
+        if let Some(upload) = &mut self.decode_upload {
+            upload.send(stream, &self.packed[..self.packed.len().min(upload.capacity())])?;
+            let base = upload.address();
+            self.shift(base);
+        }
+        Ok(true)
+    }
+
+    /// Device address of the plans of decode steps, 0 before the first.
+    pub(crate) fn decode_address(&self) -> u64 {
+        self.decode_upload.as_ref().map_or(0, Upload::address)
+    }
+
+    /// Appends a section of `capacity` elements, the missing ones filled with bytes of `pad`.
+    fn pack_fixed<T: NoUninit>(&mut self, values: &[T], capacity: usize, pad: u8) -> Section {
+        let offset = self.packed.len();
+        self.packed.extend_from_slice(cast_slice(values));
+        self.packed.resize(offset + capacity * size_of::<T>(), pad);
+        self.packed.resize(self.packed.len().next_multiple_of(SECTION_ALIGNMENT), 0);
+        Section { address: offset as u64, count: capacity }
+    }
+}
+
+/// Ranges of keys that a decode step's plan has room for, for each item.
+const RANGES_PER_ITEM: usize = 4;
+/// Sections of a fixed form begin at multiples of this.
+const SECTION_ALIGNMENT: usize = 256;
+
+/// The form of decode steps of one size.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DecodeForm {
+    /// Rows, padding included.
+    pub(crate) rows: usize,
+    /// Latent pages that there are.
+    pub(crate) pages: usize,
+}
+
+impl DecodeForm {
+    /// Most items of attention: one for each row, and the splits that fill the device.
+    fn items(self, planning: Planning) -> usize {
+        self.rows + planning.items
+    }
+
+    /// Bytes before the pages.
+    fn fixed_bytes(self, planning: Planning) -> usize {
+        let section = |elements: usize, bytes: usize| (elements * bytes).next_multiple_of(SECTION_ALIGNMENT);
+        let items = self.items(planning);
+        section(self.rows, 4) * 3
+            + section(1, 4)
+            + section(self.rows, size_of::<KdaRow>())
+            + section(items, size_of::<AttendItem>())
+            + section(self.rows, size_of::<AttendMerge>())
+            + section(items * RANGES_PER_ITEM, size_of::<AttendRange>())
+    }
+
+    /// Bytes for the page tables: every page once, a partial one for each row, and as much again for pages that forks share.
+    fn page_bytes(self) -> usize {
+        (2 * self.pages + self.rows) * 4
     }
 }
 
@@ -373,6 +483,24 @@ mod tests {
         let many = batch((0..300).map(|at| row(999, 1, vec![segment(0, 1000, at * 16)])).collect());
         let plan = Attention::plan(&many, Planning { heads: 32, items: 264 });
         assert_eq!((plan.items.len(), plan.parts), (300, 0));
+    }
+
+    #[test]
+    fn decode_forms_have_room_for_splits_of_any_context() {
+        for rows in [1, 2, 3, 8, 24, 100, 256, 300] {
+            for context in [1, 63, 64, 65, 1000, 4097, 131_072] {
+                let pages = (context as u32).div_ceil(64);
+                let batch =
+                    batch((0..rows).map(|at| row(context - 1, 1, vec![segment(0, context, at * pages)])).collect());
+                let planning = Planning { heads: 32, items: 264 };
+                let plan = Attention::plan(&batch, planning);
+                let form = DecodeForm { rows: rows as usize, pages: (rows * pages) as usize };
+                assert!(plan.items.len() <= form.items(planning), "{rows} x {context}: {} items", plan.items.len());
+                assert!(plan.ranges.len() <= form.items(planning) * RANGES_PER_ITEM);
+                assert!(plan.merges.len() <= rows as usize && plan.item_tokens == 1);
+                assert!(plan.parts as usize <= 2 * planning.items, "{rows} x {context}: {} parts", plan.parts);
+            }
+        }
     }
 
     #[test]

@@ -88,6 +88,15 @@ impl<B: Backend> Rank<B> {
         self.backend.weight_bytes()
     }
 
+    /// Distinct experts computed with, summed over mixture layers and steps since the start; see
+    /// [`Backend::experts_touched`].
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub(crate) fn experts_touched(&mut self) -> Result<u64, BackendError> {
+        self.backend.experts_touched()
+    }
+
     /// Runs a step; its remote rows ask through this rank's client, and what became of that is the result.
     ///
     /// # Errors
@@ -220,6 +229,10 @@ struct ForcedRouting<'a> {
 }
 
 impl StepHooks for ForcedRouting<'_> {
+    fn is_plain(&self) -> bool {
+        self.forced.is_empty()
+    }
+
     fn routing(&mut self, layer: usize) -> Routing<'_> {
         match self.forced.iter().find(|(number, _)| *number as usize == layer) {
             Some((_, experts)) => Routing::Forced(experts),

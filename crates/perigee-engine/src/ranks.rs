@@ -88,6 +88,15 @@ impl<B: Backend> Ranks<B> {
         self.own.logits(plan.batch.logits.len()).map_err(|error| local(&error.into()))
     }
 
+    /// Distinct experts computed with, summed over mixture layers and steps since the start. Every rank has a part of every
+    /// expert, so this one's count is that of all.
+    ///
+    /// # Errors
+    /// A fault of this rank's device.
+    pub fn experts_touched(&mut self) -> Result<u64, ExecutorError> {
+        self.own.experts_touched().map_err(|error| local(&error.into()))
+    }
+
     /// Runs a step on every rank and leaves the logits where they are.
     fn run(
         &mut self,
@@ -290,6 +299,10 @@ struct LeaderHooks<'a, 'b> {
 }
 
 impl StepHooks for LeaderHooks<'_, '_> {
+    fn is_plain(&self) -> bool {
+        self.forced.is_empty() && self.trace.is_none()
+    }
+
     fn routing(&mut self, layer: usize) -> Routing<'_> {
         match self.forced.iter().find(|(number, _)| *number as usize == layer) {
             Some((_, experts)) => Routing::Forced(experts),

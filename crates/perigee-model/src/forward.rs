@@ -2,7 +2,7 @@
 //! around the residual stream, then the head. What happens inside an op is the backend's business; what a caller wants to
 //! see or to change on the way (traces, forced routing, attention answered elsewhere) goes through [`StepHooks`].
 
-use perigee_backend::{Backend, Partials, Precision, Routing, StepBatch};
+use perigee_backend::{Backend, DType, Partials, Precision, Recorded, Routing, StepBatch};
 
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -23,6 +23,11 @@ pub trait StepHooks {
     /// Routing of a mixture-of-experts layer (0-based layer number of the model).
     fn routing(&mut self, _layer: usize) -> Routing<'_> {
         Routing::Free
+    }
+    /// Whether a step's ops may be run as a whole: no routing is forced, nothing is traced and nobody is asked. It is for
+    /// performance only; as provided, every step is run op by op.
+    fn is_plain(&self) -> bool {
+        false
     }
     /// Whether `hidden` and `experts` are called; both cost a copy from the device.
     fn traced(&self) -> bool {
@@ -49,7 +54,11 @@ pub trait StepHooks {
 #[derive(Debug, Default, Clone, Copy)]
 pub struct NoHooks;
 
-impl StepHooks for NoHooks {}
+impl StepHooks for NoHooks {
+    fn is_plain(&self) -> bool {
+        true
+    }
+}
 
 /// A layer's mixer, with its index among the layers of its kind.
 pub(crate) enum Mixer<B: Backend> {
@@ -108,6 +117,15 @@ impl<B: Backend> Activations<B> {
     }
 }
 
+/// Bytes of the activations of one rank of `tp`, in the activation type `precision` where they are not full.
+pub fn activation_bytes(config: &ModelConfig, tp: usize, limits: StepLimits, precision: DType) -> u64 {
+    let mla = config.mla_shape(tp);
+    let full = DType::Fp32.bytes();
+    let token =
+        config.hidden * (full + 2 * precision.bytes()) + mla.heads * (mla.cache_width() + mla.latent + 1) * full;
+    (limits.tokens * token + limits.logits * config.vocab * full) as u64
+}
+
 /// A model on one rank: its layers and the activations that steps work in.
 pub struct Model<B: Backend> {
     pub(crate) config: ModelConfig,
@@ -138,9 +156,22 @@ impl<B: Backend> Model<B> {
         if batch.tokens.is_empty() {
             return Ok(());
         }
+        let recorded = if hooks.is_plain() { backend.run_recorded(batch)? } else { Recorded::No };
+        match recorded {
+            Recorded::Done => return Ok(()),
+            Recorded::Recording => {}
+            Recorded::No => backend.begin_step(batch)?,
+        }
+        self.run_ops(backend, batch, hooks)?;
+        if recorded == Recorded::Recording {
+            backend.end_recording()?;
+        }
+        Ok(())
+    }
+
+    fn run_ops(&mut self, backend: &mut B, batch: &StepBatch, hooks: &mut dyn StepHooks) -> Result<()> {
         let tokens = batch.tokens.len();
         let Activations { residual, normed, delta, queries, partials, logits } = &mut self.activations;
-        backend.begin_step(batch)?;
         backend.embed(&self.embedding, residual)?;
         backend.all_reduce(residual)?;
         if let Some(first) = self.layers.first() {

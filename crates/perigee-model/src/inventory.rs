@@ -103,6 +103,21 @@ pub fn weight_bytes(config: &ModelConfig, rank: usize, tp: usize) -> u64 {
     total
 }
 
+/// Elements of weights on `rank` of `tp`, a possible degree; and those among them that backends keep in float32 whatever the
+/// activations are, because they select experts.
+pub fn weight_elements(config: &ModelConfig, rank: usize, tp: usize) -> (u64, u64) {
+    let (mut total, mut routers) = (0, 0);
+    visit(config, &mut |spec| {
+        let (rows, columns) = spec.part(config, rank, tp);
+        let elements = rows.len() as u64 * columns.len() as u64;
+        total += elements;
+        if spec.name.ends_with("block_sparse_moe.gate.weight") {
+            routers += elements;
+        }
+    });
+    (total, routers)
+}
+
 const NORMAL: Distribution = Distribution::Normal { deviation: 0.02 };
 const ONES: Distribution = Distribution::Constant(1.0);
 

@@ -82,10 +82,12 @@ pub struct EngineOptions {
     /// State slots: sessions that are live at once, one each.
     #[arg(long, default_value_t = 64)]
     pub state_slots: usize,
-    /// Latent pages of 64 positions; by default enough for every slot at 1,024 positions, at least one longest session.
+    /// Latent pages of 64 positions; by default what the card has room for, and on CPUs enough for every slot at 1,024
+    /// positions and for one longest session.
     #[arg(long)]
     pub latent_pages: Option<usize>,
-    /// Longest session, prompt and output together; by default the model's, at most 32,768.
+    /// Longest session, prompt and output together; by default the model's, as far as there are pages, on CPUs at most
+    /// 32,768.
     #[arg(long)]
     pub max_model_len: Option<usize>,
     /// Most sessions in one step.
@@ -97,7 +99,8 @@ pub struct EngineOptions {
     /// Most requests that wait for their first slot; more are refused with RESOURCE_EXHAUSTED. 0 refuses all.
     #[arg(long, default_value_t = 1024)]
     pub queue_limit: usize,
-    /// Share of a GPU's memory to use, from 0 to 1.
+    /// Share of a GPU's memory to use, from 0 to 1, for all ranks of a replica on it together (under `up`, of all replicas);
+    /// what does not fit is refused before it is loaded.
     #[arg(long, default_value_t = 0.9)]
     pub memory_fraction: f64,
     /// Threads of each rank on CPUs; by default the cores divided by the ranks.
@@ -119,6 +122,19 @@ impl EngineOptions {
             (None, Device::Cpu) => DType::Fp32,
             (None, Device::Cuda(_)) => DType::Bf16,
         }
+    }
+
+    /// The card of a rank; none on CPUs.
+    pub fn card(&self, rank: usize) -> Option<usize> {
+        match &self.device {
+            Device::Cuda(cards) => cards.get(rank % cards.len().max(1)).map(|&card| card as usize),
+            Device::Cpu => None,
+        }
+    }
+
+    /// How many of `tp` ranks are on the card of this one, itself included.
+    pub fn sharers(&self, rank: usize, tp: usize) -> usize {
+        (0..tp).filter(|&other| self.card(other) == self.card(rank)).count().max(1)
     }
 
     /// Threads of a rank out of `tp` on this machine.

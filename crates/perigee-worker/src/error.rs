@@ -56,6 +56,9 @@ pub enum WorkerError {
     /// A score job's files or tensors are not as they should be.
     #[error("score: {0}")]
     Score(String),
+    /// A benchmark could not be run.
+    #[error("bench: {0}")]
+    Bench(String),
     /// The serving side ended badly.
     #[error("serving: {0}")]
     Serve(String),

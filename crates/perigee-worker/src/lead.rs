@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use perigee_backend::{Backend, Row, Segment, StepBatch};
+use perigee_backend::Backend;
 use perigee_collectives::AbortHandle;
-use perigee_engine::executor::{Executor, ExecutorError, StepPlan};
+use perigee_engine::executor::{Executor, ExecutorError};
 use perigee_engine::ranks::Ranks;
 use perigee_engine::{Engine, EngineConfig};
 use perigee_registry::ReplicaStatus;
@@ -31,6 +31,7 @@ use crate::moving::{self, LeaderPlace};
 use crate::peers::Peers;
 use crate::serve::{LeaderListeners, LeaderParts, serve};
 use crate::signals::told_to_end;
+use crate::warm::warm;
 
 /// How long a failing step may take to tell its sessions, once a rank is lost.
 const LAST_STEP: Duration = Duration::from_millis(1200);
@@ -58,7 +59,7 @@ pub(crate) fn run<B: Backend + 'static>(
     tls: Option<Arc<Tls>>,
 ) -> Result<()> {
     announcer.tell(ReplicaStatus::Warming)?;
-    warm(&mut ranks)?;
+    warm(&mut ranks, &config.engine.device)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -178,20 +179,6 @@ async fn lead<B: Backend + 'static>(
 fn rank_lost(rank: usize) -> WorkerError {
     let message = "the process was lost; the replica ends as a whole".to_string();
     WorkerError::Rank(ExecutorError { rank, message, fatal: true })
-}
-
-/// Runs one token through every rank, so that the first request finds everything touched, then leaves no trace of it.
-fn warm<B: Backend>(ranks: &mut Ranks<B>) -> Result<()> {
-    let row = Row {
-        tokens: 1,
-        position: 0,
-        read_slot: 0,
-        write_slot: 0,
-        segments: vec![Segment { start: 0, end: 1, pages: vec![0] }],
-    };
-    let batch = StepBatch { tokens: vec![0], rows: vec![row], logits: vec![0] };
-    ranks.step(&StepPlan { clear_slots: vec![0], batch, ..StepPlan::default() }, &[], false)?;
-    Ok(())
 }
 
 async fn listen(address: std::net::SocketAddr, option: &str) -> Result<TcpListener> {

@@ -3,20 +3,23 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use perigee_backend::{Backend, PAGE_TOKENS};
+use perigee_backend::{Backend, DType, PAGE_TOKENS};
 use perigee_collectives::Collective;
 use perigee_engine::executor::ExecutorLimits;
 use perigee_engine::rank::{Rank, RankShape};
+use perigee_model::forward::activation_bytes;
+use perigee_model::inventory::weight_elements;
 use perigee_model::{Model, ModelConfig, ModelSpec, StepLimits, WeightSource, model_digest};
 use perigee_text::{ChatTemplate, GenerationConfig, SpecialIds, TextError, Tokenizer, byte_level_tokenizer};
 
-use crate::config::WorkerConfig;
+use crate::config::{EngineOptions, WorkerConfig};
 use crate::error::{Result, WorkerError};
 use crate::events::{WorkerEvent, emit};
+use crate::memory::{self, MemoryPlan};
 
-/// Longest session where neither the options nor the model say less.
+/// Longest session on CPUs where neither the options nor the model say less; on a GPU what a plan makes room for at least.
 const DEFAULT_MODEL_LEN: usize = 32_768;
-/// Positions for which every slot gets pages by default.
+/// Positions for which every slot gets pages by default on CPUs.
 const DEFAULT_POSITIONS: usize = 1_024;
 
 /// A model that was opened and measured, not yet loaded.
@@ -31,33 +34,99 @@ pub struct Opened {
     pub limits: ExecutorLimits,
     /// Most rows of logits in one step.
     pub logit_rows: usize,
+    /// How this rank's card is divided; none on CPUs.
+    pub memory: Option<MemoryPlan>,
 }
 
-/// Opens the model and settles every size that the ranks share.
+/// A rank of a replica.
+#[derive(Debug, Clone, Copy)]
+pub struct Seat {
+    /// The rank.
+    pub rank: usize,
+    /// Ranks of the replica.
+    pub tp: usize,
+}
+
+/// Opens the model of a worker process and settles every size that the ranks share.
 ///
 /// # Errors
-/// The model cannot be opened, or the degree does not divide it.
+/// The model cannot be opened, the degree does not divide it, or the card has no room for it.
 pub fn open(config: &WorkerConfig) -> Result<Opened> {
-    let spec: ModelSpec = config.engine.model.parse()?;
+    open_engine(&config.engine, Seat { rank: config.rank, tp: config.tp })
+}
+
+/// The same from the engine's options.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_engine(options: &EngineOptions, seat: Seat) -> Result<Opened> {
+    let spec: ModelSpec = options.model.parse()?;
     let source = WeightSource::open(&spec)?;
-    source.config().check_tp(config.tp)?;
+    source.config().check_tp(seat.tp)?;
     let digest = model_digest(&spec)?;
-    let options = &config.engine;
-    let longest = options.max_model_len.unwrap_or(source.config().max_length.min(DEFAULT_MODEL_LEN));
-    let pages = options.latent_pages.unwrap_or_else(|| {
-        (options.state_slots * DEFAULT_POSITIONS.div_ceil(PAGE_TOKENS)).max(longest.div_ceil(PAGE_TOKENS))
-    });
+    let step_tokens = options.token_budget.max(options.max_batch);
+    // The engine asks for no more rows of logits than a step has rows.
+    let logit_rows = options.max_batch;
+    let steps = StepLimits { tokens: step_tokens, logits: logit_rows };
+    let memory = match options.card(seat.rank) {
+        Some(card) => Some(divide(options, seat, source.config(), steps, perigee_cuda::memory(card)?)?),
+        None => None,
+    };
+    let usual = source.config().max_length.min(DEFAULT_MODEL_LEN);
+    let longest = options.max_model_len.unwrap_or(if memory.is_some() { source.config().max_length } else { usual });
+    let pages = match &memory {
+        Some(plan) => plan.pages,
+        None => options.latent_pages.unwrap_or_else(|| {
+            (options.state_slots * DEFAULT_POSITIONS.div_ceil(PAGE_TOKENS)).max(longest.div_ceil(PAGE_TOKENS))
+        }),
+    };
     let limits = ExecutorLimits {
         vocab: source.config().vocab,
         slots: options.state_slots,
         pages,
-        step_tokens: options.token_budget.max(options.max_batch),
+        step_tokens,
         step_rows: options.max_batch,
         max_model_len: longest.min(pages * PAGE_TOKENS),
     };
-    // Log-probabilities of prompts need a row for every token of a chunk.
-    let logit_rows = limits.step_tokens;
-    Ok(Opened { spec, source, digest, limits, logit_rows })
+    Ok(Opened { spec, source, digest, limits, logit_rows, memory })
+}
+
+/// Divides a card of `card` bytes for this rank.
+fn divide(
+    options: &EngineOptions,
+    seat: Seat,
+    model: &ModelConfig,
+    steps: StepLimits,
+    card: u64,
+) -> Result<MemoryPlan> {
+    let (precision, tp) = (options.activation(), seat.tp);
+    let (elements, routers) = weight_elements(model, seat.rank, tp);
+    let shapes = perigee_cuda::LayerShapes {
+        kda: model.kda_shape(tp),
+        mla: model.mla_shape(tp),
+        mlp: model.mlp_shape(tp),
+        moe: model.moe_shape(tp),
+    };
+    let element = precision.bytes() as u64;
+    let longest = options.max_model_len.unwrap_or(model.max_length.min(DEFAULT_MODEL_LEN));
+    let cache = model.cache_shape(tp, options.state_slots, 1);
+    let working = perigee_cuda::working_bytes(&shapes, steps.tokens, precision);
+    let request = memory::Request {
+        card,
+        fraction: options.memory_fraction / options.sharers(seat.rank, tp) as f64,
+        weights: (elements - routers) * element + routers * DType::Fp32.bytes() as u64,
+        working: working + activation_bytes(model, tp, steps, precision),
+        graphs: perigee_cuda::ladder(options.max_batch.min(options.state_slots)).len(),
+        slots: options.state_slots,
+        slot_bytes: cache.slot_bytes(precision),
+        pages: options.latent_pages,
+        page_bytes: cache.page_bytes(precision),
+        longest: longest.div_ceil(PAGE_TOKENS),
+        most_pages: options
+            .state_slots
+            .saturating_mul(options.max_model_len.unwrap_or(model.max_length).div_ceil(PAGE_TOKENS)),
+    };
+    Ok(MemoryPlan::make(&request)?)
 }
 
 impl Opened {
@@ -72,15 +141,27 @@ impl Opened {
     ///
     /// # Errors
     /// The backend refuses a layer or has no room.
-    pub fn load<B: Backend>(&self, config: &WorkerConfig, mut backend: B) -> Result<Rank<B>> {
-        let limits = StepLimits { tokens: self.limits.step_tokens, logits: self.logit_rows };
+    pub fn load<B: Backend>(&self, config: &WorkerConfig, backend: B) -> Result<Rank<B>> {
         let mut progress = |done, all| {
             emit(config.supervised, &WorkerEvent::Loading { rank: config.rank, done, all });
         };
-        let place = (config.rank, config.tp);
-        let model = Model::load(&mut backend, &self.source, place, limits, &mut progress)?;
-        let cache = self.source.config().cache_shape(config.tp, self.limits.slots, self.limits.pages);
-        Ok(Rank::new(backend, model, RankShape { rank: config.rank, cache, limits: self.limits })?)
+        self.load_at(Seat { rank: config.rank, tp: config.tp }, backend, &mut progress)
+    }
+
+    /// The same for any seat; `progress(done, all)` is called after every layer.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_at<B: Backend>(
+        &self,
+        Seat { rank, tp }: Seat,
+        mut backend: B,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Rank<B>> {
+        let limits = StepLimits { tokens: self.limits.step_tokens, logits: self.logit_rows };
+        let model = Model::load(&mut backend, &self.source, (rank, tp), limits, progress)?;
+        let cache = self.source.config().cache_shape(tp, self.limits.slots, self.limits.pages);
+        Ok(Rank::new(backend, model, RankShape { rank, cache, limits: self.limits })?)
     }
 }
 

@@ -1,5 +1,6 @@
 //! One worker process from start to end: check the options, open the model, meet the other ranks, load, then lead or follow.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +35,10 @@ pub fn run(config: &WorkerConfig) -> Result<()> {
     }
     let tls = config.tls.load()?;
     let opened = open(config)?;
+    if let Some(plan) = opened.memory.filter(|_| config.rank == 0 && config.score_job.is_none()) {
+        // In one write: the processes of a replica share one standard error. Nobody reads it where it is closed.
+        let _ = std::io::stderr().write_all(format!("{}: memory {plan}\n", config.replica).as_bytes());
+    }
     let identity = opened.identity(config);
     let announcer = Announcer::begin(config, &opened)?;
     match &config.engine.device {
@@ -55,7 +60,7 @@ fn run_cuda(
     announcer: &Announcer,
     tls: Option<Arc<Tls>>,
 ) -> Result<()> {
-    let card = card(config);
+    let card = config.engine.card(config.rank).unwrap_or(0);
     // Before the ranks meet: a machine without a usable card should say so at once.
     perigee_cuda::check(card)?;
     let mut group = form(config, identity)?;
@@ -68,15 +73,7 @@ fn run_cuda(
 #[cfg(not(feature = "cuda"))]
 fn run_cuda(config: &WorkerConfig, _: Opened, _: &str, _: &Announcer, _: Option<Arc<Tls>>) -> Result<()> {
     // The crate without its feature only knows why it cannot help.
-    Ok(perigee_cuda::check(card(config))?)
-}
-
-/// The card of this rank.
-fn card(config: &WorkerConfig) -> usize {
-    match &config.engine.device {
-        Device::Cuda(cards) => cards[config.rank % cards.len()] as usize,
-        Device::Cpu => 0,
-    }
+    Ok(perigee_cuda::check(config.engine.card(config.rank).unwrap_or(0))?)
 }
 
 fn run_rank<B: Backend + 'static>(

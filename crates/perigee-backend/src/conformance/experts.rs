@@ -1,6 +1,8 @@
 //! Cases of the gated MLP and of the mixture of experts: outputs, and the router's choice, which must be the reference's
 //! own because no choice here hangs on a near tie.
 
+use std::collections::BTreeSet;
+
 use crate::error::Result;
 use crate::ops::{Backend, Routing};
 use crate::shapes::{MlpShape, MoeShape};
@@ -98,7 +100,13 @@ fn moe<F: Factory>(factory: &mut F, checks: &mut Checks, shape: MoeShape, bias: 
         h.upload(&mut x, &values)?;
         let flat = forced.concat();
         for (how, routing, chosen) in [("free", Routing::Free, &own), ("forced", Routing::Forced(&flat), &forced)] {
+            let before = h.backend.experts_touched()?;
             h.backend.moe(&layer, &x, routing, &mut out)?;
+            let touched = h.backend.experts_touched()? - before;
+            let distinct = chosen.iter().flatten().collect::<BTreeSet<_>>().len() as u64;
+            checks.holds(&format!("experts touched by {count} tokens, {how}"), touched == distinct, || {
+                format!("found {touched}, expected {distinct}")
+            });
             let found = h.backend.read(&out, count)?;
             let expected: Vec<f64> = tokens.iter().zip(chosen).flat_map(|(x, chosen)| model.run(x, chosen)).collect();
             checks.close(&format!("{count} tokens, {how}"), Quantity::Experts, width, &found, &expected);

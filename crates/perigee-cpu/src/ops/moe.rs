@@ -30,6 +30,13 @@ pub(crate) struct Selection {
     assigned: Vec<Vec<(usize, f32)>>,
 }
 
+impl Selection {
+    /// Experts that some token uses.
+    pub(crate) fn touched(&self) -> u64 {
+        self.assigned.iter().filter(|tokens| !tokens.is_empty()).count() as u64
+    }
+}
+
 impl Moe {
     pub(crate) fn load(shape: &MoeShape, weights: &MoeWeights<'_>, formula: Formula) -> Result<Self> {
         if weights.experts.len() != shape.experts {

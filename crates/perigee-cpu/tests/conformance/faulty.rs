@@ -332,6 +332,10 @@ impl<B: Backend> Backend for Faulty<B> {
         self.inner.moe(layer, x, routing, out)
     }
 
+    fn experts_touched(&mut self) -> Result<u64> {
+        self.inner.experts_touched()
+    }
+
     fn selected_experts(&mut self) -> Result<Vec<u32>> {
         match &self.forced {
             Some(experts) if self.is(Fault::ReportsForcedExperts) => Ok(experts.clone()),

@@ -9,9 +9,9 @@ use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
 use crate::formula::Fault;
 use crate::loader::{Loader, Placement};
+use crate::needs::{self, CHUNK_TOKENS, MORE_CHUNKS};
 use crate::params::KdaParams;
-use crate::scratch::Need;
-use crate::step::{CHUNK_TOKENS, Section};
+use crate::step::Section;
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
 
@@ -20,8 +20,6 @@ const MOST_CHANNELS: usize = 1024;
 
 /// Value channels of one block of the scan.
 const SCAN_COLUMNS: usize = 32;
-/// Chunks that the working memory holds beyond those of the longest row.
-const MORE_CHUNKS: usize = 32;
 
 /// A KDA layer's mixer; P = heads * head_dim.
 #[derive(Debug)]
@@ -51,7 +49,7 @@ impl CudaBackend {
         check(shape, weights)?;
         let (dim, hidden) = (shape.head_dim, shape.hidden);
         let channels = shape.heads * dim;
-        let width = (3 * channels + 2 * dim + shape.heads).next_multiple_of(8);
+        let width = needs::kda_width(shape);
         let name = &weights.f_a_proj.name;
         let projection = Loader::matrix(&self.stream, width, hidden, self.precision, name)?;
         let [q, k, v] = &weights.qkv_proj;
@@ -63,12 +61,7 @@ impl CudaBackend {
         let gates = Loader::matrix(&self.stream, 2 * channels, dim, self.precision, name)?;
         self.loader.place(&self.stream, &self.kernels, &weights.f_b_proj, &gates, Placement::at(0))?;
         self.loader.place(&self.stream, &self.kernels, &weights.g_b_proj, &gates, Placement::at(channels))?;
-        let element = self.precision.bytes();
-        let chunk = self.kda_fast(dim).map_or(0, |_| chunk_bytes(shape, element));
-        self.scratch.require(Need {
-            per_token: (width + 4 * channels) * element + 2 * channels * 4 + chunk.div_ceil(CHUNK_TOKENS),
-            fixed: (MORE_CHUNKS + 1) * chunk + 16 * 256,
-        });
+        self.scratch.require(needs::kda(shape, self.precision.bytes()));
         Ok(Kda {
             shape: *shape,
             projection,
@@ -296,12 +289,6 @@ fn groups(bounds: &[u32], most: usize) -> Vec<Group> {
         }
     }
     groups
-}
-
-/// Working memory of one chunk, all heads.
-fn chunk_bytes(shape: &KdaShape, element: usize) -> usize {
-    let rows = CHUNK_TOKENS * (3 * shape.head_dim * element + shape.head_dim * 4 + CHUNK_TOKENS * element);
-    shape.heads * (rows + shape.head_dim * 4)
 }
 
 fn check(shape: &KdaShape, weights: &KdaWeights<'_>) -> Result<()> {

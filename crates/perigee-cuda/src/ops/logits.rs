@@ -6,8 +6,8 @@ use perigee_backend::{BackendError, DType, Result, TensorSlice};
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
 use crate::exchange::Exchange;
+use crate::needs;
 use crate::params::GatherParams;
-use crate::scratch::Need;
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
 
@@ -39,8 +39,8 @@ impl CudaBackend {
         }
         let vocabulary: usize = counts.iter().sum();
         let through_host = matches!(self.exchange, Exchange::Host(_));
-        let mine = if through_host { weight.rows * 4 } else { 0 };
-        self.scratch.require(Need { per_token: weight.pitch * self.precision.bytes() + mine, fixed: 1024 });
+        let mine = if through_host { weight.rows } else { 0 };
+        self.scratch.require(needs::head(weight.pitch, mine, self.precision.bytes()));
         if vocabulary == 0 {
             return Err(BackendError::shape(&rows.name, &[1, weight.pitch], &rows.shape));
         }

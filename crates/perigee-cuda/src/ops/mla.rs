@@ -8,11 +8,10 @@ use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
 use crate::formula::Fault;
 use crate::loader::{Loader, Placement};
+use crate::needs;
 use crate::ops::attention::Launch;
 use crate::ops::norm::{Norm, NormRows};
 use crate::params::{ElementParams, MlaAttendParams, MlaMergeParams, MlaStoreParams};
-use crate::scratch::Need;
-use crate::step::ITEM_ROWS;
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
 
@@ -55,16 +54,14 @@ impl CudaBackend {
         if *self.mla_heads.get_or_insert(shape.heads) != shape.heads {
             return Err(BackendError::Unsupported(format!("MLA layers with different head counts, {}", shape.heads)));
         }
-        let query_width = shape.heads * (shape.nope + shape.rope);
-        let (first, kv_offset) = match &weights.query {
-            QueryWeights::Full(weight) => (weight, query_width),
-            QueryWeights::LowRank { down, .. } => (down, down.shape[0]),
+        let first = match &weights.query {
+            QueryWeights::Full(weight) => weight,
+            QueryWeights::LowRank { down, .. } => down,
         };
-        let kv_offset_padded = kv_offset.next_multiple_of(8);
-        let width = (kv_offset_padded + shape.cache_width()).next_multiple_of(8);
+        let (kv_offset, width) = needs::mla_rows(shape);
         let projection = Loader::matrix(&self.stream, width, shape.hidden, self.precision, &first.name)?;
         self.loader.place(&self.stream, &self.kernels, first, &projection, Placement::at(0))?;
-        let kv_rows = Placement::at(kv_offset_padded);
+        let kv_rows = Placement::at(kv_offset);
         self.loader.place(&self.stream, &self.kernels, &weights.kv_a_proj, &projection, kv_rows)?;
         let low_rank = match &weights.query {
             QueryWeights::Full(_) => None,
@@ -72,16 +69,13 @@ impl CudaBackend {
                 Some(LowRank { norm: self.norm_load(norm, shape.eps)?, up: self.load_matrix(up)? })
             }
         };
-        let element = self.precision.bytes();
-        let down_width = low_rank.as_ref().map_or(0, |low_rank| low_rank.norm.width.next_multiple_of(8) + query_width);
-        self.scratch.require(Need { per_token: (width + down_width) * element, fixed: 2048 });
-        let values = shape.heads * (shape.latent + shape.value);
-        self.scratch.require(Need { per_token: values * element, fixed: 2048 });
-        self.scratch.require(Need { per_token: 0, fixed: shape.heads * (shape.latent + 1) * 4 + 1024 });
+        for need in needs::mla(shape, self.precision.bytes()) {
+            self.scratch.require(need);
+        }
         Ok(Mla {
             shape: *shape,
             projection,
-            kv_offset: kv_offset_padded,
+            kv_offset,
             low_rank,
             norm: self.norm_load(&weights.kv_a_norm, shape.eps)?,
             kv_b: self.load_matrix(&weights.kv_b_proj)?,
@@ -177,12 +171,12 @@ impl CudaBackend {
 
     /// Rows of a partial result of attention.
     fn mla_part_rows(&self) -> usize {
-        self.mla_heads.unwrap_or(0).max(ITEM_ROWS)
+        needs::part_rows(self.mla_heads.unwrap_or(0))
     }
 
     /// Bytes of the current step's partial results.
     pub(crate) fn mla_part_bytes(&self, latent: usize) -> usize {
-        self.step.parts * self.mla_part_rows() * (latent + 1) * 4 + 1024
+        needs::parts(self.step.parts, self.mla_heads.unwrap_or(0), latent)
     }
 
     pub(crate) fn mla_attend_run(

@@ -6,8 +6,8 @@ use perigee_backend::{MlpShape, Result};
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
 use crate::loader::{Loader, Placement};
+use crate::needs;
 use crate::params::ElementParams;
-use crate::scratch::Need;
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
 
@@ -31,13 +31,8 @@ impl CudaBackend {
         self.loader.place(&self.stream, &self.kernels, &weights.gate, &gate_up, Placement::at(0))?;
         self.loader.place(&self.stream, &self.kernels, &weights.up, &gate_up, Placement::at(shape.width))?;
         let down = self.load_matrix(&weights.down)?;
-        self.scratch.require(Self::mlp_need(shape, self.precision.bytes()));
+        self.scratch.require(needs::mlp(shape, self.precision.bytes()));
         Ok(Mlp { shape: *shape, gate_up, down })
-    }
-
-    /// Working memory of `mlp_rows`.
-    pub(crate) fn mlp_need(shape: &MlpShape, element: usize) -> Need {
-        Need { per_token: 3 * shape.width * element, fixed: 1024 }
     }
 
     pub(crate) fn mlp_run(&mut self, layer: &Mlp, x: &Tensor, out: &Tensor) -> Result<()> {

@@ -9,9 +9,9 @@ use crate::buffer::Buffer;
 use crate::formula::Fault;
 use crate::kernels::MoeTensor;
 use crate::loader::{Loader, Placement};
+use crate::needs::{self, EXPERT_BLOCK as BLOCK};
 use crate::ops::mlp::Mlp;
 use crate::params::{MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, MoeTile};
-use crate::scratch::Need;
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
 
@@ -27,8 +27,6 @@ const LEAST_TILE: usize = 16;
 const ROUTER_TOKENS: usize = 4;
 /// Tokens from which the router is a tiled product, of tiles of this size.
 const ROUTER_TILE: usize = 64;
-/// Gate rows and up rows alternate in blocks of this size.
-const BLOCK: usize = 8;
 /// Dynamic shared memory that any block may use without asking.
 const PLAIN_SHARED: usize = 48 << 10;
 
@@ -72,7 +70,7 @@ struct Work {
 impl CudaBackend {
     pub(crate) fn moe_load(&mut self, shape: &MoeShape, weights: &MoeWeights<'_>) -> Result<Moe> {
         check(shape, weights)?;
-        let width = shape.width.next_multiple_of(BLOCK);
+        let width = needs::expert_width(shape);
         let name = &weights.router.name;
         let router = Loader::matrix(&self.stream, shape.experts, shape.hidden, DType::Fp32, name)?;
         self.loader.place(&self.stream, &self.kernels, &weights.router, &router, Placement::at(0))?;
@@ -96,7 +94,7 @@ impl CudaBackend {
             Some(shared) => Some(self.mlp_load(&shared_shape, shared)?),
             None => None,
         };
-        self.scratch.require(need(shape, width, self.precision.bytes()));
+        self.scratch.require(needs::moe(shape, self.precision.bytes()));
         Ok(Moe { shape: *shape, width, router, bias, gate_up, down, shared })
     }
 
@@ -234,6 +232,7 @@ impl CudaBackend {
             bias: layer.bias.address(),
             forced,
             own: self.moe_selected(entries)?,
+            live: self.step.live.address,
             chosen: work.chosen,
             weights: work.weights,
             tokens: tokens as u32,
@@ -253,6 +252,7 @@ impl CudaBackend {
             position: work.position,
             tiles: work.tiles,
             tile_count: work.tile_count,
+            touched: self.touched.address(),
             entries: entries as u32,
             experts: shape.experts as u32,
             tile_rows: self.moe_tensor(layer).map_or(TILE_ROWS, |tensor| tensor.rows) as u32,
@@ -278,6 +278,17 @@ impl CudaBackend {
         }
     }
 
+    /// Device address of the layers' own selections, 0 before the first.
+    pub(crate) fn selected_address(&self) -> u64 {
+        self.selected.as_ref().map_or(0, |selected| selected.own.address())
+    }
+
+    pub(crate) fn moe_read_touched(&self) -> Result<u64> {
+        let mut count = [0u8; 8];
+        self.stream.read(&self.touched, 0, &mut count)?;
+        Ok(u64::from_le_bytes(count))
+    }
+
     pub(crate) fn moe_read_selected(&self) -> Result<Vec<u32>> {
         let Some(selected) = &self.selected else { return Ok(Vec::new()) };
         let mut bytes = vec![0; selected.count * 4];
@@ -289,18 +300,6 @@ impl CudaBackend {
 /// Shared memory of one warp of the selection.
 fn select_shared(shape: &MoeShape) -> usize {
     (2 * shape.experts + shape.groups + 2 * shape.top_k) * 4
-}
-
-fn need(shape: &MoeShape, width: usize, element: usize) -> Need {
-    let entry = 5 * 4 + (width + shape.hidden) * element;
-    let shared = CudaBackend::mlp_need(&MlpShape { hidden: shape.hidden, width: shape.shared_width }, element);
-    Need {
-        per_token: shape.top_k * (entry + size_of::<MoeTile>())
-            + shape.experts * 4
-            + shape.hidden * element
-            + shared.per_token,
-        fixed: (shape.experts + 1) * size_of::<MoeTile>() + 16 * 256 + shared.fixed,
-    }
 }
 
 fn check(shape: &MoeShape, weights: &MoeWeights<'_>) -> Result<()> {

@@ -17,6 +17,8 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
   __shared__ alignas(16) float partial[2][kWarps][kDim];
   __shared__ float norm[kWarps];
   const KdaRow row = p.rows[blockIdx.x];
+  // A row that only pads the step to a recorded size has no slots.
+  if (row.tokens == 0) return;
   const uint32_t head = blockIdx.y;
   const uint32_t token = row.first_token;
   const uint32_t width = p.heads * kDim;

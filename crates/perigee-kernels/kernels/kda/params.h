@@ -5,7 +5,7 @@
 // A row of the step as the kernels see it.
 struct KdaRow {
   uint32_t first_token;  // index of its first token in the step
-  uint32_t tokens;
+  uint32_t tokens;       // 0 for a row that pads the step
   uint32_t read_slot;
   uint32_t write_slot;
 };

@@ -21,6 +21,7 @@ template <class T, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void store(const MlaStoreParams& p) {
   __shared__ float scratch[kWarp];
   const uint64_t token = blockIdx.x;
+  if (p.places[token] == kNoPlace) return;
   const T* source = static_cast<const T*>(p.projected) + token * p.pitch + p.kv_offset;
   const uint32_t width = p.latent + p.rope;
   T* page = static_cast<T*>(p.latents) + static_cast<uint64_t>(p.places[token]) * width;

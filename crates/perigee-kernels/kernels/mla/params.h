@@ -4,11 +4,12 @@
 
 constexpr uint32_t kPageTokens = 64;
 constexpr uint32_t kNoPart = 0xffffffffu;
+constexpr uint32_t kNoPlace = 0xffffffffu;
 
 // Query tokens of one row, against a list of key ranges.
 struct AttendItem {
   uint32_t first_token;     // index in the step
-  uint32_t tokens;
+  uint32_t tokens;          // 0 for an item that only pads the plan
   uint32_t first_position;  // absolute position of the first token
   uint32_t first_range;     // into the ranges
   uint32_t ranges;
@@ -26,7 +27,7 @@ struct AttendRange {
 // Parts to be merged for some tokens.
 struct AttendMerge {
   uint32_t first_token;
-  uint32_t tokens;
+  uint32_t tokens;          // 0 for one that only pads the plan
   uint32_t first_part;
   uint32_t parts;
 };
@@ -36,7 +37,7 @@ struct MlaStoreParams {
   const float* norm;            // [R]
   void* latents;                // [pages][64][R + r] T of this layer
   float* queries;               // [tokens][heads][R + r]; only the last r of a head are written here
-  const uint32_t* places;       // [tokens]: page * 64 + offset of the token's latent
+  const uint32_t* places;       // [tokens]: page * 64 + offset of the token's latent, kNoPlace for a token that pads the step
   uint32_t pitch;
   uint32_t kv_offset;
   uint32_t heads;

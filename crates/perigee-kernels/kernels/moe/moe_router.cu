@@ -119,6 +119,10 @@ __device__ __forceinline__ void select(const MoeSelectParams& p) {
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t token = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (token >= p.tokens) return;
+  if (token >= *p.live) {
+    for (uint32_t choice = lane; choice < p.top_k; choice += kWarp) p.chosen[static_cast<uint64_t>(token) * p.top_k + choice] = kNoExpert;
+    return;
+  }
   float* scores = shared + static_cast<uint64_t>(threadIdx.x / kWarp) * (2 * p.experts + p.groups + 2 * p.top_k);
   float* biased = scores + p.experts;
   float* group_scores = biased + p.experts;
@@ -210,14 +214,17 @@ extern "C" __global__ void __launch_bounds__(1024) moe_sort(const __grid_constan
   extern __shared__ uint32_t counts[];  // [E] counts, then cursors
   for (uint32_t e = threadIdx.x; e < p.experts; e += blockDim.x) counts[e] = 0;
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < p.entries; i += blockDim.x) atomicAdd(&counts[p.chosen[i]], 1u);
+  for (uint32_t i = threadIdx.x; i < p.entries; i += blockDim.x) {
+    if (p.chosen[i] != kNoExpert) atomicAdd(&counts[p.chosen[i]], 1u);
+  }
   __syncthreads();
   if (threadIdx.x < kWarp) {
-    uint32_t rows_before = 0, tiles_before = 0;
+    uint32_t rows_before = 0, tiles_before = 0, touched = 0;
     for (uint32_t base = 0; base < p.experts; base += kWarp) {
       const uint32_t expert = base + threadIdx.x;
       const uint32_t count = expert < p.experts ? counts[expert] : 0;
       const uint32_t tiles = (count + p.tile_rows - 1) / p.tile_rows;
+      touched += __popc(__ballot_sync(~0u, count > 0));
       uint32_t rows_to = count, tiles_to = tiles;
 #pragma unroll
       for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -237,10 +244,17 @@ extern "C" __global__ void __launch_bounds__(1024) moe_sort(const __grid_constan
       rows_before += __shfl_sync(~0u, rows_to, kWarp - 1);
       tiles_before += __shfl_sync(~0u, tiles_to, kWarp - 1);
     }
-    if (threadIdx.x == 0) *p.tile_count = tiles_before;
+    if (threadIdx.x == 0) {
+      *p.tile_count = tiles_before;
+      *p.touched += touched;
+    }
   }
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < p.entries; i += blockDim.x) {
+    if (p.chosen[i] == kNoExpert) {
+      p.position[i] = kNoExpert;
+      continue;
+    }
     const uint32_t row = atomicAdd(&counts[p.chosen[i]], 1u);
     p.source[row] = i;
     p.position[i] = row;
@@ -260,6 +274,8 @@ __device__ __forceinline__ void combine(const MoeCombineParams& p) {
     weights[choice] = p.weights[token * p.top_k + choice];
   }
   __syncthreads();
+  // A token that pads the step: nobody looks at what it leaves.
+  if (choices[0] == kNoExpert) return;
   const T* rows = static_cast<const T*>(p.rows);
   const T* shared = p.shared ? static_cast<const T*>(p.shared) + token * p.hidden : nullptr;
   T* out = static_cast<T*>(p.out) + token * p.hidden;

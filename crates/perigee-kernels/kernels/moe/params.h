@@ -20,12 +20,15 @@ struct MoeRouterParams {
   uint32_t reserved;
 };
 
+constexpr uint32_t kNoExpert = 0xffffffffu;
+
 struct MoeSelectParams {
   const float* scores;      // [tokens][E]
   const float* bias;        // [E]
   const uint32_t* forced;   // [tokens][k], or null
   uint32_t* own;            // [tokens][k], ascending: the layer's own selection
-  uint32_t* chosen;         // [tokens][k]: what is computed
+  const uint32_t* live;     // [1]: tokens behind these only pad the step
+  uint32_t* chosen;         // [tokens][k]: what is computed; kNoExpert for tokens that pad the step
   float* weights;           // [tokens][k]
   uint32_t tokens;
   uint32_t experts;
@@ -40,9 +43,10 @@ struct MoeSelectParams {
 struct MoeSortParams {
   const uint32_t* chosen;   // [entries]
   uint32_t* source;         // [entries]: entry (token * k + choice) of every sorted row
-  uint32_t* position;       // [entries]: sorted row of every entry
+  uint32_t* position;       // [entries]: sorted row of every entry, kNoExpert where it has no expert
   MoeTile* tiles;
   uint32_t* tile_count;     // [1]
+  unsigned long long* touched;  // [1]: experts with entries are added to it
   uint32_t entries;
   uint32_t experts;
   uint32_t tile_rows;

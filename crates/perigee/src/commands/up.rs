@@ -135,6 +135,10 @@ fn start_replica(args: &UpArgs, replica: usize, notices: mpsc::UnboundedSender<P
     if engine.device == Device::Cpu && engine.threads.is_none() {
         engine.threads = Some(engine.threads(args.tp * args.replicas));
     }
+    if engine.device != Device::Cpu {
+        // Every replica is on the same cards.
+        engine.memory_fraction /= args.replicas as f64;
+    }
     let mut arguments = vec![format!("--grace={}", args.router.grace)];
     arguments.extend(args.tls.to_arguments());
     let leader_arguments = args.moves.to_arguments();

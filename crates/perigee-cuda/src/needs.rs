@@ -1,0 +1,184 @@
+//! Device memory that steps work in, as arithmetic over shapes. It is compiled without a GPU too: ops state their needs from
+//! here when they load, and a memory plan is made from the same numbers before a device is touched.
+
+use perigee_backend::{DType, KdaShape, MlaShape, MlpShape, MoeShape};
+
+/// Query rows (tokens times heads) of one attention item.
+pub(crate) const ITEM_ROWS: usize = 64;
+/// Tokens of one chunk of the chunked KDA form.
+pub(crate) const CHUNK_TOKENS: usize = 64;
+/// Chunks that the working memory holds beyond those of the longest row.
+pub(crate) const MORE_CHUNKS: usize = 32;
+/// Head sizes that have kernels of their own in the chunked KDA form.
+pub(crate) const KDA_HEAD_DIMS: [usize; 3] = [32, 64, 128];
+/// Gate rows and up rows of experts alternate in blocks of this size.
+pub(crate) const EXPERT_BLOCK: usize = 8;
+/// Bytes of an expert's tile in the list of tiles.
+const TILE_BYTES: usize = 12;
+/// Alignment of the parts of working memory, for which `fixed` leaves room.
+const ALIGNMENT: usize = 256;
+
+/// What an op needs for a step of some tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Need {
+    /// Bytes for each token.
+    pub(crate) per_token: usize,
+    /// Bytes besides.
+    pub(crate) fixed: usize,
+}
+
+impl Need {
+    /// Bytes for a step of `tokens` tokens.
+    pub(crate) fn bytes(self, tokens: usize) -> usize {
+        self.per_token * tokens + self.fixed
+    }
+}
+
+/// Rows of the KDA input product: q, k, v, both gates' first halves and the write strength, padded to 8.
+pub(crate) fn kda_width(shape: &KdaShape) -> usize {
+    (3 * shape.heads * shape.head_dim + 2 * shape.head_dim + shape.heads).next_multiple_of(8)
+}
+
+/// Working memory of one chunk of KDA, all heads.
+fn kda_chunk(shape: &KdaShape, element: usize) -> usize {
+    let rows = CHUNK_TOKENS * (3 * shape.head_dim * element + shape.head_dim * 4 + CHUNK_TOKENS * element);
+    shape.heads * (rows + shape.head_dim * 4)
+}
+
+/// The KDA mixer.
+pub(crate) fn kda(shape: &KdaShape, element: usize) -> Need {
+    let channels = shape.heads * shape.head_dim;
+    let chunk = if KDA_HEAD_DIMS.contains(&shape.head_dim) { kda_chunk(shape, element) } else { 0 };
+    Need {
+        per_token: (kda_width(shape) + 4 * channels) * element + 2 * channels * 4 + chunk.div_ceil(CHUNK_TOKENS),
+        fixed: (MORE_CHUNKS + 1) * chunk + 16 * ALIGNMENT,
+    }
+}
+
+/// First row of the latent in the MLA input product, and rows of that product, padded to 8.
+pub(crate) fn mla_rows(shape: &MlaShape) -> (usize, usize) {
+    let queries = shape.query_rank.unwrap_or(shape.heads * (shape.nope + shape.rope));
+    let latent = queries.next_multiple_of(8);
+    (latent, (latent + shape.cache_width()).next_multiple_of(8))
+}
+
+/// The MLA mixer: projections, values, and a part that another replica computed.
+pub(crate) fn mla(shape: &MlaShape, element: usize) -> [Need; 3] {
+    let queries = shape.heads * (shape.nope + shape.rope);
+    let low_rank = shape.query_rank.map_or(0, |rank| rank.next_multiple_of(8) + queries);
+    let fixed = 8 * ALIGNMENT;
+    [
+        Need { per_token: (mla_rows(shape).1 + low_rank) * element, fixed },
+        Need { per_token: shape.heads * (shape.latent + shape.value) * element, fixed },
+        Need { per_token: 0, fixed: shape.heads * (shape.latent + 1) * 4 + 4 * ALIGNMENT },
+    ]
+}
+
+/// Rows of a partial result of attention.
+pub(crate) fn part_rows(heads: usize) -> usize {
+    heads.max(ITEM_ROWS)
+}
+
+/// Partial results of attention of a step.
+pub(crate) fn parts(count: usize, heads: usize, latent: usize) -> usize {
+    count * part_rows(heads) * (latent + 1) * 4 + 4 * ALIGNMENT
+}
+
+/// A gated MLP.
+pub(crate) fn mlp(shape: &MlpShape, element: usize) -> Need {
+    Need { per_token: 3 * shape.width * element, fixed: 4 * ALIGNMENT }
+}
+
+/// Inner width of an expert, padded with zeros.
+pub(crate) fn expert_width(shape: &MoeShape) -> usize {
+    shape.width.next_multiple_of(EXPERT_BLOCK)
+}
+
+/// A mixture of experts with its shared experts.
+pub(crate) fn moe(shape: &MoeShape, element: usize) -> Need {
+    let entry = 5 * 4 + (expert_width(shape) + shape.hidden) * element + TILE_BYTES;
+    let shared = mlp(&MlpShape { hidden: shape.hidden, width: shape.shared_width }, element);
+    Need {
+        per_token: shape.top_k * entry + shape.experts * 4 + shape.hidden * element + shared.per_token,
+        fixed: (shape.experts + 1) * TILE_BYTES + 16 * ALIGNMENT + shared.fixed,
+    }
+}
+
+/// The output head; `through_host` is the number of this rank's rows where ranks exchange through host memory, else 0.
+pub(crate) fn head(hidden: usize, through_host: usize, element: usize) -> Need {
+    Need { per_token: hidden * element + through_host * 4, fixed: 4 * ALIGNMENT }
+}
+
+/// Shapes of the layers that a rank runs.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerShapes {
+    /// KDA layers.
+    pub kda: KdaShape,
+    /// MLA layers.
+    pub mla: MlaShape,
+    /// Dense MLPs.
+    pub mlp: MlpShape,
+    /// Mixtures of experts.
+    pub moe: MoeShape,
+}
+
+/// Bytes of working memory for steps of up to `tokens` tokens with activations of this type, partial results of attention
+/// included: the largest op's, since ops run one after the other.
+pub fn working_bytes(shapes: &LayerShapes, tokens: usize, precision: DType) -> u64 {
+    let element = precision.bytes();
+    let [project, values, other] = mla(&shapes.mla, element);
+    let needs = [
+        kda(&shapes.kda, element),
+        project,
+        values,
+        other,
+        mlp(&shapes.mlp, element),
+        moe(&shapes.moe, element),
+        head(shapes.mla.hidden, 0, element),
+    ];
+    let most = needs.iter().map(|need| need.bytes(tokens)).max().unwrap_or(0);
+    // Twice what fills a device of up to 160 multiprocessors: more items are not split.
+    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn working_memory_is_that_of_the_largest_op() {
+        let shapes = LayerShapes {
+            kda: KdaShape { hidden: 2304, heads: 32, head_dim: 128, conv: 4, eps: 1e-5 },
+            mla: MlaShape {
+                hidden: 2304,
+                heads: 32,
+                nope: 128,
+                rope: 64,
+                value: 128,
+                latent: 512,
+                query_rank: None,
+                eps: 1e-6,
+            },
+            mlp: MlpShape { hidden: 2304, width: 9216 },
+            moe: MoeShape {
+                hidden: 2304,
+                experts: 256,
+                top_k: 8,
+                groups: 1,
+                top_groups: 1,
+                renormalize: true,
+                scale: 2.446,
+                width: 1024,
+                shared_width: 1024,
+            },
+        };
+        let kda = kda(&shapes.kda, 2);
+        assert_eq!(kda_width(&shapes.kda), 12576);
+        assert_eq!(mla_rows(&shapes.mla), (6144, 6720));
+        assert_eq!(working_bytes(&shapes, 8192, DType::Bf16), kda.bytes(8192) as u64);
+        // A few tokens: the parts of attention are what counts, or the chunks that KDA always keeps room for.
+        let few = working_bytes(&shapes, 1, DType::Bf16);
+        assert!((64 << 20..256 << 20).contains(&few), "{few}");
+        assert!(working_bytes(&shapes, 8192, DType::Fp32) > working_bytes(&shapes, 8192, DType::Bf16));
+    }
+}

@@ -1,0 +1,125 @@
+//! Decode steps as graphs: one for each size of the ladder, recorded from the ops of the first step of that size and run as
+//! a whole from then on. What a step is about (tokens, slots, places, who attends to what) is sent to fixed addresses before;
+//! rows that pad it to its size are skipped there. Any other step is run op by op.
+
+use std::collections::HashMap;
+
+use perigee_backend::{Recorded, Result, StepBatch};
+
+use crate::backend::CudaBackend;
+use crate::exchange::Exchange;
+use crate::graph::Graph;
+use crate::ladder::{ladder, rung};
+use crate::step::DecodeForm;
+
+/// The graphs of a backend. They go before the communicator whose calls they hold.
+#[derive(Debug, Default)]
+pub(crate) struct Recorder {
+    ladder: Vec<usize>,
+    graphs: HashMap<usize, Graph>,
+    /// Addresses that the graphs were recorded with.
+    bases: Vec<u64>,
+    /// The size that is being recorded.
+    recording: Option<usize>,
+    /// Whether a step was run op by op: the first one makes plans and buffers, which a recording may not.
+    has_run: bool,
+}
+
+impl Recorder {
+    /// Records steps of up to `most` rows from now on.
+    pub(crate) fn set_most(&mut self, most: usize) {
+        if self.ladder.last() != Some(&most) {
+            self.ladder = ladder(most);
+            self.graphs.clear();
+        }
+    }
+
+    pub(crate) fn note_run(&mut self) {
+        self.has_run = true;
+    }
+}
+
+/// Whether every row of a batch feeds one token and wants its logits.
+fn only_decodes(batch: &StepBatch) -> bool {
+    batch.logits.len() == batch.rows.len() && batch.tokens.len() == batch.rows.len()
+}
+
+impl CudaBackend {
+    /// Gives up a recording whose step failed.
+    pub(crate) fn abandon_recording(&mut self) {
+        if self.recorder.recording.take().is_some() {
+            Graph::abandon(&self.stream);
+        }
+    }
+
+    /// See [`perigee_backend::Backend::run_recorded`].
+    pub(crate) fn recorded_run(&mut self, batch: &StepBatch) -> Result<Recorded> {
+        self.abandon_recording();
+        let through_host = matches!(self.exchange, Exchange::Host(_));
+        let size = rung(&self.recorder.ladder, batch.rows.len())
+            .filter(|_| self.recorder.has_run && !through_host && self.formula.is_plain() && only_decodes(batch));
+        let Some(rows) = size else { return Ok(Recorded::No) };
+        self.stream.device().bind()?;
+        self.exchange.check()?;
+        let planning = self.planning();
+        let form = DecodeForm { rows, pages: self.cache()?.shape().pages };
+        if !self.step.begin_decode(&self.stream, batch, planning, form)? {
+            return Ok(Recorded::No);
+        }
+        self.reserve_scratch(rows)?;
+        let bases = self.bases();
+        if self.recorder.bases != bases {
+            // What they address has moved.
+            self.stream.wait()?;
+            self.recorder.graphs.clear();
+            self.recorder.bases = bases;
+        }
+        if let Some(graph) = self.recorder.graphs.get(&rows) {
+            graph.launch(&self.stream)?;
+            return Ok(Recorded::Done);
+        }
+        Graph::begin(&self.stream)?;
+        self.recorder.recording = Some(rows);
+        Ok(Recorded::Recording)
+    }
+
+    /// Ends the recording and runs it.
+    pub(crate) fn recording_end(&mut self) -> Result<()> {
+        let Some(rows) = self.recorder.recording.take() else { return Ok(()) };
+        let graph = Graph::end(&self.stream)?;
+        graph.launch(&self.stream)?;
+        self.recorder.graphs.insert(rows, graph);
+        tracing::debug!(rows, "recorded a decode step");
+        Ok(())
+    }
+
+    /// Addresses of the buffers that can be replaced by larger ones between steps.
+    fn bases(&self) -> Vec<u64> {
+        let gathered = match &self.exchange {
+            Exchange::Nccl(nccl) => nccl.gathered_address(),
+            Exchange::Alone | Exchange::Host(_) => 0,
+        };
+        vec![self.scratch.address(), self.step.decode_address(), self.selected_address(), gathered]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use perigee_backend::Row;
+
+    use super::*;
+
+    #[test]
+    fn only_whole_decode_steps_are_recorded() {
+        let row = Row { tokens: 1, position: 3, read_slot: 0, write_slot: 0, segments: vec![] };
+        let batch = StepBatch { tokens: vec![5, 6], rows: vec![row.clone(), row.clone()], logits: vec![0, 1] };
+        assert!(only_decodes(&batch));
+        assert!(!only_decodes(&StepBatch { logits: vec![1], ..batch.clone() }));
+        let longer = Row { tokens: 2, ..row };
+        assert!(!only_decodes(&StepBatch {
+            tokens: vec![5, 6, 7],
+            rows: vec![batch.rows[0].clone(), longer],
+            ..batch
+        }));
+    }
+}

@@ -1,0 +1,115 @@
+//! `perigee bench`: measurements of what this program ships. `engine` runs the engine in this process; each line is a cell of
+//! a grid.
+
+use clap::Subcommand;
+use perigee_worker::EngineOptions;
+use perigee_worker::bench::{BenchRequest, Cell, CellResult, run as run_bench};
+
+use crate::commands::at_least_one;
+
+/// Arguments of `bench`.
+#[derive(clap::Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    what: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Times prefill and decode steps of the engine in this process, and holds them against the bytes that they move.
+    Engine(EngineArgs),
+}
+
+/// Arguments of `bench engine`.
+#[derive(clap::Args)]
+struct EngineArgs {
+    /// Sessions that decode together; each with every --context.
+    #[arg(long, value_delimiter = ',', default_value = "1,8", value_parser = at_least_one())]
+    batch: Vec<usize>,
+    /// Tokens of each session's prompt.
+    #[arg(long, value_delimiter = ',', default_value = "1024", value_parser = at_least_one())]
+    context: Vec<usize>,
+    /// Single cells BATCHxCONTEXT instead of a grid.
+    #[arg(long, value_delimiter = ',', conflicts_with_all = ["batch", "context"], value_parser = cell)]
+    cells: Vec<Cell>,
+    /// Decode steps of the whole batch in each cell.
+    #[arg(long, default_value_t = 64, value_parser = at_least_one())]
+    steps: usize,
+    /// Terabytes a second that the floor assumes; by default what a copy on the device reads and writes.
+    #[arg(long, value_name = "TB/S")]
+    bandwidth: Option<f64>,
+    /// Print one JSON array: [{device, model, batch, context, ttft_s, prefill_tok_s, tpot_ms, decode_tok_s, experts_touched,
+    /// floor_ms, floor_ratio, steps, bandwidth_tb_s}].
+    #[arg(long)]
+    json: bool,
+    /// Sizes follow from the cells; --state-slots, --latent-pages, --max-model-len and --max-batch are not used.
+    #[command(flatten)]
+    engine: EngineOptions,
+}
+
+pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
+    let Bench::Engine(args) = args.what;
+    let cells = if args.cells.is_empty() { grid(&args.batch, &args.context) } else { args.cells };
+    let bandwidth = args.bandwidth.map(|rate| rate * 1e12);
+    let request = BenchRequest { engine: args.engine, cells, steps: args.steps, bandwidth };
+    if args.json {
+        let results = run_bench(&request, &mut |_| {})?;
+        println!("{}", serde_json::to_string(&results)?);
+        return Ok(());
+    }
+    println!("{HEADER}");
+    run_bench(&request, &mut |result| println!("{}", line(result)))?;
+    Ok(())
+}
+
+/// Every batch with every context.
+fn grid(batches: &[usize], contexts: &[usize]) -> Vec<Cell> {
+    contexts.iter().flat_map(|&context| batches.iter().map(move |&batch| Cell { batch, context })).collect()
+}
+
+fn cell(text: &str) -> Result<Cell, String> {
+    let parsed = text.split_once('x').and_then(|(batch, context)| {
+        let cell = Cell { batch: batch.parse().ok()?, context: context.parse().ok()? };
+        (cell.batch > 0 && cell.context > 0).then_some(cell)
+    });
+    parsed.ok_or_else(|| format!("expected BATCHxCONTEXT such as 8x1024, found {text:?}"))
+}
+
+const HEADER: &str = "  batch  context   ttft s  prefill tok/s   tpot ms  decode tok/s  experts  floor ms  ratio";
+
+fn line(result: &CellResult) -> String {
+    format!(
+        "{:>7}  {:>7}  {:>7.3}  {:>13.0}  {:>8.3}  {:>12.0}  {:>7.1}  {:>8.3}  {:>5.2}",
+        result.batch,
+        result.context,
+        result.ttft_s,
+        result.prefill_tok_s,
+        result.tpot_ms,
+        result.decode_tok_s,
+        result.experts_touched,
+        result.floor_ms,
+        result.floor_ratio
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cells_are_read_as_written() {
+        assert_eq!(cell("8x1024"), Ok(Cell { batch: 8, context: 1024 }));
+        for wrong in ["8", "x", "8x", "0x1", "1x0", "8*9"] {
+            assert!(cell(wrong).unwrap_err().contains("BATCHxCONTEXT"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_grid_has_every_pair() {
+        let cells = grid(&[1, 8], &[64, 128]);
+        assert_eq!(
+            cells.iter().map(|c| (c.batch, c.context)).collect::<Vec<_>>(),
+            [(1, 64), (8, 64), (1, 128), (8, 128)]
+        );
+    }
+}
