@@ -1,6 +1,7 @@
 //! `perigee bench`: measurements of what this program ships, and of servers like it, one file each.
 
 mod child;
+mod engine;
 mod router;
 mod serve;
 
@@ -15,6 +16,8 @@ pub(crate) struct BenchArgs {
 
 #[derive(Subcommand)]
 enum Bench {
+    /// Times prefill and decode steps of the engine in this process, and holds them against the bytes that they move.
+    Engine(Box<engine::EngineArgs>),
     /// Puts a scenario's load on a router, or on any OpenAI-compatible server, and reports how long answers took.
     Serve(Box<serve::ServeArgs>),
     /// Measures the router between stub replicas and a load client: its processor time, and how long tokens take.
@@ -23,6 +26,7 @@ enum Bench {
 
 pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.what {
+        Bench::Engine(args) => engine::run(*args),
         Bench::Serve(args) => serve::run(*args),
         Bench::Router(args) => router::run(*args),
     }

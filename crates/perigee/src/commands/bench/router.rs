@@ -26,7 +26,7 @@ const STREAMS_PER_CONNECTION: usize = 500;
 
 /// Arguments of `bench router`.
 #[derive(clap::Args)]
-pub(crate) struct RouterBenchArgs {
+pub(super) struct RouterBenchArgs {
     /// Stub replicas; one run for each number.
     #[arg(long, value_delimiter = ',', default_value = "10,100,1000", value_parser = at_least_one())]
     replicas: Vec<usize>,
@@ -82,7 +82,7 @@ struct Row {
     transit_ms: perigee_load::report::Summary,
 }
 
-pub(crate) fn run(args: RouterBenchArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: RouterBenchArgs) -> anyhow::Result<()> {
     let milliseconds = |time: f64| Duration::try_from_secs_f64(time / 1e3).ok().filter(|time| !time.is_zero());
     let mut faults = args.tls.faults(&[]);
     if milliseconds(args.step_ms).is_none() {

@@ -20,7 +20,7 @@ const LINES_EVERY: u32 = 10;
 
 /// Arguments of `bench serve`.
 #[derive(clap::Args)]
-pub(crate) struct ServeArgs {
+pub(super) struct ServeArgs {
     /// The scenario: a TOML file such as those in tests/load.
     #[arg(long, value_name = "FILE")]
     scenario: PathBuf,
@@ -68,7 +68,7 @@ enum Api {
     Chat,
 }
 
-pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: ServeArgs) -> anyhow::Result<()> {
     let scenario = args.scenario()?;
     let plan = Plan::new(&scenario)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -1,28 +1,13 @@
-//! `perigee bench`: measurements of what this program ships. `engine` runs the engine in this process; each line is a cell of
-//! a grid.
+//! `perigee bench engine`: the engine in this process; each line is a cell of a grid.
 
-use clap::Subcommand;
 use perigee_worker::EngineOptions;
 use perigee_worker::bench::{BenchRequest, Cell, CellResult, run as run_bench};
 
 use crate::commands::at_least_one;
 
-/// Arguments of `bench`.
-#[derive(clap::Args)]
-pub(crate) struct BenchArgs {
-    #[command(subcommand)]
-    what: Bench,
-}
-
-#[derive(Subcommand)]
-enum Bench {
-    /// Times prefill and decode steps of the engine in this process, and holds them against the bytes that they move.
-    Engine(EngineArgs),
-}
-
 /// Arguments of `bench engine`.
 #[derive(clap::Args)]
-struct EngineArgs {
+pub(super) struct EngineArgs {
     /// Sessions that decode together; each with every --context.
     #[arg(long, value_delimiter = ',', default_value = "1,8", value_parser = at_least_one())]
     batch: Vec<usize>,
@@ -47,8 +32,7 @@ struct EngineArgs {
     engine: EngineOptions,
 }
 
-pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
-    let Bench::Engine(args) = args.what;
+pub(super) fn run(args: EngineArgs) -> anyhow::Result<()> {
     let cells = if args.cells.is_empty() { grid(&args.batch, &args.context) } else { args.cells };
     let bandwidth = args.bandwidth.map(|rate| rate * 1e12);
     let request = BenchRequest { engine: args.engine, cells, steps: args.steps, bandwidth };
