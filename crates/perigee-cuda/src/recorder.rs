@@ -55,9 +55,10 @@ impl CudaBackend {
     /// See [`perigee_backend::Backend::run_recorded`].
     pub(crate) fn recorded_run(&mut self, batch: &StepBatch) -> Result<Recorded> {
         self.abandon_recording();
-        let through_host = matches!(self.exchange, Exchange::Host(_));
+        // A replica of two ranks over NCCL did not get through its recorded first steps on one card; why is not known yet.
+        let is_alone = matches!(self.exchange, Exchange::Alone);
         let size = rung(&self.recorder.ladder, batch.rows.len())
-            .filter(|_| self.recorder.has_run && !through_host && self.formula.is_plain() && only_decodes(batch));
+            .filter(|_| self.recorder.has_run && is_alone && self.formula.is_plain() && only_decodes(batch));
         let Some(rows) = size else { return Ok(Recorded::No) };
         self.stream.device().bind()?;
         self.exchange.check()?;

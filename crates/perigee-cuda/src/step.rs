@@ -163,6 +163,7 @@ impl Step {
         let fits = attention.items.len() <= items
             && attention.ranges.len() <= items * RANGES_PER_ITEM
             && attention.item_tokens <= 1
+            && attention.parts as usize <= form.parts(planning)
             && pages + size_of_val(attention.pages.as_slice()) <= upload.capacity();
         if !fits {
             return Ok(false);
@@ -180,7 +181,8 @@ impl Step {
         (self.prefill_rows, self.chunks, self.row_chunks) = (none, none, none);
         self.pages = self.pack(&attention.pages);
         self.chunk_bounds.clear();
-        self.parts = attention.parts as usize;
+        // Not the parts of this step: where they lie in working memory is recorded, and other steps have more of them.
+        self.parts = form.parts(planning);
         self.item_tokens = 1;
         if let Some(upload) = &mut self.decode_upload {
             upload.send(stream, &self.packed[..self.packed.len().min(upload.capacity())])?;
@@ -223,6 +225,11 @@ impl DecodeForm {
     /// Most items of attention: one for each row, and the splits that fill the device.
     fn items(self, planning: Planning) -> usize {
         self.rows + planning.items
+    }
+
+    /// Most partial results of attention.
+    fn parts(self, planning: Planning) -> usize {
+        2 * planning.items
     }
 
     /// Bytes before the pages.
@@ -498,7 +505,7 @@ mod tests {
                 assert!(plan.items.len() <= form.items(planning), "{rows} x {context}: {} items", plan.items.len());
                 assert!(plan.ranges.len() <= form.items(planning) * RANGES_PER_ITEM);
                 assert!(plan.merges.len() <= rows as usize && plan.item_tokens == 1);
-                assert!(plan.parts as usize <= 2 * planning.items, "{rows} x {context}: {} parts", plan.parts);
+                assert!(plan.parts as usize <= form.parts(planning), "{rows} x {context}: {} parts", plan.parts);
             }
         }
     }

@@ -1,5 +1,5 @@
 //! A cluster whose processes are started one by one, as by an operator: a router, and the ranks of two replicas that find
-//! each other by addresses. One replica ends in order while a stream runs on it, the other loses a rank.
+//! each other by addresses. One replica is drained while a stream runs on it, the other loses a rank.
 
 use std::ops::ControlFlow;
 use std::time::Duration;
@@ -8,11 +8,13 @@ use perigee_testkit::processes::signal;
 use perigee_testkit::sandbox::{Clients, Parts, PartsSpec, eventually};
 use tonic::Code;
 
-use crate::answer::{ask, read};
+use crate::answer::{ask, read_through_deaths};
 use crate::{PATIENCE, greedy};
 
 /// How long processes may take to end once they have nothing to do.
 const END: Duration = Duration::from_secs(5);
+/// Tokens of a stream that is still running when its replica is told to drain.
+const LONG: usize = 900;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ranks_and_a_router_started_one_by_one_are_a_cluster() {
@@ -30,19 +32,21 @@ async fn ranks_and_a_router_started_one_by_one_are_a_cluster() {
         assert_eq!((replica.tp, replica.slots_total, replica.slots_free), (2, 64, 64));
     }
 
-    // SIGTERM to a leader: its stream ends by itself, new requests go to the other, the ranks end well.
-    let long = greedy(vec![5, 6, 7], 600);
+    // SIGTERM to a leader: its stream goes on at the other, as new requests do, and the ranks end well.
+    let long = greedy(vec![5, 6, 7], LONG as u32);
     let (first, started) = tokio::sync::oneshot::channel();
     let running = {
         let (clients, long, mut first) = (clients.clone(), long.clone(), Some(first));
         tokio::spawn(async move {
-            read(&clients, &long, |response| {
+            let mut last = String::new();
+            let answer = read_through_deaths(&clients, &long, |response| {
+                last.clone_from(&response.replica);
                 if let Some(first) = first.take() {
                     first.send(response.replica.clone()).unwrap();
                 }
                 ControlFlow::Continue(())
-            })
-            .await
+            });
+            (answer.await, last)
         })
     };
     let serves = started.await.unwrap();
@@ -52,8 +56,9 @@ async fn ranks_and_a_router_started_one_by_one_are_a_cluster() {
     eventually("no new requests there", PATIENCE, draining).await.unwrap();
     let elsewhere = ask(&clients, &greedy(vec![5, 6, 7], 20)).await.finished();
     assert_ne!(elsewhere.replica, serves);
-    let answer = tokio::time::timeout(PATIENCE, running).await.expect("it ends").unwrap().finished();
-    assert_eq!((answer.tokens(), &answer.replica), (600, &serves));
+    let (answer, last) = tokio::time::timeout(PATIENCE, running).await.expect("it ends").unwrap();
+    let answer = answer.finished();
+    assert_eq!((answer.tokens(), &last), (LONG, &elsewhere.replica));
     assert_eq!(answer.choices[0].tokens[..20], elsewhere.choices[0].tokens, "replicas are alike");
     for rank in &mut parts.ranks[ending] {
         assert_eq!(rank.wait(END).unwrap().code(), Some(0), "{}", rank.errors());
