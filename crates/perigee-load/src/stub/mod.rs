@@ -12,8 +12,8 @@ use std::time::Duration;
 use perigee_proto::PROTOCOL_VERSION;
 use perigee_proto::internal::replica_server::{Replica, ReplicaServer};
 use perigee_proto::internal::{
-    AttendAnswer, AttendQuery, HandoffChunk, HandoffResult, ModelInfo, ReplicaMessage, RouterMessage, Welcome,
-    router_message,
+    AttendAnswer, AttendQuery, FetchPagesRequest, HandoffChunk, HandoffResult, KeepHomesAnswer, KeepHomesRequest,
+    ModelInfo, PageChunk, ReplicaMessage, RouterMessage, Welcome, router_message,
 };
 use perigee_tls::{Listening, Purpose, Tls};
 use tokio::net::TcpListener;
@@ -102,6 +102,7 @@ type Answers<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + S
 impl Replica for StubReplica {
     type AttachStream = UnboundedReceiverStream<Result<ReplicaMessage, Status>>;
     type AttendStream = Answers<AttendAnswer>;
+    type FetchPagesStream = Answers<PageChunk>;
 
     async fn attach(&self, request: Request<Streaming<RouterMessage>>) -> Result<Response<Self::AttachStream>, Status> {
         let mut from_router = request.into_inner();
@@ -120,6 +121,14 @@ impl Replica for StubReplica {
     }
 
     async fn attend(&self, _: Request<Streaming<AttendQuery>>) -> Result<Response<Self::AttendStream>, Status> {
+        Err(Status::unimplemented("a stub has no latents"))
+    }
+
+    async fn fetch_pages(&self, _: Request<FetchPagesRequest>) -> Result<Response<Self::FetchPagesStream>, Status> {
+        Err(Status::unimplemented("a stub has no latents"))
+    }
+
+    async fn keep_homes(&self, _: Request<KeepHomesRequest>) -> Result<Response<KeepHomesAnswer>, Status> {
         Err(Status::unimplemented("a stub has no latents"))
     }
 }
