@@ -69,9 +69,9 @@ impl Outcome {
         self.pieces.first().map(|first| first.at.saturating_sub(self.intended))
     }
 
-    /// Time a token after the first; none with fewer than two.
+    /// Time a token after the first; none with fewer than two, or where all came together.
     pub fn tpot(&self) -> Option<Duration> {
-        let (first, last) = (self.pieces.first()?, self.pieces.last()?);
+        let [first, .., last] = self.pieces.as_slice() else { return None };
         let more = u32::try_from(self.output_tokens.saturating_sub(1)).ok().filter(|more| *more > 0)?;
         Some(last.at.saturating_sub(first.at) / more)
     }

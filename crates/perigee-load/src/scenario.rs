@@ -319,7 +319,20 @@ mod tests {
     }
 
     #[test]
-    fn slips_of_the_pen_are_errors() {
+    fn ready_scenarios_have_no_faults() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/load");
+        let files = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+        let scenarios: Vec<_> = files.filter(|path| path.extension().is_some_and(|kind| kind == "toml")).collect();
+        assert!(scenarios.len() >= 6, "{scenarios:?}");
+        for path in scenarios {
+            let scenario = Scenario::open(&path).expect("a scenario");
+            assert_eq!(scenario.faults(), Vec::<String>::new(), "{}", path.display());
+            assert!(crate::Plan::new(&scenario).expect("a plan").take(50).count() >= 50, "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn unknown_keys_are_errors() {
         for wrong in ["sed = 1", "[slo]\nttft = 5", "[thresholds.ttft_ms]\np95 = 1"] {
             assert!(toml::from_str::<Scenario>(&format!("{MINIMAL}{wrong}\n")).is_err(), "{wrong}");
         }

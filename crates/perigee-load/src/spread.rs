@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 /// Microseconds in an hour: longer times count as that.
 const LONGEST_US: u64 = 3_600_000_000;
@@ -21,7 +21,7 @@ pub(crate) struct Spread {
 }
 
 /// What a report says of it, in milliseconds.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Summary {
     /// Number of values.
     pub count: u64,

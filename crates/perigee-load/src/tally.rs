@@ -31,6 +31,7 @@ pub struct Tally {
     end: Duration,
     seconds: Vec<Second>,
     marks: Vec<Mark>,
+    marks_left_out: u64,
     /// Requests sent, whether they had an outcome or not.
     pub(crate) sent: u64,
     outcomes: u64,
@@ -62,6 +63,7 @@ impl Tally {
             end: Duration::ZERO,
             seconds: Vec::new(),
             marks: Vec::new(),
+            marks_left_out: 0,
             sent: 0,
             outcomes: 0,
         }
@@ -97,6 +99,8 @@ impl Tally {
         let mut mark = |at: Duration, kind: &str, text: String| {
             if self.marks.len() < MARKS {
                 self.marks.push(Mark { at_s: at.as_secs_f64(), kind: kind.to_owned(), text });
+            } else {
+                self.marks_left_out += 1;
             }
         };
         for moved in &outcome.moves {
@@ -175,6 +179,7 @@ impl Tally {
             },
             timeline: timeline(&self.seconds),
             marks: self.marks,
+            marks_left_out: self.marks_left_out,
         }
     }
 }

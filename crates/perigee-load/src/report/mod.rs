@@ -1,19 +1,19 @@
 //! What a run came to, as data. It is JSON as it stands; `table` is for terminals and `page` for browsers.
 
 mod page;
-mod plot;
+pub mod plot;
 mod table;
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::Scenario;
 pub use crate::spread::Summary;
 
 /// What a run came to. Times are in milliseconds or, where named so, seconds from the start. Rates are over the time from
 /// the end of the warm-up to the end of the last counted request.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
     /// What was run, seed included.
     pub scenario: Scenario,
@@ -48,12 +48,14 @@ pub struct Report {
     pub curves: Curves,
     /// What happened when, the warm-up included.
     pub timeline: Vec<Bucket>,
-    /// Moves of sessions, and failures.
+    /// Moves of sessions, and failures, by time: those of the requests that ended first, where there are very many.
     pub marks: Vec<Mark>,
+    /// How many there were beyond these.
+    pub marks_left_out: u64,
 }
 
 /// Counts after the warm-up.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Counted {
     /// All requests.
     pub requests: u64,
@@ -78,7 +80,7 @@ pub struct Counted {
 }
 
 /// Distributions of times, in milliseconds.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Latencies {
     /// From when a request was due to its first token.
     pub ttft_ms: Summary,
@@ -93,7 +95,7 @@ pub struct Latencies {
 }
 
 /// Points [milliseconds, share of values not above].
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Curves {
     /// Time to the first token.
     pub ttft_ms: Vec<[f64; 2]>,
@@ -106,7 +108,7 @@ pub struct Curves {
 }
 
 /// A stretch of the timeline.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Bucket {
     /// Its start, in seconds.
     pub from_s: f64,
@@ -129,7 +131,7 @@ pub struct Bucket {
 }
 
 /// Something that happened to one request.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Mark {
     /// When, in seconds.
     pub at_s: f64,

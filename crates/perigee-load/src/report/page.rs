@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::plot::{Line, Plot, Scale, Upright, escape};
+use super::plot::{self, Line, Plot, Scale, Upright, escape};
 use super::{Bucket, Report};
 
 /// The left end of latency curves, in milliseconds.
@@ -13,15 +13,14 @@ const FAILURE: &str = "#e00000";
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}\
 table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}\
-td:first-child,th:first-child{text-align:left}svg{width:100%;font-size:11px}.title{font-weight:bold;font-size:13px}\
-.grid{stroke:#e4e4e4;fill:none}.line{fill:none;stroke-width:1.5}.upright{fill:none;stroke-width:1;opacity:.7}\
-.x{text-anchor:middle;fill:#666}.y{text-anchor:end;fill:#666}.miss{color:#c00}pre{background:#f6f6f6;padding:1em;overflow:auto}";
+td:first-child,th:first-child{text-align:left}.miss{color:#c00}pre{background:#f6f6f6;padding:1em;overflow:auto}";
 
 pub(super) fn render(report: &Report) -> String {
     let name = escape(&report.scenario.name);
     let mut page = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{name}</title>\
-         <style>{STYLE}</style></head><body>\n<h1>{name}</h1>\n<p>{}</p>\n",
+         <style>{STYLE}{}</style></head><body>\n<h1>{name}</h1>\n<p>{}</p>\n",
+        plot::STYLE,
         escape(&report.target)
     );
     // Writing into a string does not fail.
@@ -38,6 +37,9 @@ pub(super) fn render(report: &Report) -> String {
         "<p>Upright lines: <span style=\"color:{MOVE}\">sessions that moved</span>, \
          <span style=\"color:{FAILURE}\">requests that failed</span>; their titles say more.</p>"
     );
+    if report.marks_left_out > 0 {
+        let _ = writeln!(page, "<p>{} more are not shown.</p>", report.marks_left_out);
+    }
     let scenario = serde_json::to_string_pretty(&report.scenario).unwrap_or_default();
     let _ = write!(page, "<h2>Scenario</h2><pre>{}</pre>\n</body></html>\n", escape(&scenario));
     page

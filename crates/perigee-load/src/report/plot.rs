@@ -1,6 +1,11 @@
-//! Line plots as SVG.
+//! Line plots as SVG, for pages that load nothing. A page that has some needs [`STYLE`].
 
 use std::fmt::Write;
+
+/// Rules for a page's style sheet, without which plots have no lines.
+pub const STYLE: &str = "svg{width:100%;font-size:11px}.title{font-weight:bold;font-size:13px}\
+.grid{stroke:#e4e4e4;fill:none}.line{fill:none;stroke-width:1.5}.upright{fill:none;stroke-width:1;opacity:.7}\
+.x{text-anchor:middle;fill:#666}.y{text-anchor:end;fill:#666}";
 
 /// Inner size, in user units.
 const WIDTH: f64 = 720.0;
@@ -14,34 +19,49 @@ const COLOURS: [&str; 4] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"];
 
 /// How numbers become places.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Scale {
+pub enum Scale {
+    /// In proportion, from 0 on.
     Linear,
-    /// By the logarithm, from this on.
+    /// By the logarithm, from a number above 0 on; smaller ones count as that.
     Log {
+        /// The left end.
         from: f64,
     },
 }
 
 /// A line with its name.
-pub(super) struct Line<'a> {
-    pub(super) name: &'a str,
-    pub(super) points: Vec<[f64; 2]>,
+#[derive(Debug, Clone, PartialEq)]
+pub struct Line<'a> {
+    /// Shown in the line's colour, above the plot.
+    pub name: &'a str,
+    /// Points [x, y], at least 0, by x.
+    pub points: Vec<[f64; 2]>,
 }
 
 /// A vertical line where something happened.
-pub(super) struct Upright<'a> {
-    pub(super) at: f64,
-    pub(super) colour: &'a str,
-    pub(super) text: &'a str,
+#[derive(Debug, Clone, PartialEq)]
+pub struct Upright<'a> {
+    /// Where, on the x axis.
+    pub at: f64,
+    /// Its colour, as CSS has it.
+    pub colour: &'a str,
+    /// What happened; shown when pointed at.
+    pub text: &'a str,
 }
 
-/// A plot.
-pub(super) struct Plot<'a> {
-    pub(super) title: &'a str,
-    pub(super) x_label: &'a str,
-    pub(super) x_scale: Scale,
-    pub(super) lines: Vec<Line<'a>>,
-    pub(super) uprights: Vec<Upright<'a>>,
+/// A plot of lines over one x axis; the y axis is linear and begins at 0.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plot<'a> {
+    /// What is shown, with the unit of y.
+    pub title: &'a str,
+    /// What x is, with its unit.
+    pub x_label: &'a str,
+    /// The x axis.
+    pub x_scale: Scale,
+    /// At most four: they have four colours.
+    pub lines: Vec<Line<'a>>,
+    /// What happened when.
+    pub uprights: Vec<Upright<'a>>,
 }
 
 impl Scale {
@@ -69,11 +89,16 @@ impl Scale {
 }
 
 impl Plot<'_> {
-    pub(super) fn render(&self) -> String {
+    /// As an svg element.
+    pub fn render(&self) -> String {
         let points = || self.lines.iter().flat_map(|line| &line.points);
-        let largest = |axis: usize| points().map(|point| point[axis]).fold(0.0, f64::max);
-        let floor = if let Scale::Log { from } = self.x_scale { from * 10.0 } else { f64::MIN_POSITIVE };
-        let (x_max, y_max) = (largest(0).max(floor), largest(1).max(f64::MIN_POSITIVE));
+        // An axis without any extent ends at 1.
+        let largest = |axis: usize| match points().map(|point| point[axis]).fold(0.0, f64::max) {
+            0.0 => 1.0,
+            largest => largest,
+        };
+        let least = if let Scale::Log { from } = self.x_scale { from * 10.0 } else { 0.0 };
+        let (x_max, y_max) = (largest(0).max(least), largest(1));
         let x = |value: f64| LEFT + WIDTH * self.x_scale.place(value, x_max).clamp(0.0, 1.0);
         let y = |value: f64| TOP + HEIGHT * (1.0 - value / y_max);
         let mut svg = format!(
@@ -128,7 +153,7 @@ fn short(value: f64) -> String {
 }
 
 /// Text for HTML and SVG.
-pub(super) fn escape(text: &str) -> String {
+pub fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
@@ -153,5 +178,7 @@ mod tests {
         let plot = Plot { title: "t", x_label: "s", x_scale: Scale::Linear, lines, uprights: vec![] };
         let svg = plot.render();
         assert!(svg.contains("points=\"60.0,244.0 780.0,24.0\"") && svg.contains("a&lt;b"), "{svg}");
+        let flat = Plot { lines: vec![Line { name: "", points: vec![[0.0, 0.0]] }], ..plot };
+        assert!(flat.render().contains("points=\"60.0,244.0\""), "nothing has no extent, and a place all the same");
     }
 }

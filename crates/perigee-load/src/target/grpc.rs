@@ -83,13 +83,6 @@ impl Target for GrpcTarget {
     }
 }
 
-impl Failure {
-    /// A stream that ended without an end.
-    pub(super) fn cut_off() -> Self {
-        Self { code: "CUT_OFF".to_owned(), message: "the stream ended without a finish reason".to_owned() }
-    }
-}
-
 fn failure(status: Status) -> Failure {
     let code = match status.code() {
         Code::Ok => "OK",

@@ -67,6 +67,13 @@ pub struct Failure {
     pub message: String,
 }
 
+impl Failure {
+    /// A stream that ended before its answer.
+    fn cut_off() -> Self {
+        Self { code: "CUT_OFF".to_owned(), message: "the stream ended without a finish reason".to_owned() }
+    }
+}
+
 /// Takes responses as they come; a break gives the request up.
 pub type Hear<'a> = &'a mut (dyn FnMut(Heard<'_>) -> ControlFlow<()> + Send);
 

@@ -1,6 +1,8 @@
 //! Any OpenAI-compatible server as a target: /v1/completions or /v1/chat/completions, streamed, over HTTP/1.1. A response
 //! with text counts as one token; where the server reports usage at the end, that is the count.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -9,7 +11,7 @@ use hyper::{Request, Response, Uri};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -19,6 +21,9 @@ use crate::{LoadError, Message};
 
 /// Bytes of an error's text that a report keeps.
 const ERROR_BYTES: usize = 500;
+
+/// How long a connection is kept for another request.
+const IDLE: Duration = Duration::from_secs(2);
 
 /// Which of the two interfaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,7 +115,11 @@ impl OpenAiTarget {
             .https_or_http()
             .enable_http1()
             .wrap_connector(tcp);
-        let client = Client::builder(TokioExecutor::new()).build(connector);
+        // Sooner than servers close them (5 s is common), so that no request goes to a connection that is being closed.
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE)
+            .build(connector);
         Ok(Self { client, uri, options })
     }
 
@@ -165,6 +174,8 @@ impl OpenAiTarget {
             let frame = frame.map_err(|error| failure("BROKEN", &error))?;
             let Some(bytes) = frame.data_ref() else { continue };
             events.push(bytes, |data| {
+                // Some servers give no finish reason; this ends an answer too.
+                is_finished |= data == "[DONE]";
                 if data == "[DONE]" || is_given_up {
                     return Ok(());
                 }

@@ -23,7 +23,7 @@ fn tls() -> rustls::ClientConfig {
     builder.expect("versions").with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth()
 }
 
-async fn target(routes: Router, api: OpenAiApi) -> OpenAiTarget {
+pub(super) async fn target(routes: Router, api: OpenAiApi) -> OpenAiTarget {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}/v1/", listener.local_addr().expect("an address"));
     tokio::spawn(async move { axum::serve(listener, routes).await });
@@ -90,7 +90,7 @@ async fn every_way_to_fail_has_a_code() {
                 "data: {\"choices\": [{\"text\": \"a\"}]}\n\n",
                 "data: {\"error\": {\"message\": \"oh\"}}\n\n",
             ]),
-            2 => stream(&["data: {\"choices\": [{\"text\": \"a\"}]}\n\n", "data: [DONE]\n\n"]),
+            2 => stream(&["data: {\"choices\": [{\"text\": \"a\"}]}\n\n"]),
             _ => stream(&["data: nonsense\n\n"]),
         }
     }

@@ -82,10 +82,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_router_and_the_kernel_say_is_understood() {
+    fn reads_the_address_that_the_router_prints() {
         let line = "perigee router: gRPC 127.0.0.1:4711, HTTP 127.0.0.1:4712\n";
         assert_eq!(grpc_address(line).as_deref(), Some("127.0.0.1:4711"));
         assert_eq!(grpc_address(""), None);
+    }
+
+    #[test]
+    fn adds_user_and_system_time() {
         let stat = "42 (a) b) S 1 42 42 0 -1 4194304 100 0 0 0 250 30 0 0 20 0 5 0 999 1 1 1";
         assert_eq!(cpu_ticks(stat), Some(280));
         assert_eq!(cpu_ticks("42 (a"), None);
