@@ -33,8 +33,9 @@ impl Modules {
             if modules.modules.contains_key(image.module) {
                 continue;
             }
-            // SAFETY: the context is current; the image is a complete cubin, compiled into the program and never moved.
-            let module = unsafe { result::module::load_data(image.bytes.as_ptr().cast()) }
+            let code = image.unpack().map_err(|damaged| BackendError::Device(damaged.to_string()))?;
+            // SAFETY: the context is current; the code is a complete cubin, which the driver copies before it returns.
+            let module = unsafe { result::module::load_data(code.as_ptr().cast()) }
                 .map_err(fault(&format!("loading the kernels of {}", image.module)))?;
             modules.modules.insert(image.module, module);
         }
