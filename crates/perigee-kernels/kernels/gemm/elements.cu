@@ -5,6 +5,7 @@
 
 template <class T>
 __device__ __forceinline__ void convert(const ElementParams& p) {
+  grid_dependency();
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
     static_cast<T*>(p.out)[i] = narrow<T>(static_cast<const float*>(p.in)[i]);
@@ -13,6 +14,7 @@ __device__ __forceinline__ void convert(const ElementParams& p) {
 
 template <class T>
 __device__ __forceinline__ void silu_mul(const ElementParams& p) {
+  grid_dependency();
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
     const uint64_t row = i / p.width;
