@@ -82,7 +82,7 @@ impl KdaFast {
             chunk_shared,
             scan: modules.kernel("kda_scan", &format!("kda_scan_{suffix}_{head_dim}{scan_fault}"))?,
             scan_shared,
-            decode: modules.overlapping("kda_decode", &format!("kda_decode_{suffix}_{head_dim}{decode_fault}"))?,
+            decode: modules.kernel("kda_decode", &format!("kda_decode_{suffix}_{head_dim}{decode_fault}"))?,
         };
         kernels.chunk.allow_shared(chunk_shared)?;
         kernels.scan.allow_shared(scan_shared)?;

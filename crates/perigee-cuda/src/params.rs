@@ -59,7 +59,7 @@ pub(crate) struct ElementParams {
     pub(crate) out: u64,
     pub(crate) count: u64,
     pub(crate) width: u32,
-    pub(crate) reserved: u32,
+    pub(crate) block: u32,
 }
 
 /// `kda/params.h`: a row of the step.

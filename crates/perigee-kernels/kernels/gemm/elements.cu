@@ -18,8 +18,10 @@ __device__ __forceinline__ void silu_mul(const ElementParams& p) {
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
     const uint64_t row = i / p.width;
-    const T* gate = static_cast<const T*>(p.in) + row * 2 * p.width + (i - row * p.width);
-    static_cast<T*>(p.out)[i] = narrow<T>(silu(widen(gate[0])) * widen(gate[p.width]));
+    const uint32_t column = static_cast<uint32_t>(i - row * p.width);
+    const uint32_t at = p.block ? column / p.block * 2 * p.block + column % p.block : column;
+    const T* gate = static_cast<const T*>(p.in) + row * 2 * p.width + at;
+    static_cast<T*>(p.out)[i] = narrow<T>(silu(widen(gate[0])) * widen(gate[p.block ? p.block : p.width]));
   }
 }
 

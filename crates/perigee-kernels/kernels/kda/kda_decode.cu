@@ -16,7 +16,6 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
   __shared__ float squares[2][kWarps];
   __shared__ alignas(16) float partial[2][kWarps][kDim];
   __shared__ float norm[kWarps];
-  grid_dependency();
   const KdaRow row = p.rows[blockIdx.x];
   // A row that only pads the step to a recorded size has no slots.
   if (row.tokens == 0) return;
@@ -31,7 +30,7 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
   const float* source = p.state + state_offset(p, row.read_slot, head) + first_row * kDim + column;
   float4 state[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; r++) state[r] = __ldcs(reinterpret_cast<const float4*>(source + r * kStep * kDim));
+  for (int r = 0; r < kRows; r++) state[r] = *reinterpret_cast<const float4*>(source + r * kStep * kDim);
 
   float q_squares = 0.0f, k_squares = 0.0f;
   for (uint32_t task = threadIdx.x; task < 5 * kDim; task += kThreads) {
@@ -128,7 +127,7 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
     state[r].w += k * delta.w;
     float4 kept = state[r];
     if (kFault == Fault::kRoundedState) kept = {rounded<bf16>(kept.x), rounded<bf16>(kept.y), rounded<bf16>(kept.z), rounded<bf16>(kept.w)};
-    __stcs(reinterpret_cast<float4*>(target + r * kStep * kDim), kept);
+    *reinterpret_cast<float4*>(target + r * kStep * kDim) = kept;
     out.x += q * state[r].x;
     out.y += q * state[r].y;
     out.z += q * state[r].z;
