@@ -94,6 +94,14 @@ pub trait LatentReader: Send + Sync {
         latent: usize,
         queries: &[f32],
     ) -> Result<(Vec<f32>, Vec<f32>)>;
+
+    /// A full page of one MLA layer as [`Backend::export_page`] gives it, for a replica that takes it over.
+    ///
+    /// # Errors
+    /// There is no such layer or page, the device failed, or it gives pages out in its steps only.
+    fn page(&self, _layer: usize, _page: u32) -> Result<Vec<u8>> {
+        Err(BackendError::Unsupported("pages beside the steps".into()))
+    }
 }
 
 /// A device that runs Kimi Linear. Activations are [tokens of the step, width]; `index` counts layers of one kind from 0.

@@ -118,6 +118,10 @@ impl LatentReader for LatentSlab {
             attend_segment(self, layer, &segment, &Queries { values: queries, heads, position: end, scale, latent })?;
         Ok((part.output, part.lse))
     }
+
+    fn page(&self, layer: usize, page: u32) -> Result<Vec<u8>> {
+        Ok(to_bytes(&self.page(layer, page)?.read(), self.dtype))
+    }
 }
 
 /// A group of queries of one session and what attention over part of its keys gives.

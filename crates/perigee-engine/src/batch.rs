@@ -5,8 +5,10 @@ use std::time::Instant;
 
 use perigee_backend::{Row, StepBatch};
 use perigee_sampling::{Draw, Sampled};
+use perigee_text::grammar::Grammar;
 
 use crate::executor::{ExecutorError, StepOutput, StepPlan};
+use crate::grammars::follow;
 use crate::request::FinishReason;
 use crate::scheduler::{Plan, PlannedRow, TaskId};
 use crate::sequence::Sequence;
@@ -19,7 +21,8 @@ impl EngineCore {
         let mut draws = Vec::new();
         let mut wants_logits = false;
         for row in rows {
-            let Some(session) = self.sessions.get(&row.task) else {
+            // A scratch feeds its session's tokens.
+            let Some(session) = self.sessions.get(&self.scheduler.session_of(row.task)) else {
                 return Err(defect(format!("a row of session {} which does not exist", row.task.0)));
             };
             let sequence = &session.sequence;
@@ -33,7 +36,7 @@ impl EngineCore {
             }
             if row.draws {
                 batch.logits.push((first + row.tokens - 1) as u32);
-                draws.push(draw(sequence));
+                draws.push(draw(sequence, session.grammar.as_ref()));
             }
             batch.tokens.extend_from_slice(tokens);
             batch.rows.push(Row {
@@ -76,6 +79,7 @@ impl EngineCore {
             let counts = !missed.contains(&row.task);
             if counts {
                 self.scheduler.advance(row.task, row.tokens);
+                self.end_rebuild(row.task)?;
             }
             if row.draws {
                 logits.next();
@@ -99,7 +103,11 @@ impl EngineCore {
             None => observer.first_token(now.saturating_duration_since(session.arrived)),
             Some(last) => observer.next_token(now.saturating_duration_since(last)),
         }
-        match session.sequence.accept(sampled.token, self.config.tokenizer.as_deref()) {
+        let completes = match follow(session, sampled.token) {
+            Ok(completes) => completes,
+            Err(error) => return self.end(id, FinishReason::Error, Some(error.to_string())),
+        };
+        match session.sequence.accept(sampled.token, completes, self.config.tokenizer.as_deref()) {
             Ok(accepted) => {
                 if accepted.finish.is_none() {
                     self.scheduler.append(id);
@@ -125,14 +133,14 @@ impl EngineCore {
     }
 }
 
-fn draw(sequence: &Sequence) -> Draw<'_> {
+fn draw<'a>(sequence: &'a Sequence, grammar: Option<&'a Grammar>) -> Draw<'a> {
     Draw {
         params: &sequence.sampling,
         choice: sequence.choice,
         position: sequence.length(),
         counts: &sequence.counts,
         banned: sequence.banned(),
-        allowed: None,
+        allowed: grammar.map(Grammar::allowed),
     }
 }
 

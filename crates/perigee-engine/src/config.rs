@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use perigee_text::Tokenizer;
+use perigee_text::grammar::GrammarCompiler;
 
 use crate::executor::{CacheBytes, ExecutorLimits};
 use crate::moves::MoveConfig;
@@ -44,6 +45,8 @@ pub struct EngineConfig {
     pub eos_token_ids: Vec<u32>,
     /// Makes text of tokens; without one, requests for text or with stop strings are refused.
     pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Makes grammars of sessions that come from other replicas; without one, those with a grammar are refused.
+    pub grammars: Option<Arc<GrammarCompiler>>,
     /// Takes measurements.
     pub observer: Arc<dyn EngineObserver>,
     /// Tells the time.
@@ -62,6 +65,7 @@ impl Default for EngineConfig {
             bypass_limit: 8,
             eos_token_ids: Vec::new(),
             tokenizer: None,
+            grammars: None,
             observer: Arc::new(Silent),
             clock: Arc::new(SystemClock),
             moves: None,

@@ -7,14 +7,17 @@ use std::time::Instant;
 
 use perigee_migration::epochs::Command as MoveCommand;
 use perigee_migration::handoff::{Expected, Summary, Totals};
-use perigee_migration::{Header, Mode, Part};
+use perigee_migration::{Header, Mode, PageSlice, Part};
+use perigee_text::grammar::{Grammar, GrammarCompiler};
 use tokio::sync::{mpsc as async_mpsc, oneshot, watch};
 
 use crate::config::{EngineConfig, StartError};
 use crate::door::Door;
 use crate::executor::Executor;
-use crate::moves::{Incoming, Prepare, Reply, Target};
+use crate::moves::{FetchReply, HomeAnswer, Incoming, Prepare, Reply, Target};
+use crate::remote::RemoteHome;
 use crate::request::{EventBatch, Load, PositionLogprobs, RefusedRequest, Request, RouterId, SessionId, SessionInfo};
+use crate::scheduler::TaskId;
 use crate::step::EngineCore;
 
 /// Whether an engine serves.
@@ -106,6 +109,7 @@ pub(crate) enum Command {
         session: SessionId,
         next: u64,
         summary: Box<Summary>,
+        grammar: Option<Box<Grammar>>,
         reply: Reply<Vec<u64>>,
     },
     /// A handoff to here broke off.
@@ -113,6 +117,26 @@ pub(crate) enum Command {
         session: SessionId,
         next: u64,
     },
+    /// Pages of a segment that is being brought here.
+    PagesCame {
+        task: TaskId,
+        number: u64,
+        pages: Vec<PageSlice>,
+        reply: FetchReply,
+    },
+    /// A segment does not come.
+    FetchFailed {
+        task: TaskId,
+        number: u64,
+        why: String,
+    },
+    /// A home answered.
+    HomeSaid {
+        home: RemoteHome,
+        answer: HomeAnswer,
+    },
+    /// An owner needs a session's latents here no more.
+    HomeGivenUp(SessionId, u64),
     Sessions(oneshot::Sender<Vec<SessionInfo>>),
     FlushCache(oneshot::Sender<u64>),
     Shutdown,
@@ -129,13 +153,15 @@ pub(crate) struct Shared {
     pub(crate) load: watch::Sender<Load>,
     /// What handoffs to here must be; none where none is taken.
     expected: Option<Expected>,
+    grammars: Option<Arc<GrammarCompiler>>,
 }
 
 impl Shared {
-    pub(crate) fn new(door: Door, queue_limit: usize, load: Load, expected: Option<Expected>) -> Self {
+    pub(crate) fn new(door: Door, config: &EngineConfig, load: Load, expected: Option<Expected>) -> Self {
         let (health, _) = watch::channel(EngineHealth::Serving);
         let (load, _) = watch::channel(load);
-        Self { door, queue_limit, waiting: AtomicUsize::new(0), health, load, expected }
+        let (queue_limit, grammars) = (config.queue_limit, config.grammars.clone());
+        Self { door, queue_limit, waiting: AtomicUsize::new(0), health, load, expected, grammars }
     }
 }
 
@@ -217,7 +243,7 @@ impl Engine {
             context: limits.max_length,
             record: RECORD_LIMIT,
         });
-        let shared = Arc::new(Shared::new(door, config.queue_limit, load, expected));
+        let shared = Arc::new(Shared::new(door, &config, load, expected));
         // Requests hold a permit each, so their number is bounded before they come here; aborts and questions must
         // never find the channel full.
         let (commands, inbox) = mpsc::channel();
@@ -307,9 +333,19 @@ impl EngineHandle {
         self.send(Command::Move(router, session, MoveCommand::AbortMove { next, epoch }, None));
     }
 
+    /// Makes grammars for requests of this engine.
+    pub fn grammars(&self) -> Option<&Arc<GrammarCompiler>> {
+        self.shared.grammars.as_ref()
+    }
+
     /// The target's side of one handoff.
     pub fn incoming(&self) -> Incoming {
-        Incoming::new(self.commands.clone(), self.shared.expected.clone())
+        Incoming::new(self.commands.clone(), self.shared.expected.clone(), self.shared.grammars.clone())
+    }
+
+    /// The owner of a session that ran here, in `epoch`, needs its latents no more.
+    pub fn home_given_up(&self, session: SessionId, epoch: u64) {
+        self.send(Command::HomeGivenUp(session, epoch));
     }
 
     /// Log-probabilities of every token of a prompt but the first. Dropping the future ends the work.

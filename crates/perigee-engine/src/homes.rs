@@ -33,6 +33,17 @@ struct Entry {
     epoch: AtomicU64,
     /// Whether it was asked about since the engine last looked.
     asked: AtomicBool,
+    /// The run of a replica that has spoken for the session, and in which epoch.
+    owner: Mutex<Option<(u64, Owner)>>,
+}
+
+/// A replica that runs a session, in one run of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// Its name.
+    pub replica: String,
+    /// Which run of it.
+    pub incarnation: String,
 }
 
 type Entries = HashMap<Arc<str>, Arc<Entry>>;
@@ -52,6 +63,8 @@ struct Inner {
     entries: RwLock<Arc<Entries>>,
     /// Held by who makes the next table.
     changing: Mutex<()>,
+    /// Whether owners should take their latents.
+    calls_back: AtomicBool,
 }
 
 /// Pages that were found for a question, and the entry that has to be still there when they have been read.
@@ -69,7 +82,8 @@ impl HomeDirectory {
 
     /// Answers for a session from now on, in epochs from `first_epoch`. An earlier entry of it is replaced.
     pub fn publish(&self, session: &str, entry: HomePages, first_epoch: u64) {
-        let entry = Entry { pages: entry, epoch: AtomicU64::new(first_epoch), asked: AtomicBool::new(false) };
+        let (epoch, asked) = (AtomicU64::new(first_epoch), AtomicBool::new(false));
+        let entry = Entry { pages: entry, epoch, asked, owner: Mutex::new(None) };
         self.change(|entries| {
             entries.insert(session.into(), Arc::new(entry));
         });
@@ -88,6 +102,59 @@ impl HomeDirectory {
         let entries = self.entries();
         let asked = entries.iter().filter(|(_, entry)| entry.asked.swap(false, Ordering::Relaxed));
         asked.map(|(session, entry)| (session.to_string(), entry.epoch.load(Ordering::Relaxed))).collect()
+    }
+
+    /// Whether this replica wants the pages back that it keeps for others; owners hear of it within a second.
+    pub fn call_back(&self, wants: bool) {
+        self.inner.calls_back.store(wants, Ordering::Relaxed);
+    }
+
+    /// See [`Self::call_back`].
+    pub fn calls_back(&self) -> bool {
+        self.inner.calls_back.load(Ordering::Relaxed)
+    }
+
+    /// A session's owner needs what is kept for it, which renews its lease.
+    ///
+    /// # Errors
+    /// [`AnswerStatus::Unknown`] where nothing is kept, [`AnswerStatus::Stale`] where a later owner spoke, or in this epoch
+    /// another run of a replica.
+    pub fn renew(&self, session: &str, epoch: u64, owner: &Owner) -> Result<(), AnswerStatus> {
+        let entry = self.entries().get(session).cloned().ok_or(AnswerStatus::Unknown)?;
+        let mut known = entry.owner.lock();
+        if known.as_ref().is_some_and(|(of, who)| *of > epoch || (*of == epoch && who != owner)) {
+            return Err(AnswerStatus::Stale);
+        }
+        self.find(session, epoch, &[])?;
+        *known = Some((epoch, owner.clone()));
+        Ok(())
+    }
+
+    /// One page of a session that its owner takes over, all MLA layers of it, as [`LatentReader::page`] gives them.
+    ///
+    /// # Errors
+    /// Why there is none: the position is not kept here, for this epoch, or the device does not give it out
+    /// ([`AnswerStatus::Busy`]).
+    pub fn page(
+        &self,
+        reader: &dyn LatentReader,
+        layers: u32,
+        (session, epoch): (&str, u64),
+        first: u64,
+    ) -> Result<Vec<Vec<u8>>, AnswerStatus> {
+        for _ in 0..ATTEMPTS {
+            let held = self.find(session, epoch, std::slice::from_ref(&(first..first + PAGE_TOKENS as u64)))?;
+            let &[page] = held.pages.as_slice() else { return Err(AnswerStatus::Missing) };
+            let read: Result<Vec<_>, _> = (0..layers as usize).map(|layer| reader.page(layer, page)).collect();
+            if !self.is_held(session, &held) {
+                continue;
+            }
+            return read.map_err(|error| {
+                tracing::warn!(session, %error, "a page could not be given out");
+                AnswerStatus::Busy
+            });
+        }
+        Err(AnswerStatus::Busy)
     }
 
     /// Number of sessions.
@@ -288,6 +355,26 @@ mod tests {
         homes.publish("s", pages(&[(0, &[4])]), 9);
         assert_eq!((status(8), status(9)), (AnswerStatus::Stale, AnswerStatus::Answered));
         assert_eq!((homes.len(), homes.is_empty()), (1, false));
+    }
+
+    #[test]
+    fn a_lease_is_one_runs_in_one_epoch() {
+        let homes = HomeDirectory::new();
+        homes.publish("s", pages(&[(0, &[4])]), 2);
+        let owner = |run: &str| Owner { replica: "b".into(), incarnation: run.into() };
+        assert_eq!(homes.renew("t", 2, &owner("1")), Err(AnswerStatus::Unknown));
+        assert_eq!(homes.renew("s", 1, &owner("1")), Err(AnswerStatus::Stale));
+        assert!(homes.asked().is_empty());
+        assert_eq!(homes.renew("s", 2, &owner("1")), Ok(()));
+        assert_eq!(homes.asked(), [("s".to_owned(), 2)]);
+        assert_eq!(
+            homes.renew("s", 2, &owner("2")),
+            Err(AnswerStatus::Stale),
+            "another run knows nothing of this epoch"
+        );
+        assert!(homes.asked().is_empty());
+        assert_eq!(homes.renew("s", 3, &owner("2")), Ok(()));
+        assert_eq!(homes.renew("s", 2, &owner("1")), Err(AnswerStatus::Stale));
     }
 
     #[test]

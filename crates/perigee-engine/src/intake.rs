@@ -30,12 +30,16 @@ impl EngineCore {
             Command::HandoffParts { session, next, parts, reply } => {
                 self.handoff_parts(&session, next, parts, reply)?;
             }
-            Command::HandoffVerify { session, next, summary, reply } => {
-                self.handoff_verify(&session, next, *summary, reply)?;
+            Command::HandoffVerify { session, next, summary, grammar, reply } => {
+                self.handoff_verify(&session, next, (*summary, grammar), reply)?;
             }
             Command::HandoffBroken { session, next } => {
                 self.drive(&session, PartyEvent::Broken { next })?;
             }
+            Command::PagesCame { task, number, pages, reply } => self.pages_came(task, number, pages, reply)?,
+            Command::FetchFailed { task, number, why } => self.fetch_failed(task, number, &why)?,
+            Command::HomeSaid { home, answer } => self.home_said(&home, &answer)?,
+            Command::HomeGivenUp(session, epoch) => self.home_given_up(&session, epoch)?,
             Command::Sessions(reply) => self.answer(reply, self.session_infos()),
             // Nothing outlives its session yet, so there is nothing to drop.
             Command::FlushCache(reply) => self.answer(reply, 0),
@@ -146,7 +150,8 @@ impl EngineCore {
         for (index, name) in request.sessions.iter().enumerate() {
             match self.sequence(request, index as u32, name.clone()) {
                 Ok((sequence, finish)) => {
-                    let session = self.session(sequence, Sink::Router(router), request.deadline, &permit);
+                    let mut session = self.session(sequence, Sink::Router(router), request.deadline, &permit);
+                    session.grammar = request.grammar.as_ref().map(|grammar| grammar.start.fork());
                     match finish {
                         Some(reason) => {
                             self.tell_end(session, reason, None);
@@ -181,6 +186,7 @@ impl EngineCore {
             deadline: request.deadline,
             cache_salt: String::new(),
             text: false,
+            grammar: None,
         };
         match self.sequence(&prompt_only, 0, name) {
             Ok((sequence, _)) if sequence.length() == 1 => {
@@ -258,6 +264,7 @@ impl EngineCore {
 
     /// Takes a session out of the tables of what runs here and frees what it held.
     pub(crate) fn drop_session(&mut self, id: TaskId) -> Result<Option<Session>, Fatal> {
+        self.give_up_homes(id);
         let removed = self.scheduler.remove(id)?.unwrap_or_default();
         if let Some(heir) = removed.heir {
             self.copy_prompt_logprobs(id, heir);

@@ -6,6 +6,7 @@ pub mod cache;
 pub mod config;
 mod door;
 pub mod executor;
+mod grammars;
 pub mod handle;
 pub mod homes;
 mod intake;

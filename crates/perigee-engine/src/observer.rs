@@ -78,6 +78,8 @@ pub trait EngineObserver: Send + Sync {
     fn finished(&self, _reason: FinishReason) {}
     /// A session left, or did not.
     fn moved(&self, _session: &SessionId, _record: &MoveRecord) {}
+    /// A segment turned local: so many bytes of latents followed their session.
+    fn followed(&self, _bytes: u64) {}
     /// A step asked homes for attention.
     fn asked(&self, _counts: &RemoteCounts) {}
 }

@@ -27,7 +27,7 @@ pub struct RemotePlan {
 }
 
 /// A replica that holds latents of others' sessions, in one run of it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct RemoteHome {
     /// Its name.
     pub replica: String,

@@ -1,7 +1,10 @@
 //! Plain types at the engine's door: what a request asks for and what comes back. The worker's service turns the wire
 //! into these and back; nothing here serialises to a client. What a session keeps serialises, because it moves with it.
 
+use std::sync::Arc;
+
 use perigee_sampling::SamplingParams;
+use perigee_text::grammar::{Grammar, GrammarSource};
 use serde::{Deserialize, Serialize};
 
 use crate::moves::Reported;
@@ -43,6 +46,17 @@ pub struct Request {
     pub cache_salt: String,
     /// Whether text is wanted (there is a tokenizer) or ids only.
     pub text: bool,
+    /// What the text must be.
+    pub grammar: Option<StartGrammar>,
+}
+
+/// A grammar that was compiled before its request came to the engine, since that may take a while.
+#[derive(Debug, Clone)]
+pub struct StartGrammar {
+    /// What it was made of, which moves with sessions.
+    pub source: GrammarSource,
+    /// It, after the tokens that were delivered before. Every session follows a copy.
+    pub start: Arc<Grammar>,
 }
 
 /// When generation ends.

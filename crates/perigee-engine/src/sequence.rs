@@ -2,6 +2,7 @@
 //! it serialises, because it moves with the session; slots, pages and queue places are the scheduler's affair.
 
 use perigee_sampling::{SampleError, Sampled, SamplingParams, TokenCounts};
+use perigee_text::grammar::GrammarSource;
 use perigee_text::{DetokenizeStream, StopError, StopMatcher, TextError, Tokenizer};
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +43,8 @@ pub struct Sequence {
     pub prompt_logprobs: Option<PromptLogprobs>,
     /// Prompt tokens found in the prefix cache.
     pub cached: u64,
+    /// What the text must be. Where it is in it follows from the tokens.
+    pub grammar: Option<GrammarSource>,
 }
 
 /// Text of a session: a detokeniser and a stop matcher, one after the other.
@@ -146,11 +149,12 @@ impl Sequence {
             // The first event took them along where tokens were delivered before.
             prompt_logprobs: top.filter(|_| request.delivered.is_empty()).map(PromptLogprobs::new),
             cached: 0,
+            grammar: request.grammar.as_ref().map(|grammar| grammar.source.clone()),
             sampling,
         };
         let mut finish = None;
         for &token in &request.delivered {
-            finish = finish.or(sequence.accept(token, context.tokenizer)?.finish);
+            finish = finish.or(sequence.accept(token, false, context.tokenizer)?.finish);
         }
         Ok((sequence, finish))
     }
@@ -165,6 +169,11 @@ impl Sequence {
         self.length() - self.prompt_length
     }
 
+    /// Whether a token ends generation.
+    pub fn is_end(&self, token: u32) -> bool {
+        self.end_tokens.binary_search(&token).is_ok()
+    }
+
     /// Tokens that may not be drawn next: the ends, before `min_tokens` are there.
     pub fn banned(&self) -> &[u32] {
         if self.completion() < u64::from(self.stop.min_tokens) { &self.end_tokens } else { &[] }
@@ -176,20 +185,25 @@ impl Sequence {
     }
 
     /// Appends a token that was drawn: moves counts and text on and applies the stop rules. Text that was held back comes
-    /// out with the last token, except a stop string.
+    /// out with the last token, except a stop string. With `completes` it is the last token that a grammar has.
     ///
     /// # Errors
     /// [`SequenceError::Text`] where the tokenizer has no text for the token.
-    pub fn accept(&mut self, token: u32, tokenizer: Option<&Tokenizer>) -> Result<Accepted, SequenceError> {
+    pub fn accept(
+        &mut self,
+        token: u32,
+        completes: bool,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<Accepted, SequenceError> {
         self.tokens.push(token);
         if self.sampling.needs_counts() {
             self.counts.record_output(token);
         }
         let completion = self.completion();
-        let is_end_token = self.end_tokens.binary_search(&token).is_ok();
+        let is_end_token = self.is_end(token);
         let is_full = completion >= u64::from(self.stop.max_tokens) || self.length() >= self.max_length;
         let mut accepted = Accepted::default();
-        if is_end_token {
+        if is_end_token || completes {
             accepted.finish = Some(FinishReason::Stop);
         } else if is_full {
             accepted.finish = Some(FinishReason::Length);

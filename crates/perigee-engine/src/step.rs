@@ -5,11 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use perigee_text::grammar::Grammar;
+
 use crate::cache::CacheError;
 use crate::config::EngineConfig;
 use crate::executor::{Executor, ExecutorError};
 use crate::handle::{Command, EngineHealth, QueuePermit, ScoreReply, Shared};
-use crate::moves::{Arriving, Seats};
+use crate::moves::{Arriving, Follows, Homes, Seats};
 use crate::observer::{Preemption, StepPhase, TokenKind};
 use crate::outbox::{LOAD_INTERVAL, Outbox};
 use crate::request::{FinishReason, Load, RouterId, SessionId};
@@ -47,6 +49,8 @@ pub(crate) enum Sink {
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) sequence: Sequence,
+    /// What may be drawn, where that is bound.
+    pub(crate) grammar: Option<Grammar>,
     pub(crate) sink: Sink,
     pub(crate) deadline: Option<Instant>,
     pub(crate) arrived: Instant,
@@ -57,8 +61,6 @@ pub(crate) struct Session {
     pub(crate) misses: u32,
     /// When it steps again after that.
     pub(crate) retry_at: Option<Instant>,
-    /// When its homes last heard of it.
-    pub(crate) renewed_at: Option<Instant>,
 }
 
 impl Session {
@@ -69,17 +71,7 @@ impl Session {
         arrived: Instant,
         permit: Arc<QueuePermit>,
     ) -> Self {
-        Self {
-            sequence,
-            sink,
-            deadline,
-            arrived,
-            last_token: None,
-            permit,
-            misses: 0,
-            retry_at: None,
-            renewed_at: None,
-        }
+        Self { sequence, grammar: None, sink, deadline, arrived, last_token: None, permit, misses: 0, retry_at: None }
     }
 }
 
@@ -96,6 +88,10 @@ pub struct EngineCore {
     pub(crate) shared: Arc<Shared>,
     /// Sessions as far as moves are concerned.
     pub(crate) seats: Seats,
+    /// Latents on their way here.
+    pub(crate) follows: Follows,
+    /// What homes and this replica have to tell each other.
+    pub(crate) home_words: Homes,
     /// The handoff that is being offered, until its party takes it.
     pub(crate) offered: Option<Box<Arriving>>,
     /// The way in for tasks that carry handoffs.
@@ -124,6 +120,8 @@ impl EngineCore {
             ended: false,
             shared,
             seats: Seats::new(),
+            follows: Follows::default(),
+            home_words: Homes::default(),
             offered: None,
             commands,
             inbox,
@@ -239,7 +237,9 @@ impl EngineCore {
         self.note_admissions(&plan);
         let lost = self.move_parked(&plan)?;
         self.hand_down_prompt_logprobs(&plan);
-        let rows: Vec<&PlannedRow> = plan.rows.iter().filter(|row| !lost.contains(&row.task)).collect();
+        let broken = self.prepare_grammars(&plan, &lost)?;
+        let runs = |row: &&PlannedRow| !lost.contains(&row.task) && !broken.contains(&row.task);
+        let rows: Vec<&PlannedRow> = plan.rows.iter().filter(runs).collect();
         if rows.is_empty() {
             return Ok(!plan.is_empty());
         }
@@ -250,7 +250,8 @@ impl EngineCore {
             Err(error) => {
                 tracing::error!(%error, rows = rows.len(), "a step failed; its sessions end");
                 for row in rows {
-                    self.end(row.task, FinishReason::Error, Some(format!("a step failed: {error}; try again")))?;
+                    let id = self.scheduler.session_of(row.task);
+                    self.end(id, FinishReason::Error, Some(format!("a step failed: {error}; try again")))?;
                 }
                 return Ok(true);
             }
@@ -295,7 +296,8 @@ impl EngineCore {
         for unpark in &plan.unparks {
             let done = self.executor.unpark(unpark.key, unpark.slot, &unpark.pages);
             if self.refused(done, "a session could not be brought back; it will be computed again")? {
-                if let Err(never) = self.scheduler.restart(unpark.task)? {
+                // It is on the device in the scheduler's books; its copy is dropped below.
+                if let Some(never) = self.scheduler.restart(unpark.task)?.never {
                     self.end_never_fits(unpark.task, never)?;
                 }
                 lost.insert(unpark.task);

@@ -21,4 +21,4 @@ pub mod internal {
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptor.bin");
 
 /// Version of `perigee.internal.v1`. Routers and replicas of different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;

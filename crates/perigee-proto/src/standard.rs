@@ -32,15 +32,21 @@ pub fn add_services(routes: &mut RoutesBuilder) -> Result<HealthReporter, Reflec
     Ok(reporter)
 }
 
-/// Reports health for the empty name and `services`, as long as somebody may change it.
-pub async fn report_health(reporter: HealthReporter, services: &[&str], mut serving: watch::Receiver<bool>) {
+/// Reports health for the empty name and `services` by what a process is in, as long as that may change.
+pub async fn report_health<T>(
+    reporter: HealthReporter,
+    services: &[&str],
+    mut state: watch::Receiver<T>,
+    serves: impl Fn(&T) -> bool,
+) {
     loop {
-        let status = if *serving.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let is_serving = serves(&state.borrow_and_update());
+        let status = if is_serving { ServingStatus::Serving } else { ServingStatus::NotServing };
         reporter.set_service_status("", status).await;
         for service in services {
             reporter.set_service_status(*service, status).await;
         }
-        if serving.changed().await.is_err() {
+        if state.changed().await.is_err() {
             return;
         }
     }

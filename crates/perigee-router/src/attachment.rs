@@ -119,12 +119,14 @@ impl Attachment {
         })
     }
 
-    /// Takes over a reported load.
-    pub(crate) fn set_load(&self, load: Load) {
+    /// Takes over a reported load. True where it is the first that says that the replica drains.
+    pub(crate) fn set_load(&self, load: Load) -> bool {
         let mut state = self.state.lock();
+        let begins_to_drain = load.draining && !state.load.draining;
         state.load = load;
         state.sent_sessions = 0;
         state.sent_tokens = 0;
+        begins_to_drain
     }
 
     /// Asks for the replica's sessions.

@@ -25,6 +25,8 @@ pub(crate) struct Choice {
     pub(crate) coordinator: Coordinator,
     /// What the client has of it, in order; the next token's index is its length. A replay goes on after these.
     pub(crate) tokens: Vec<u32>,
+    /// How many tokens from the first its client has from another router: they are taken in and not sent on.
+    pub(crate) withheld: u64,
     pub(crate) is_finished: bool,
     pub(crate) first_token: Option<Instant>,
     pub(crate) last_token: Option<Instant>,
@@ -44,6 +46,8 @@ pub(crate) struct Choice {
     pub(crate) replay: Option<Replay>,
     /// When it is to be looked at again, if nothing happens before.
     pub(crate) alarm: Option<Alarm>,
+    /// Attempts to have it leave a replica that drains.
+    pub(crate) leaving: Option<Leaving>,
     /// Engine failures since its last token.
     pub(crate) failures: u32,
     /// Streams and epochs of tokens that were not the owner's, whose senders were told so.
@@ -58,6 +62,15 @@ pub(crate) struct Pending {
     pub(crate) cause: WireError,
     /// Whether it may wait for a replica; if not, it ends where none takes it at once.
     pub(crate) may_wait: bool,
+}
+
+/// How often a session was asked to leave a replica, and when it may be asked again.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Leaving {
+    /// The stream to the replica.
+    pub(crate) from: u64,
+    pub(crate) tries: u32,
+    pub(crate) again: Instant,
 }
 
 /// A session that is submitted anew.
@@ -79,6 +92,7 @@ impl Choice {
             owner: None,
             coordinator: Coordinator::new(FIRST_EPOCH),
             tokens: Vec::new(),
+            withheld: 0,
             is_finished: false,
             first_token: None,
             last_token: None,
@@ -90,6 +104,7 @@ impl Choice {
             transit: None,
             replay: None,
             alarm: None,
+            leaving: None,
             failures: 0,
             strays: Vec::new(),
         }

@@ -1,4 +1,4 @@
-//! `perigee.v1.Cluster`: what operators see of replicas and sessions, and moving sessions. It speaks the wire's words;
+//! `perigee.v1.Cluster`: what operators see of replicas and sessions, moving sessions and emptying replicas. It speaks the wire's words;
 //! whether and how a session moves is decided behind it.
 
 use std::collections::HashMap;
@@ -27,7 +27,7 @@ pub(crate) struct ClusterService {
 }
 
 impl ClusterService {
-    fn attachments(&self, replica: &str) -> Result<Vec<Arc<Attachment>>, WireError> {
+    pub(crate) fn attachments(&self, replica: &str) -> Result<Vec<Arc<Attachment>>, WireError> {
         self.replicas.attachments(replica).ok_or_else(|| error::unknown_replica(replica))
     }
 
@@ -48,7 +48,7 @@ impl ClusterService {
         WireError::new(ErrorKind::NotFound, format!("no session {session} runs: see `perigee sessions`"))
     }
 
-    async fn in_time<T>(
+    pub(crate) async fn in_time<T>(
         &self,
         attachment: &Attachment,
         answer: impl Future<Output = Result<T, Lost>>,
@@ -108,8 +108,12 @@ impl Cluster for ClusterService {
         }
     }
 
-    async fn drain(&self, _request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
-        Err(error::unimplemented("Drain").into())
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        let replica = request.into_inner().replica;
+        if replica.is_empty() {
+            return Err(WireError::invalid("replica", "it must name a replica").into());
+        }
+        Ok(Response::new(self.empty(&replica).await?))
     }
 
     async fn flush_cache(

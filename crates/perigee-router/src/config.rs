@@ -74,7 +74,8 @@ pub struct MoveTimes {
     /// For the answer to start, release or the end of a move; then it is said again, and after three times given up. Longer
     /// than a step of a replica takes.
     pub answer: Duration,
-    /// For a replica to take over a session whose owner was lost; then its request ends with UNAVAILABLE.
+    /// For a replica to take over a session whose owner was lost; then its request ends with UNAVAILABLE. A request with a
+    /// deadline waits until that.
     pub replay: Duration,
 }
 

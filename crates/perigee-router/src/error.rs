@@ -35,6 +35,11 @@ pub enum RouterError {
     Random(String),
 }
 
+/// The router takes no more requests.
+pub(crate) fn closing() -> WireError {
+    WireError::unavailable("ROUTER_DRAINING", "this router is about to end: repeat the request at another one")
+}
+
 /// No replica can take requests.
 pub(crate) fn no_replica() -> WireError {
     WireError::unavailable("NO_REPLICA", "no replica is ready: wait until one is, or see `perigee replicas`")
@@ -83,6 +88,17 @@ fn aborted(reason: &'static str, message: String, owner: &str, epoch: u64) -> Wi
 
 /// A session that cannot be moved as things are; `reason` says why in a word.
 pub(crate) fn cannot_move(reason: &'static str, message: impl Into<String>) -> WireError {
+    WireError { reason: Some(reason), ..WireError::new(ErrorKind::FailedPrecondition, message) }
+}
+
+/// A replica drains, and a session did not come away from it as it is.
+pub(crate) fn left_behind(replica: &str) -> WireError {
+    WireError::unavailable("REPLICA_DRAINING", format!("replica {replica} is about to end: repeat the request"))
+        .with_fact("replica", replica)
+}
+
+/// A replica that cannot be drained as things are; `reason` says why in a word.
+pub(crate) fn cannot_drain(reason: &'static str, message: impl Into<String>) -> WireError {
     WireError { reason: Some(reason), ..WireError::new(ErrorKind::FailedPrecondition, message) }
 }
 
@@ -135,9 +151,4 @@ pub(crate) fn text_refused(field: &str, error: &TextError) -> WireError {
         | TextError::VocabularyTooSmall { .. }
         | TextError::SpecialIdOutOfRange { .. } => WireError::new(ErrorKind::Internal, error.to_string()),
     }
-}
-
-/// A call that this version does not offer.
-pub(crate) fn unimplemented(what: &str) -> WireError {
-    WireError::new(ErrorKind::Unimplemented, format!("{what} is not offered by this version"))
 }

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use crate::buffer::{EventBuffer, Full};
 use crate::choice::Choice;
 use crate::error;
+use crate::resume::Seal;
 
 /// How a request ended.
 pub(crate) type End = Result<(), WireError>;
@@ -32,6 +33,8 @@ pub(crate) struct Flight {
 pub(crate) struct FlightState {
     pub(crate) choices: Vec<Choice>,
     pub(crate) buffer: EventBuffer,
+    /// Makes resume tokens, where the request is to outlive this router.
+    pub(crate) seal: Option<Seal>,
     /// Set once. What is buffered is read before it.
     pub(crate) end: Option<End>,
     /// Whether the table of requests has forgotten it.
@@ -130,6 +133,13 @@ impl FlightState {
             if let Some(first) = choice.first_token.filter(|_| choice.due() > 1) {
                 milestones.seconds_per_token = Some((now - first).as_secs_f64() / (choice.due() - 1) as f64);
             }
+        }
+        if event.token.is_some() && event.index < choice.withheld {
+            if event.finish() == Finish::Unspecified {
+                return Accepted::Buffered(milestones);
+            }
+            event.token = None;
+            event.index += 1;
         }
         // The reader names sessions by choice.
         event.session.clear();

@@ -17,8 +17,10 @@ mod buffer;
 mod choice;
 mod cluster_service;
 mod config;
+mod drain;
 mod driver;
 mod error;
+mod evacuate;
 mod flight;
 mod http;
 mod membership;
@@ -32,6 +34,7 @@ mod relay;
 mod replica_client;
 mod replicas;
 mod reply;
+mod resume;
 mod route;
 mod serve;
 mod service;
@@ -45,6 +48,7 @@ pub use config::{Limits, MoveTimes, RouterConfig};
 pub use error::RouterError;
 pub use random::Random;
 pub use replica_client::{Connect, TcpConnector};
+pub use resume::ResumeKey;
 pub use serve::{Router, RouterListeners, RouterParts, serve};
 
 #[cfg(test)]

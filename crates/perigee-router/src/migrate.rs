@@ -1,5 +1,5 @@
-//! An operator's order to move a session: whether it can be, what moves, and waiting for what becomes of it. How it moves is
-//! the coordinator's and `driver`'s business.
+//! The beginning of a move: whether it can be, what moves, and an operator's wait for what becomes of it. How a session moves
+//! is the coordinator's and `driver`'s business.
 
 use std::sync::Arc;
 
@@ -13,10 +13,11 @@ use crate::driver::Seat;
 use crate::error;
 use crate::flight::Flight;
 use crate::relay::Relay;
+use crate::replicas::MoveTarget;
 use crate::transit::{MoveAnswer, Sides, Transit};
 
 /// Positions of a latent page.
-const PAGE_TOKENS: u64 = 64;
+pub(crate) const PAGE_TOKENS: u64 = 64;
 /// Contexts up to here move whole where nobody says otherwise: 8 pages, 4 MB at the 8 KB a token of the 48B model, add less
 /// than a step to the time of a state of 42 MB, and spare every token the questions to another replica.
 const WHOLE_CONTEXT: u64 = 512;
@@ -50,7 +51,7 @@ impl Drop for Ticket {
 }
 
 impl Relay {
-    /// Begins to move a session of this router; none where it has no such session.
+    /// Begins to move a session of this router for an operator; none where it has no such session.
     ///
     /// # Errors
     /// NOT_FOUND for an unknown replica, FAILED_PRECONDITION where it cannot take the session or nobody can give it,
@@ -64,48 +65,60 @@ impl Relay {
         let Some((flight, index)) = self.find(session) else { return Ok(None) };
         let target = self.replicas.target(to)?;
         let (answer, receiver) = oneshot::channel();
-        let next = {
+        let begun = {
             let mut state = flight.state.lock();
-            let is_over = state.end.is_some();
             let mut seat = Seat { flight: &flight, state: &mut state, index, now: Instant::now() };
-            let now = seat.now;
-            let Some(choice) = seat.choice().filter(|choice| !choice.is_finished && !is_over) else {
-                return Ok(None);
-            };
-            if choice.is_aborted {
-                return Err(error::cannot_move("ENDING", format!("{session} is being aborted")));
-            }
-            let Some(owner) = choice.owner.clone() else {
-                let message = format!("{session} waits for a replica: its last one was lost");
-                return Err(error::cannot_move("NO_OWNER", message));
-            };
-            if !choice.coordinator.is_idle() {
-                return Err(error::moving(session, &owner.identity.replica, choice.coordinator.epoch()));
-            }
-            if owner.identity.replica == target.attachment.identity.replica {
-                return Err(error::cannot_move("ALREADY_THERE", format!("{session} runs on {to} already")));
-            }
-            // Its loss, if it comes now, waits for this flight's lock and finds the move.
-            if !target.attachment.is_live() {
-                return Err(error::cannot_move("TARGET_NOT_READY", format!("replica {to} was lost this moment")));
-            }
-            let context = flight.submit.prompt.len() as u64 + choice.due();
-            let mode = mode.unwrap_or_else(|| cheaper_mode(context, target.report.pages_free));
-            // The client's next token will not tell any more what the last move cost it.
-            self.conclude_anyway(&mut seat);
-            let Some(choice) = seat.choice() else { return Ok(None) };
-            choice.is_held_by(&target.attachment);
-            let sides = Sides { source: owner, target: target.attachment, endpoint: target.endpoint, mode };
-            choice.transit = Some(Transit::new(sides, 0, now, answer));
-            self.drive(&mut seat, CoordinatorEvent::Begin, None);
-            let Some(choice) = seat.choice() else { return Ok(None) };
-            let CoordinatorState::Preparing { next } = choice.coordinator.state() else { return Ok(None) };
-            if let Some(transit) = &mut choice.transit {
-                transit.next = next;
-            }
-            next
+            self.begin_move(&mut seat, target, mode, answer)?
         };
-        Ok(Some(Ticket { relay: self.clone(), flight, choice: index, next, answer: receiver }))
+        Ok(begun.map(|next| Ticket { relay: self.clone(), flight, choice: index, next, answer: receiver }))
+    }
+
+    /// Begins to move a session, and says under which epoch; `answer` gets what becomes of it. None where it has ended.
+    ///
+    /// # Errors
+    /// FAILED_PRECONDITION where it cannot move as things are, ABORTED where it is moving.
+    pub(crate) fn begin_move(
+        &self,
+        seat: &mut Seat<'_>,
+        target: MoveTarget,
+        mode: Option<Mode>,
+        answer: oneshot::Sender<MoveAnswer>,
+    ) -> Result<Option<u64>, WireError> {
+        let (flight, now, is_over) = (seat.flight, seat.now, seat.state.end.is_some());
+        let Some(choice) = seat.choice().filter(|choice| !choice.is_finished && !is_over) else { return Ok(None) };
+        let (session, to) = (&choice.session, &target.attachment.identity.replica);
+        if choice.is_aborted {
+            return Err(error::cannot_move("ENDING", format!("{session} is being aborted")));
+        }
+        let Some(owner) = choice.owner.clone() else {
+            let message = format!("{session} waits for a replica: its last one was lost");
+            return Err(error::cannot_move("NO_OWNER", message));
+        };
+        if !choice.coordinator.is_idle() {
+            return Err(error::moving(session, &owner.identity.replica, choice.coordinator.epoch()));
+        }
+        if owner.identity.replica == *to {
+            return Err(error::cannot_move("ALREADY_THERE", format!("{session} runs on {to} already")));
+        }
+        // Its loss, if it comes now, waits for this flight's lock and finds the move.
+        if !target.attachment.is_live() {
+            return Err(error::cannot_move("TARGET_NOT_READY", format!("replica {to} was lost this moment")));
+        }
+        let context = flight.submit.prompt.len() as u64 + choice.due();
+        let mode = mode.unwrap_or_else(|| cheaper_mode(context, target.report.pages_free));
+        // The client's next token will not tell any more what the last move cost it.
+        self.conclude_anyway(seat);
+        let Some(choice) = seat.choice() else { return Ok(None) };
+        choice.is_held_by(&target.attachment);
+        let sides = Sides { source: owner, target: target.attachment, endpoint: target.endpoint, mode };
+        choice.transit = Some(Transit::new(sides, 0, now, answer));
+        self.drive(seat, CoordinatorEvent::Begin, None);
+        let Some(choice) = seat.choice() else { return Ok(None) };
+        let CoordinatorState::Preparing { next } = choice.coordinator.state() else { return Ok(None) };
+        if let Some(transit) = &mut choice.transit {
+            transit.next = next;
+        }
+        Ok(Some(next))
     }
 
     /// Takes a move back whose asker is gone, unless it is too late or over.

@@ -57,7 +57,7 @@ impl Relay {
             next = range.end;
             if !self.place(flight, &mut state.choices[range.clone()], range.start, placement.take(), now) {
                 let indices = range.clone();
-                if let Some(error) = state.choices[range].iter().find_map(|choice| self.gives_up(choice, now)) {
+                if let Some(error) = state.choices[range].iter().find_map(|choice| self.gives_up(flight, choice, now)) {
                     return Some(error);
                 }
                 for index in indices {
@@ -114,14 +114,15 @@ impl Relay {
         false
     }
 
-    /// Why a choice that found no replica waits no longer, if so.
-    fn gives_up(&self, choice: &Choice, now: Instant) -> Option<WireError> {
+    /// Why a choice that found no replica waits no longer, if so. One whose client named a deadline waits until then.
+    fn gives_up(&self, flight: &Flight, choice: &Choice, now: Instant) -> Option<WireError> {
         let pending = choice.pending.as_ref()?;
         if !pending.may_wait {
             return Some(pending.cause.clone());
         }
         let waited = now.saturating_duration_since(pending.since);
-        let is_over = waited >= self.times.replay || self.is_closing.load(Ordering::Relaxed);
+        let is_patience_over = flight.deadline.is_none() && waited >= self.times.replay;
+        let is_over = is_patience_over || self.is_closing.load(Ordering::Relaxed);
         is_over.then(|| error::nobody_took_over(&pending.cause, waited))
     }
 

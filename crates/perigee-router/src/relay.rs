@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use perigee_proto::internal::{Abort, EventBatch, MoveReport, Submit, router_message::Body};
@@ -22,7 +23,11 @@ use crate::metrics::RouterMetrics;
 use crate::recovery::demand;
 use crate::replicas::Replicas;
 use crate::reply::Reply;
+use crate::resume::{ResumeKey, Resumed, Seal};
 use crate::timers::Timers;
+
+/// How often a router that ends looks whether requests still run.
+const IDLE_LOOK: Duration = Duration::from_millis(20);
 
 /// All requests of this router.
 #[derive(Debug)]
@@ -46,6 +51,10 @@ pub(crate) struct NewFlight {
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
     pub(crate) place: Place,
+    /// Where it goes on, if another router began it.
+    pub(crate) resumed: Option<Resumed>,
+    /// Signs its resume tokens, where it is to have some.
+    pub(crate) key: Option<ResumeKey>,
 }
 
 impl Relay {
@@ -64,17 +73,32 @@ impl Relay {
     /// # Errors
     /// UNAVAILABLE without a replica, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED where its deadline comes too soon.
     pub(crate) fn start(self: &Arc<Self>, new: NewFlight) -> Result<Reply, WireError> {
+        if self.is_closing.load(Ordering::Relaxed) {
+            return Err(error::closing());
+        }
         let demand = demand(&new.submit);
         let placement = self.replicas.place(demand, &[]).ok_or_else(error::no_replica)?;
         let report = placement.report;
         let room = report.waiting == 0 && report.slots_free >= demand.sessions;
         admission::check_wait(placement.expected_ms, room, new.deadline)?;
 
-        let choice = |session: &String| Choice::new(session.clone(), new.arrived, error::no_replica());
+        let choice = |(index, session): (usize, &String)| {
+            let mut choice = Choice::new(session.clone(), new.arrived, error::no_replica());
+            if let Some(resumed) = &new.resumed {
+                resumed.bring(index, &mut choice);
+            }
+            choice
+        };
+        let choices: Vec<Choice> = new.submit.sessions.iter().enumerate().map(choice).collect();
+        let seal = new.key.as_ref().map(|key| match new.resumed {
+            Some(resumed) => resumed.into_seal(key),
+            None => Seal::new(key, &new.submit, choices.len()),
+        });
         let state = FlightState {
-            choices: new.submit.sessions.iter().map(choice).collect(),
+            end: choices.iter().all(|choice| choice.is_finished).then_some(Ok(())),
+            choices,
             buffer: EventBuffer::new(self.buffered_bytes),
-            end: None,
+            seal,
             is_forgotten: false,
             waker: None,
         };
@@ -182,7 +206,7 @@ impl Relay {
     }
 
     /// Every request once.
-    fn flights(&self) -> Vec<Arc<Flight>> {
+    pub(crate) fn flights(&self) -> Vec<Arc<Flight>> {
         let sessions = self.sessions.lock();
         sessions.values().filter(|(_, index)| *index == 0).map(|(flight, _)| flight.clone()).collect()
     }
@@ -241,6 +265,13 @@ impl Relay {
     pub(crate) fn stop_waiting(&self) {
         self.is_closing.store(true, Ordering::Relaxed);
         self.settle_waiting();
+    }
+
+    /// Completes once no request runs here. To be waited for when no more are taken.
+    pub(crate) async fn until_idle(&self) {
+        while !self.sessions.lock().is_empty() {
+            tokio::time::sleep(IDLE_LOOK).await;
+        }
     }
 
     /// Tells replicas to end the sessions of this router that `wanted` names and that have not ended; their streams end by

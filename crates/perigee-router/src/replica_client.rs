@@ -215,8 +215,8 @@ impl LiveStream {
             Some(Body::Batch(batch)) => {
                 let load = batch.load;
                 context.relay.deliver(&self.attachment, batch, now);
-                if let Some(load) = load {
-                    self.attachment.set_load(load);
+                if load.is_some_and(|load| self.attachment.set_load(load)) {
+                    context.replicas.reconsider();
                 }
                 return load.is_some();
             }

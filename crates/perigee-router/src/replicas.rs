@@ -21,6 +21,7 @@ pub(crate) struct Replicas {
     inner: Mutex<Inner>,
     serving: watch::Sender<bool>,
     ready: watch::Sender<usize>,
+    draining: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -58,7 +59,8 @@ pub(crate) struct MoveTarget {
 impl Replicas {
     pub(crate) fn new(pinned: Option<String>) -> Self {
         let inner = Inner { known: BTreeMap::new(), pinned, model: None };
-        Self { inner: Mutex::new(inner), serving: watch::Sender::new(false), ready: watch::Sender::new(0) }
+        let (serving, draining) = (watch::Sender::new(false), watch::Sender::new(false));
+        Self { inner: Mutex::new(inner), serving, ready: watch::Sender::new(0), draining }
     }
 
     /// Whether a replica of the served model takes requests.
@@ -69,6 +71,21 @@ impl Replicas {
     /// How many replicas take requests.
     pub(crate) fn ready(&self) -> watch::Receiver<usize> {
         self.ready.subscribe()
+    }
+
+    /// Whether sessions are to leave a replica.
+    pub(crate) fn is_any_draining(&self) -> watch::Receiver<bool> {
+        self.draining.subscribe()
+    }
+
+    /// Replicas that sessions are to leave, by their live streams.
+    pub(crate) fn draining(&self) -> Vec<Arc<Attachment>> {
+        self.inner.lock().draining().cloned().collect()
+    }
+
+    /// A replica said for the first time that it drains.
+    pub(crate) fn reconsider(&self) {
+        self.settle(self.inner.lock());
     }
 
     /// The served model, once a replica was attached.
@@ -140,6 +157,8 @@ impl Replicas {
         }
         let ready = inner.candidates(&[]).count();
         self.ready.send_if_modified(|current| std::mem::replace(current, ready) != ready);
+        let draining = inner.draining().next().is_some();
+        self.draining.send_if_modified(|current| std::mem::replace(current, draining) != draining);
         let serving = ready > 0;
         self.serving.send_if_modified(|current| std::mem::replace(current, serving) != serving);
     }
@@ -184,6 +203,12 @@ impl Replicas {
         Some(now).filter(|now| now.identity.is_same_run(&attachment.identity) && now.is_live())
     }
 
+    /// Whether a replica other than this one takes requests.
+    pub(crate) fn has_other(&self, than: &Attachment) -> bool {
+        let inner = self.inner.lock();
+        inner.candidates(&[]).any(|(attachment, _)| attachment.identity.replica != than.identity.replica)
+    }
+
     /// All live streams, or that of one replica. `None` where no replica of that name is known.
     pub(crate) fn attachments(&self, replica: &str) -> Option<Vec<Arc<Attachment>>> {
         let inner = self.inner.lock();
@@ -205,6 +230,14 @@ impl Inner {
     fn serves(&self, model: &Model) -> bool {
         self.pinned.as_ref().is_none_or(|digest| *digest == model.digest)
             && self.model.as_ref().is_none_or(|served| served.digest == model.digest)
+    }
+
+    fn draining(&self) -> impl Iterator<Item = &Arc<Attachment>> {
+        let leaves = |known: &&Known| {
+            let is_told = known.record.status == ReplicaStatus::Draining;
+            known.attachment.as_ref().is_some_and(|attachment| is_told || attachment.load().draining)
+        };
+        self.known.values().filter(leaves).filter_map(|known| known.attachment.as_ref())
     }
 
     fn candidates<'a>(&'a self, tried: &'a [u64]) -> impl Iterator<Item = (&'a Arc<Attachment>, Report)> {

@@ -82,7 +82,11 @@ impl Reply {
                 .choices
                 .get_mut(event.choice as usize)
                 .is_some_and(|choice| !std::mem::replace(&mut choice.is_answered, true));
-            return Poll::Ready(Some(Ok(response(&this.flight, event, &replica, first))));
+            let mut response = response(&this.flight, event, &replica, first);
+            if let Some(seal) = &mut state.seal {
+                response.resume_token = seal.with(&response);
+            }
+            return Poll::Ready(Some(Ok(response)));
         }
         let Some(end) = &state.end else {
             state.waker = Some(context.waker().clone());

@@ -13,7 +13,7 @@ use perigee_proto::standard;
 use perigee_proto::v1::cluster_server::ClusterServer;
 use perigee_proto::v1::inference_server::InferenceServer;
 use perigee_registry::Registry;
-use perigee_telemetry::{Metrics, probes};
+use perigee_telemetry::{Metrics, Readiness, probes};
 use perigee_text::{ChatTemplate, Tokenizer};
 use perigee_tls::{Dialer, Listening, Purpose, Tls, require_certificate};
 use tokio::net::TcpListener;
@@ -37,6 +37,7 @@ use crate::readiness;
 use crate::relay::Relay;
 use crate::replica_client::{ClientContext, Connect, TcpConnector};
 use crate::replicas::Replicas;
+use crate::resume::ResumeKey;
 use crate::service::InferenceService;
 use crate::text::Text;
 
@@ -57,6 +58,8 @@ pub struct RouterParts {
     pub random: Random,
     /// TLS of the listeners; none where they are plain TCP.
     pub tls: Option<Arc<Tls>>,
+    /// Signs resume tokens; without one they are good at this router only.
+    pub resume_key: Option<ResumeKey>,
 }
 
 impl RouterParts {
@@ -72,7 +75,13 @@ impl RouterParts {
             connector: Arc::new(TcpConnector::default()),
             random: Random::system()?,
             tls: None,
+            resume_key: None,
         })
+    }
+
+    /// The same with a key that routers share.
+    pub fn with_resume_key(self, resume_key: Option<ResumeKey>) -> Self {
+        Self { resume_key, ..self }
     }
 
     /// The same with a chat template, where there is one.
@@ -91,7 +100,7 @@ impl RouterParts {
 pub struct RouterListeners {
     /// For gRPC.
     pub grpc: TcpListener,
-    /// For the OpenAI-compatible API, /health and /metrics.
+    /// For the OpenAI-compatible API, /live, /health and /metrics.
     pub http: TcpListener,
 }
 
@@ -103,7 +112,7 @@ pub struct Router {
     cluster: ClusterService,
     metrics: Metrics,
     /// Whether to be sent requests.
-    serving: watch::Receiver<bool>,
+    readiness: watch::Receiver<Readiness>,
     closing: watch::Sender<bool>,
     tls: Option<Arc<Tls>>,
     pub(crate) tasks: JoinSet<()>,
@@ -133,9 +142,17 @@ impl Router {
             lease: config.lease,
             next_attachment: AtomicU64::new(0),
         };
+        let resume_key = match parts.resume_key {
+            Some(key) => key,
+            None => {
+                let drawn = (0..4).map(|_| parts.random.next().map(u64::to_le_bytes)).collect::<Result<Vec<_>, _>>();
+                ResumeKey::new(&drawn.map_err(|error| RouterError::Random(error.message))?.concat())?
+            }
+        };
         let mut tasks = JoinSet::new();
         tasks.spawn(membership::follow(parts.registry.watch(), Arc::new(context)));
         tasks.spawn(relay.clone().keep_time());
+        tasks.spawn(relay.clone().evacuate());
         let inference = InferenceService {
             relay,
             replicas: replicas.clone(),
@@ -144,12 +161,13 @@ impl Router {
             limits: Arc::new(config.limits.clone()),
             metrics: router_metrics,
             random: parts.random,
+            resume_key,
         };
         let (closing, closes) = watch::channel(false);
-        let (ready, serving) = watch::channel(false);
+        let (ready, readiness) = watch::channel(readiness::WAITING);
         tasks.spawn(readiness::follow(replicas.serving(), closes, ready));
         let cluster = ClusterService { relay: inference.relay.clone(), replicas, patience: config.lease };
-        Ok(Self { config, inference, cluster, metrics, serving, closing, tls: parts.tls, tasks })
+        Ok(Self { config, inference, cluster, metrics, readiness, closing, tls: parts.tls, tasks })
     }
 
     /// How many replicas take requests, now and whenever that changes.
@@ -162,7 +180,7 @@ impl Router {
         let limits = &self.config.limits;
         let mut routes = RoutesBuilder::default();
         let reporter = standard::add_services(&mut routes)?;
-        self.tasks.spawn(standard::report_health(reporter, &SERVICES, self.serving.clone()));
+        self.tasks.spawn(standard::report_health(reporter, &SERVICES, self.readiness.clone(), |now| now.is_ready));
         let inference = InferenceServer::new(self.inference.clone()).max_decoding_message_size(limits.message_bytes);
         // Operators' messages are small.
         let cluster = ClusterServer::new(self.cluster.clone()).max_decoding_message_size(64 << 10);
@@ -213,9 +231,16 @@ impl Router {
         let listening = |listener, purpose| Listening::new(listener, self.tls.clone(), purpose);
         let (http, incoming) =
             (listening(listeners.http, Purpose::Http), listening(listeners.grpc, Purpose::Public).incoming());
-        let probes = probes::routes(self.metrics.clone(), self.serving.clone(), Arc::new(|| {}));
+        let probes = probes::routes(self.metrics.clone(), self.readiness.clone(), Arc::new(|| {}));
         let http = axum::serve(http, http::routes(self.inference.clone()).merge(probes));
-        let http = http.with_graceful_shutdown(until_stopped());
+        // Probes are answered while requests still run, so that whoever asks hears why no more are taken.
+        let http = http.with_graceful_shutdown({
+            let (stopped, relay) = (until_stopped(), self.inference.relay.clone());
+            async move {
+                stopped.await;
+                relay.until_idle().await;
+            }
+        });
         let grpc = self.grpc()?.serve_with_incoming_shutdown(incoming, until_stopped());
         let failed = |what, reason: String| RouterError::Listener { what, reason };
         let both = async {

@@ -20,6 +20,7 @@ use crate::random::Random;
 use crate::relay::{NewFlight, Relay};
 use crate::replicas::Replicas;
 use crate::reply::Reply;
+use crate::resume::{ResumeKey, Resumed};
 use crate::text::Text;
 use crate::validate::{self, Plan, Prompt};
 
@@ -33,6 +34,17 @@ pub(crate) struct InferenceService {
     pub(crate) limits: Arc<Limits>,
     pub(crate) metrics: RouterMetrics,
     pub(crate) random: Random,
+    pub(crate) resume_key: ResumeKey,
+}
+
+/// Whether a request outlives its router.
+pub(crate) enum Lasting {
+    /// It does not.
+    No,
+    /// It does, and begins here.
+    Begins,
+    /// It does, and goes on here.
+    GoesOn(Resumed),
 }
 
 impl InferenceService {
@@ -47,9 +59,20 @@ impl InferenceService {
         prompt_logprobs: Option<u64>,
         check: impl FnOnce(&Model) -> Result<Plan, WireError>,
     ) -> Result<Reply, WireError> {
+        let check = |model: &Model| Ok((check(model)?, Lasting::No));
+        self.start_lasting(deadline, prompt_logprobs, check).await
+    }
+
+    /// The same for requests that may outlive their router.
+    async fn start_lasting(
+        &self,
+        deadline: Option<Instant>,
+        prompt_logprobs: Option<u64>,
+        check: impl FnOnce(&Model) -> Result<(Plan, Lasting), WireError>,
+    ) -> Result<Reply, WireError> {
         let arrived = Instant::now();
         let model = self.model()?;
-        let mut plan = check(&model)?;
+        let (mut plan, lasting) = check(&model)?;
         let place = self.admission.enter()?;
         let seed = match plan.seed {
             Some(seed) => seed,
@@ -74,7 +97,15 @@ impl InferenceService {
         let submit = plan.submission(prompt, seed, &model, prompt_logprobs)?;
         self.metrics.prompt_tokens.inc_by(submit.prompt.len() as u64);
         let submit = Submit { request_id: request_id.to_string(), sessions, ..submit };
-        self.relay.start(NewFlight { submit, arrived, deadline, place })
+        let (key, resumed) = match lasting {
+            Lasting::No => (None, None),
+            Lasting::Begins => (Some(self.resume_key.clone()), None),
+            Lasting::GoesOn(resumed) => {
+                resumed.check(&submit, submit.sessions.len())?;
+                (Some(self.resume_key.clone()), Some(resumed))
+            }
+        };
+        self.relay.start(NewFlight { submit, arrived, deadline, place, resumed, key })
     }
 
     /// The tokens of a prompt, which is taken out of its place.
@@ -126,12 +157,27 @@ impl Inference for InferenceService {
         let (metadata, _, message) = request.into_parts();
         let limit = Some(self.limits.prompt_logprobs);
         let deadline = admission::deadline(&metadata)?;
-        let reply = self.start(deadline, limit, |model| validate::generate(message, model, &self.limits)).await?;
-        Ok(Response::new(reply))
+        let lasting = if message.resumable { Lasting::Begins } else { Lasting::No };
+        let check = |model: &Model| Ok((validate::generate(message, model, &self.limits)?, lasting));
+        Ok(Response::new(self.start_lasting(deadline, limit, check).await?))
     }
 
-    async fn resume(&self, _request: Request<v1::ResumeRequest>) -> Result<Response<Reply>, Status> {
-        Err(error::unimplemented("Resume").into())
+    async fn resume(&self, request: Request<v1::ResumeRequest>) -> Result<Response<Reply>, Status> {
+        let (metadata, _, message) = request.into_parts();
+        let v1::ResumeRequest { request, resume_token, received } = message;
+        let deadline = admission::deadline(&metadata)?;
+        let mut request = request.ok_or_else(|| WireError::invalid("request", "it must be there"))?;
+        let point = self.resume_key.open(&resume_token)?;
+        // What the lost router chose where the request left it open.
+        if request.request_id.is_empty() {
+            request.request_id.clone_from(&point.request_id);
+        }
+        request.sampling.get_or_insert_default().seed.get_or_insert(point.seed);
+        let check = |model: &Model| {
+            let plan = validate::generate(request, model, &self.limits)?;
+            Ok((plan, Lasting::GoesOn(Resumed::new(point, received, model)?)))
+        };
+        Ok(Response::new(self.start_lasting(deadline, Some(self.limits.prompt_logprobs), check).await?))
     }
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {

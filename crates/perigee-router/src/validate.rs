@@ -2,6 +2,7 @@
 //! messages to a submission without its prompt; each refusal names the field as the proto does.
 
 use perigee_proto::{ids::RequestId, internal, status::WireError, v1};
+use perigee_text::grammar::MAX_SOURCE_BYTES;
 use perigee_text::{ChatInput, SpecialTokens};
 
 use crate::config::Limits;
@@ -70,6 +71,7 @@ pub(crate) fn generate_from(
         return Err(WireError::invalid("sampling.min_tokens", "it must not exceed max_tokens"));
     }
     stop_tokens(&sampling.stop_token_ids, model, limits)?;
+    let grammar = request.grammar.map(|grammar| self::grammar(grammar, model)).transpose()?;
     for (field, asked) in [("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)] {
         in_range(&format!("sampling.{field}"), asked.unwrap_or(0), 0, limits.logprobs)?;
     }
@@ -88,6 +90,7 @@ pub(crate) fn generate_from(
             priority: request.priority,
             cache_salt: request.cache_salt,
             text: model.has_tokenizer,
+            grammar,
             sampling: Some(numbers(&sampling, model, limits)?),
             ..internal::Submit::default()
         },
@@ -267,6 +270,27 @@ fn stop_strings(stop: &[String], model: &Model, limits: &Limits) -> Result<()> {
         return Err(error::no_tokenizer("stop"));
     }
     Ok(())
+}
+
+/// Checks a grammar's length; whether it is one is found out where it is compiled.
+fn grammar(grammar: v1::Grammar, model: &Model) -> Result<internal::Grammar> {
+    use internal::grammar::Source;
+    use v1::grammar::Source as Given;
+    if !model.has_tokenizer {
+        return Err(error::no_tokenizer("grammar"));
+    }
+    let source = match grammar.source {
+        Some(Given::JsonSchema(schema)) => Source::JsonSchema(schema),
+        Some(Given::Regex(expression)) => Source::Regex(expression),
+        Some(Given::Lark(grammar)) => Source::Lark(grammar),
+        None => return Err(WireError::invalid("grammar", "give exactly one of json_schema, regex and lark")),
+    };
+    let (Source::JsonSchema(text) | Source::Regex(text) | Source::Lark(text)) = &source;
+    if text.len() > MAX_SOURCE_BYTES {
+        let message = format!("it has {} bytes, but at most {MAX_SOURCE_BYTES} are taken", text.len());
+        return Err(WireError::invalid("grammar", message));
+    }
+    Ok(internal::Grammar { source: Some(source) })
 }
 
 fn stop_tokens(tokens: &[u32], model: &Model, limits: &Limits) -> Result<()> {

@@ -7,3 +7,4 @@ pub mod probes;
 
 pub use logs::{LogFormat, LogOptions, LogsError, request_span};
 pub use metrics::{Metrics, MetricsError};
+pub use probes::Readiness;

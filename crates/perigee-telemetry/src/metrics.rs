@@ -119,9 +119,9 @@ pub const MIGRATION_STALL_SECONDS: Metric = plain(
 /// Bytes of migrations.
 pub const MIGRATION_BYTES_TOTAL: Metric = Metric {
     name: "perigee_migration_bytes_total",
-    help: "Bytes that moved with sessions: state with tails and partial page, full pages, token ids.",
+    help: "Bytes that sessions moved: state with tails and partial page, full pages, token ids, attention asked, pages followed.",
     kind: MetricKind::Counter,
-    labels: &[("kind", &["state", "page", "token"])],
+    labels: &[("kind", &["state", "page", "token", "attention", "followed"])],
 };
 /// Remote attention.
 pub const REMOTE_ATTENTION_SECONDS: Metric = plain(

@@ -19,9 +19,10 @@ use std::time::Duration;
 use clap::Parser;
 use perigee_collectives::{Collective, thread_group};
 use perigee_cpu::CpuBackend;
+use perigee_engine::executor::Executor;
 use perigee_engine::homes::HomeDirectory;
 use perigee_engine::link::{LeaderLink, channel_link};
-use perigee_engine::moves::MoveConfig;
+use perigee_engine::moves::{FollowPolicy, MoveConfig};
 use perigee_engine::rank::Rank;
 use perigee_engine::ranks::Ranks;
 use perigee_engine::remote::RemoteCounts;
@@ -57,6 +58,8 @@ pub struct WorldSpec {
     pub silence: Duration,
     /// How long something is kept for who may come back.
     pub grace: Duration,
+    /// Which latents follow their sessions.
+    pub follow: FollowPolicy,
     /// A fault to plant in every replica.
     pub fault: Option<(Fault, Stage)>,
 }
@@ -73,6 +76,7 @@ impl WorldSpec {
             step_tokens: 128,
             silence: Duration::from_secs(2),
             grace: Duration::from_secs(10),
+            follow: FollowPolicy::Never,
             fault: None,
         }
     }
@@ -141,8 +145,8 @@ impl World {
         let first = config(spec, (1, spec.slots))?;
         let opened = open(&first)?;
         let shape = attend_shape(opened.source.config());
-        let carriage = Carriage::new();
         let homes: Homes = Arc::new(Mutex::new(Default::default()));
+        let carriage = Carriage::new(homes.clone());
         let mut members = Vec::new();
         for (index, &degree) in spec.degrees.iter().enumerate() {
             let name = format!("member-{index}");
@@ -153,8 +157,8 @@ impl World {
             let directory = HomeDirectory::new();
             let reader = ranks.latent_reader();
             let can_answer = reader.is_some();
-            if let (Some(reader), Ok(mut homes)) = (reader, homes.lock()) {
-                let home = Home { directory: directory.clone(), reader, model: ranks.answer_model() };
+            if let (Some(reader), Some(geometry), Ok(mut homes)) = (reader, ranks.geometry(), homes.lock()) {
+                let home = Home { directory: directory.clone(), reader, model: ranks.answer_model(), geometry };
                 homes.insert(name.clone(), home);
             }
             let poisoned = Arc::new(Poisoned::default());
@@ -176,6 +180,8 @@ impl World {
                 grace: spec.grace,
                 patience: Duration::from_millis(250),
                 misses: 3,
+                shape,
+                follow: spec.follow,
             };
             let engine_config = EngineConfig {
                 eos_token_ids: opened.source.config().eos.clone(),

@@ -1,12 +1,13 @@
-//! Between text and token ids: tokenizers, chat templates, calls of tools, incremental detokenisation, stop strings, and
-//! a model's generation defaults. Everything is a plain function or a small state, so a session's text travels with it.
-//! Grammars are not here, nor is anything that knows a network or a device.
+//! Between text and token ids: tokenizers, chat templates, calls of tools, grammars, incremental detokenisation, stop
+//! strings, and a model's generation defaults. Everything is a plain function or a small state, so a session's text travels
+//! with it. Nothing here knows a network or a device.
 
 pub mod byte_level;
 mod control;
 pub mod detokenize;
 mod error;
 pub mod generation_config;
+pub mod grammar;
 mod json_tokenizer;
 mod merge;
 pub mod stop;

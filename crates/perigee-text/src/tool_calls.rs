@@ -3,6 +3,8 @@
 //! arguments in JSON and `<|tool_call_end|>`, then `<|tool_calls_section_end|>`. What does not follow that form comes out
 //! as text. It does not check that arguments are JSON: they are passed on as they come.
 
+use crate::grammar::GrammarSource;
+
 /// The marks of the form.
 pub const MARKS: [&str; 5] = [SECTION_BEGIN, SECTION_END, CALL_BEGIN, ARGUMENT_BEGIN, CALL_END];
 
@@ -16,6 +18,34 @@ pub const CALL_BEGIN: &str = "<|tool_call_begin|>";
 pub const ARGUMENT_BEGIN: &str = "<|tool_call_argument_begin|>";
 /// Closes a call.
 pub const CALL_END: &str = "<|tool_call_end|>";
+
+/// A tool as far as a grammar of its calls needs to know it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallableTool {
+    /// Its name.
+    pub name: String,
+    /// JSON schema of its arguments.
+    pub parameters: serde_json::Value,
+}
+
+/// A grammar of calls and nothing else: one, or up to eight where `parallel`, of any of the tools, with arguments that
+/// meet its schema. `is_token` says which marks are tokens of the vocabulary.
+pub fn calls_grammar(tools: &[CallableTool], parallel: bool, is_token: impl Fn(&str) -> bool) -> GrammarSource {
+    // A string of JSON is one of Lark.
+    let quoted = |text: &str| serde_json::Value::from(text).to_string();
+    let mark = |mark: &str| if is_token(mark) { mark.to_owned() } else { quoted(mark) };
+    let more = if parallel { " call{0,7}" } else { "" };
+    let [section_begin, section_end, call_begin, argument_begin, call_end] = MARKS.map(mark);
+    let mut lark = format!("start: {section_begin} call{more} {section_end}\ncall: {call_begin} (");
+    let alternatives: Vec<String> = (0..tools.len()).map(|at| format!("tool{at}")).collect();
+    lark.push_str(&alternatives.join(" | "));
+    lark.push_str(&format!(") {call_end}\nINDEX: /[0-9]{{1,2}}/\n"));
+    for (at, tool) in tools.iter().enumerate() {
+        let name = quoted(&format!("functions.{}:", tool.name));
+        lark.push_str(&format!("tool{at}: {name} INDEX {argument_begin} %json {}\n", tool.parameters));
+    }
+    GrammarSource::Lark(lark)
+}
 
 /// Bytes of a call's id; a longer one is none.
 const LONGEST_ID: usize = 256;

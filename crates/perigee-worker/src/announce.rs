@@ -1,17 +1,20 @@
-//! Tells the registry of this replica from before its ranks meet to its end. It has a thread of its own: a registry that
-//! is away delays only the moment when the replica is ready. What routers learn over their streams is not repeated here.
+//! Tells the registry, and this rank's probes, where the replica is from before its ranks meet to its end. The registry has
+//! a thread of its own: one that is away delays only the moment when the replica is ready. What routers learn over their
+//! streams is not repeated here.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use perigee_registry::{Registry, ReplicaRecord, ReplicaStatus};
+use perigee_telemetry::Readiness;
 use tokio::sync::{oneshot, watch};
 
 use crate::addresses::published;
 use crate::config::WorkerConfig;
 use crate::error::{Result, WorkerError};
 use crate::events::ReadyEvent;
+use crate::front::readiness;
 use crate::load::Opened;
 
 /// How far the registry is behind what it should be told.
@@ -28,6 +31,8 @@ enum Told {
 /// This replica's record, and the thread that publishes it. Dropping it withdraws the record.
 pub(crate) struct Announcer {
     wanted: watch::Sender<ReplicaRecord>,
+    /// None where this rank has no probes.
+    probes: Option<watch::Sender<Readiness>>,
     /// None where somebody else registers the replica.
     thread: Option<Thread>,
 }
@@ -39,11 +44,15 @@ struct Thread {
 }
 
 impl Announcer {
-    /// Begins with a forming replica, on the leader of one that is to be published.
+    /// Begins with a forming replica, in the registry only on the leader of one that is to be published.
     ///
     /// # Errors
     /// [`WorkerError::Options`] for `--registry`.
-    pub(crate) fn begin(config: &WorkerConfig, opened: &Opened) -> Result<Self> {
+    pub(crate) fn begin(
+        config: &WorkerConfig,
+        opened: &Opened,
+        probes: Option<watch::Sender<Readiness>>,
+    ) -> Result<Self> {
         let record = ReplicaRecord {
             incarnation: incarnation(),
             digest: opened.digest.clone(),
@@ -55,7 +64,7 @@ impl Announcer {
         let (wanted, changes) = watch::channel(record);
         let publishes = config.rank == 0 && config.score_job.is_none();
         let Some(specification) = config.registry.as_deref().filter(|_| publishes) else {
-            return Ok(Self { wanted, thread: None });
+            return Ok(Self { wanted, probes, thread: None });
         };
         let registry = perigee_registry::open(specification, &config.etcd)
             .map_err(|error| WorkerError::Options(format!("--registry: {error}")))?;
@@ -78,7 +87,7 @@ impl Announcer {
             .name("perigee-announce".to_owned())
             .spawn(publish)
             .map_err(WorkerError::io("starting the thread of the registry"))?;
-        Ok(Self { wanted, thread: Some(Thread { told, stop, handle }) })
+        Ok(Self { wanted, probes, thread: Some(Thread { told, stop, handle }) })
     }
 
     /// What tells this start of the replica from others.
@@ -86,12 +95,16 @@ impl Announcer {
         self.wanted.borrow().incarnation.clone()
     }
 
-    /// Passes on where the replica is now, without waiting for the registry.
+    /// Passes on where the replica is now, without waiting for the registry. That it is ready is told by
+    /// [`Self::ready`] on a leader, and its probes follow its engine from then on.
     ///
     /// # Errors
     /// [`WorkerError::Serve`] where the registry has refused the replica.
     pub(crate) fn tell(&self, status: ReplicaStatus) -> Result<()> {
         self.wanted.send_modify(|record| record.status = status);
+        if let Some(probes) = &self.probes {
+            probes.send_replace(readiness(status));
+        }
         match self.thread.as_ref().map(|thread| thread.told.borrow().clone()) {
             Some(Told::Refused(reason)) => Err(WorkerError::Serve(reason)),
             _ => Ok(()),

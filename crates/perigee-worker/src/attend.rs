@@ -4,11 +4,12 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
+use crate::pages::PageGiver;
 use parking_lot::Mutex;
 use perigee_backend::LatentReader;
 use perigee_engine::homes::{AnswerModel, HomeDirectory};
 use perigee_migration::attend::{AnswerStatus, SessionAnswer};
-use perigee_migration::{AnswerBatch, AttendError, QueryBatch};
+use perigee_migration::{AnswerBatch, AttendError, Geometry, QueryBatch};
 use perigee_proto::internal::{AttendAnswer, AttendQuery};
 use perigee_proto::status::ErrorKind;
 use tokio::sync::mpsc;
@@ -30,6 +31,8 @@ pub struct HomeParts {
     pub reader: Arc<dyn LatentReader>,
     /// What queries look like.
     pub model: AnswerModel,
+    /// What pages look like.
+    pub geometry: Option<Geometry>,
 }
 
 /// Threads that answer questions. They end with the last clone.
@@ -37,6 +40,29 @@ pub struct HomeParts {
 pub(crate) struct AttendPool {
     queue: SyncSender<Job>,
     model: AnswerModel,
+}
+
+/// What a replica does with what it keeps for others.
+#[derive(Clone)]
+pub(crate) struct HomeServices {
+    /// Answers questions.
+    pub(crate) attend: AttendPool,
+    /// Gives pages out; none where nothing is known of them.
+    pub(crate) giver: Option<PageGiver>,
+    /// For whom it keeps what.
+    pub(crate) directory: HomeDirectory,
+}
+
+impl HomeServices {
+    /// Starts the threads that answer.
+    ///
+    /// # Errors
+    /// The operating system gave none.
+    pub(crate) fn start(parts: HomeParts) -> std::io::Result<Self> {
+        let giver = parts.geometry.map(|geometry| PageGiver::new(parts.clone(), geometry));
+        let directory = parts.homes.clone();
+        Ok(Self { attend: AttendPool::start(parts)?, giver, directory })
+    }
 }
 
 type Answers = mpsc::Sender<Result<AttendAnswer, Status>>;

@@ -210,13 +210,14 @@ pub struct WorkerConfig {
     /// Where rank 0 meets the others, host:port. Ranks exchange activations there in plain TCP.
     #[arg(long, default_value_t = loopback().to_string())]
     pub leader: String,
-    /// Public address of the leader: health, reflection, model information.
+    /// Public address of the leader: health, reflection, model information. Open from the start.
     #[arg(long, default_value_t = loopback())]
     pub listen: SocketAddr,
     /// Internal address of the leader: the Replica service, for routers and replicas only.
     #[arg(long, default_value_t = loopback())]
     pub internal: SocketAddr,
-    /// Address for /metrics and /health.
+    /// Address for /live, /health and /metrics, open from the start. /health is 200 once the replica is ready, else 503 and
+    /// forming, loading, warming or draining. A rank other than 0 opens it only where a port is named.
     #[arg(long, default_value_t = loopback())]
     pub http: SocketAddr,
     /// Where to publish this replica: etcd://HOST:PORT,HOST:PORT[/PREFIX] or file:PATH; nothing when a parent process

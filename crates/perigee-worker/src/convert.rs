@@ -9,6 +9,7 @@ use perigee_engine::request::{
 };
 use perigee_proto::internal::{self, replica_message::Body};
 use perigee_sampling::SamplingParams;
+use perigee_text::grammar::GrammarSource;
 
 use crate::move_report;
 
@@ -59,7 +60,23 @@ pub(crate) fn request(submit: internal::Submit, now: Instant) -> Result<Request,
         deadline,
         cache_salt: submit.cache_salt,
         text: submit.text,
+        // Made where that holds nobody up.
+        grammar: None,
     })
+}
+
+/// What a submitted request's text must be.
+///
+/// # Errors
+/// [`RefusedRequest::Invalid`] for a grammar without a source.
+pub(crate) fn grammar_source(grammar: internal::Grammar) -> Result<GrammarSource, RefusedRequest> {
+    use internal::grammar::Source;
+    match grammar.source {
+        Some(Source::JsonSchema(schema)) => Ok(GrammarSource::JsonSchema(schema)),
+        Some(Source::Regex(expression)) => Ok(GrammarSource::Regex(expression)),
+        Some(Source::Lark(grammar)) => Ok(GrammarSource::Lark(grammar)),
+        None => Err(invalid("grammar", "has no source")),
+    }
 }
 
 fn invalid(field: &'static str, message: &str) -> RefusedRequest {
@@ -80,9 +97,8 @@ pub(crate) fn refused(sessions: Vec<String>, refused: RefusedRequest) -> interna
 /// A field's name as clients know it: the engine names sampling parameters without the message that holds them.
 fn public_field(field: &str) -> String {
     match field {
-        "token_ids" | "text" | "stop" | "max_tokens" | "priority" | "cache_salt" | "delivered" | "sampling" => {
-            field.to_owned()
-        }
+        "token_ids" | "text" | "grammar" | "stop" | "max_tokens" | "priority" | "cache_salt" | "delivered"
+        | "sampling" => field.to_owned(),
         inner if inner.starts_with("sampling.") => inner.to_owned(),
         inner => format!("sampling.{inner}"),
     }
@@ -221,6 +237,7 @@ mod tests {
             text: true,
             first_choice: 6,
             delivered: vec![],
+            grammar: None,
         }
     }
 

@@ -1,16 +1,14 @@
-//! Handoffs over the wire: the source's side, a task for each that carries chunks to the target and brings back its
-//! answer, and the target's side, one call. What is in the chunks is perigee-migration's business, and whether a session
+//! What goes to other replicas beside the steps, a task for each, and the target's side of a handoff. Here are handoffs:
+//! chunks leave for the target, its answer comes back; `pages` and `leases` have what homes are asked and told. What is in the chunks is perigee-migration's business, and whether a session
 //! moves at all the engine's.
 
 use std::future::Future;
 use std::time::Duration;
 
 use perigee_engine::EngineHandle;
-use perigee_engine::moves::{HandoffConnector, HandoffRefused, Outgoing, Target};
+use perigee_engine::moves::{Fetching, HandoffConnector, HandoffRefused, HomeNote, Outgoing, Target};
 use perigee_engine::remote::RemoteHome;
-use perigee_migration::attend::{HeadRange, QueryValues, SessionQuery};
-use perigee_migration::{AttendShape, PAGE_POSITIONS, QueryBatch};
-use perigee_proto::internal::{AttendQuery, HandoffChunk, HandoffResult};
+use perigee_proto::internal::{HandoffChunk, HandoffResult, ReplicaRun};
 use perigee_proto::status::{ErrorKind, WireError};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -20,8 +18,8 @@ use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::identity::ReplicaIdentity;
-use crate::move_report;
 use crate::peers::Peers;
+use crate::{leases, move_report, pages};
 
 /// Chunks between the encoder and the connection: enough to keep it busy, little enough that no session is in memory twice.
 const CHUNKS_IN_FLIGHT: usize = 4;
@@ -29,8 +27,6 @@ const CHUNKS_IN_FLIGHT: usize = 4;
 const CANCEL_CHECK: Duration = Duration::from_millis(20);
 /// A source that sends nothing for that long is gone. The engine gives the session up before; this ends the call.
 const CHUNK_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a home may take to hear that sessions are alive.
-const RENEW_PATIENCE: Duration = Duration::from_secs(2);
 /// For which run of which replica a handoff is. An address alone may belong to another one by now.
 const TARGET_REPLICA: &str = "perigee-target";
 const TARGET_INCARNATION: &str = "perigee-target-incarnation";
@@ -40,13 +36,15 @@ const TARGET_INCARNATION: &str = "perigee-target-incarnation";
 pub struct GrpcConnector {
     runtime: Handle,
     peers: Peers,
-    shape: AttendShape,
+    /// This run of this replica.
+    run: ReplicaRun,
 }
 
 impl GrpcConnector {
-    /// Tasks run on `runtime`; `shape` is what this model's attention queries look like.
-    pub fn new(runtime: Handle, peers: Peers, shape: AttendShape) -> Self {
-        Self { runtime, peers, shape }
+    /// Tasks run on `runtime`, for run `incarnation` of replica `replica`.
+    pub fn new(runtime: Handle, peers: Peers, replica: &str, incarnation: &str) -> Self {
+        let run = ReplicaRun { replica: replica.to_owned(), incarnation: incarnation.to_owned() };
+        Self { runtime, peers, run }
     }
 }
 
@@ -62,45 +60,15 @@ impl HandoffConnector for GrpcConnector {
         });
     }
 
-    fn renew(&self, home: &RemoteHome, sessions: &[(String, u64)]) {
-        let message = match alive(&self.shape, sessions).encode(&self.shape) {
-            Ok(message) => message,
-            Err(error) => {
-                tracing::error!(%error, "sessions cannot be named to a home");
-                return;
-            }
-        };
-        let (peers, home) = (self.peers.clone(), home.clone());
-        self.runtime.spawn(async move {
-            let told = tokio::time::timeout(RENEW_PATIENCE, tell_alive(&peers, &home.endpoint, message)).await;
-            if let Err(why) = told.unwrap_or_else(|_| Err(format!("no answer within {RENEW_PATIENCE:?}"))) {
-                tracing::debug!(home = home.replica, why, "a home was not told of sessions that are alive");
-            }
-        });
+    fn fetch(&self, home: &RemoteHome, fetching: Fetching) {
+        let (peers, home, own) = (self.peers.clone(), home.clone(), self.run.clone());
+        self.runtime.spawn(async move { pages::fetch(&peers, own, &home, fetching).await });
     }
-}
 
-/// Queries of one head over one page whose answers nobody needs: any query renews a home entry.
-fn alive(shape: &AttendShape, sessions: &[(String, u64)]) -> QueryBatch {
-    let heads = HeadRange { layer: 0, first_head: 0, heads: 1, latent: shape.latent, rope: shape.rope };
-    let values = vec![0.0; heads.query_width() as usize];
-    let dtype = perigee_backend::DType::Bf16;
-    let query = |(session, epoch): &(String, u64)| SessionQuery {
-        session: session.clone(),
-        epoch: *epoch,
-        ranges: std::iter::once(0..PAGE_POSITIONS).collect(),
-        tokens: 1,
-        values: QueryValues::from_f32(&values, dtype),
-    };
-    QueryBatch { heads, dtype, sessions: sessions.iter().map(query).collect() }
-}
-
-async fn tell_alive(peers: &Peers, endpoint: &str, data: Vec<u8>) -> Result<(), String> {
-    let mut client = peers.connect(endpoint).await?;
-    let question = tokio_stream::once(AttendQuery { call: 0, data });
-    let told = |status: Status| status.message().to_owned();
-    let mut answers = client.attend(question).await.map_err(told)?.into_inner();
-    answers.message().await.map_err(told).map(drop)
+    fn tell(&self, home: &RemoteHome, note: HomeNote) {
+        let (peers, home, own) = (self.peers.clone(), home.clone(), self.run.clone());
+        self.runtime.spawn(async move { leases::tell(&peers, own, &home, note).await });
+    }
 }
 
 /// Sends what the engine hands out and returns the target's answer, or why there is none. None: the handoff was called off,

@@ -1,6 +1,7 @@
 //! The leader's part once its ranks are loaded: a first step to warm them, the engine on a thread of its own, the services
 //! on a small runtime, and an end as soon as a rank is lost.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -11,25 +12,26 @@ use perigee_engine::executor::{Executor, ExecutorError};
 use perigee_engine::ranks::Ranks;
 use perigee_engine::{Engine, EngineConfig};
 use perigee_registry::ReplicaStatus;
-use perigee_telemetry::Metrics;
+use perigee_text::grammar::GrammarCompiler;
 use perigee_text::{GenerationConfig, Tokenizer};
 use perigee_tls::Tls;
-use tokio::net::TcpListener;
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::addresses::published;
 use crate::announce::Announcer;
 use crate::config::WorkerConfig;
 use crate::error::{Result, WorkerError};
 use crate::events::{ReadyEvent, WorkerEvent, emit};
+use crate::front::{Front, OpenFront, listen};
 use crate::handoff::GrpcConnector;
 use crate::identity::ReplicaIdentity;
 use crate::load::{Opened, tokenizer};
 use crate::metrics::WorkerMetrics;
 use crate::moving::{self, LeaderPlace};
 use crate::peers::Peers;
-use crate::serve::{LeaderListeners, LeaderParts, serve};
+use crate::run::Shown;
+use crate::serve::{LeaderParts, serve};
 use crate::signals::told_to_end;
 use crate::warm::warm;
 
@@ -55,17 +57,25 @@ pub(crate) fn run<B: Backend + 'static>(
     opened: &Opened,
     mut ranks: Ranks<B>,
     members: Members,
-    announcer: &Announcer,
-    tls: Option<Arc<Tls>>,
+    shown: Shown<'_>,
 ) -> Result<()> {
-    announcer.tell(ReplicaStatus::Warming)?;
+    shown.announcer.tell(ReplicaStatus::Warming)?;
     warm(&mut ranks, &config.engine.device)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(WorkerError::io("starting the runtime"))?;
-    runtime.block_on(lead(config, opened, ranks, members, announcer, tls))
+    let Shown { announcer, front, tls } = shown;
+    let Some(OpenFront { front, http, public: Some(public), runtime }) = front else {
+        return Err(WorkerError::Serve("a leader without its ports".to_owned()));
+    };
+    let place = Place { announcer, front, http, public, tls };
+    runtime.block_on(lead(config, opened, ranks, members, place))
+}
+
+/// What a leader has opened before its ranks were loaded.
+struct Place<'a> {
+    announcer: &'a Announcer,
+    front: Front,
+    http: SocketAddr,
+    public: SocketAddr,
+    tls: Option<Arc<Tls>>,
 }
 
 async fn lead<B: Backend + 'static>(
@@ -73,27 +83,21 @@ async fn lead<B: Backend + 'static>(
     opened: &Opened,
     ranks: Ranks<B>,
     members: Members,
-    announcer: &Announcer,
-    tls: Option<Arc<Tls>>,
+    place: Place<'_>,
 ) -> Result<()> {
-    let listeners = LeaderListeners {
-        internal: listen(config.internal, "--internal").await?,
-        public: listen(config.listen, "--listen").await?,
-        http: listen(config.http, "--http").await?,
-    };
+    let Place { announcer, front, http, public, tls } = place;
+    let internal = listen(config.internal, "--internal").await?;
     let tokenizer = tokenizer(&opened.spec)?;
     let weight_bytes = ranks.weight_bytes();
-    let metrics = Metrics::default();
     let worker_metrics =
-        WorkerMetrics::register(&metrics).map_err(|error| WorkerError::Serve(format!("metrics: {error}")))?;
+        WorkerMetrics::register(&front.metrics).map_err(|error| WorkerError::Serve(format!("metrics: {error}")))?;
     let generation = generation_config(opened, tokenizer.as_deref());
-    let address = |listener: &TcpListener| listener.local_addr().map_err(WorkerError::io("reading an address"));
     let ready = ReadyEvent {
         replica: config.replica.clone(),
         incarnation: announcer.incarnation(),
-        listen: address(&listeners.public)?,
-        internal: address(&listeners.internal)?,
-        http: address(&listeners.http)?,
+        listen: public,
+        internal: internal.local_addr().map_err(WorkerError::io("reading an address"))?,
+        http,
         tp: config.tp,
         device: config.engine.device.to_string(),
         digest: opened.digest.clone(),
@@ -103,7 +107,7 @@ async fn lead<B: Backend + 'static>(
         pages: opened.limits.pages,
         max_model_len: opened.limits.max_model_len,
     };
-    let place = LeaderPlace {
+    let own = LeaderPlace {
         replica: ready.replica.clone(),
         incarnation: ready.incarnation.clone(),
         tp: ready.tp,
@@ -111,8 +115,9 @@ async fn lead<B: Backend + 'static>(
         digest: ready.digest.clone(),
     };
     let model = opened.source.config();
-    let connector = GrpcConnector::new(Handle::current(), Peers::new(tls.clone()), moving::attend_shape(model));
-    let (moves, homes) = moving::set_up(place, model, &config.moves, Arc::new(connector), ranks.latent_reader());
+    let connector = GrpcConnector::new(Handle::current(), Peers::new(tls.clone()), &own.replica, &own.incarnation);
+    let latents = (ranks.latent_reader(), ranks.geometry());
+    let (moves, homes) = moving::set_up(own, model, &config.moves, Arc::new(connector), latents);
     let engine = Engine::start(
         Box::new(ranks),
         EngineConfig {
@@ -121,6 +126,7 @@ async fn lead<B: Backend + 'static>(
             queue_limit: config.engine.queue_limit,
             eos_token_ids: generation.eos_token_ids.clone(),
             tokenizer: tokenizer.clone(),
+            grammars: grammars(tokenizer.as_deref(), opened.limits.vocab),
             observer: Arc::new(worker_metrics.clone()),
             moves: Some(moves),
             ..EngineConfig::default()
@@ -154,13 +160,18 @@ async fn lead<B: Backend + 'static>(
     tracing::info!(replica = config.replica, "serving");
 
     let grace = Duration::from_secs(config.grace);
-    let parts = LeaderParts { engine, identity, metrics, worker_metrics, grace, homes, tls };
+    let (drain, mut ordered) = watch::channel(false);
+    let parts = LeaderParts { engine, identity, front, worker_metrics, drain, grace, homes, tls };
     let shutdown = async {
-        told_to_end().await;
+        tokio::select! {
+            () = told_to_end() => {}
+            // Its sender is this leader's.
+            _ = ordered.wait_for(|drain| *drain) => {}
+        }
         // The registry has taken this replica, so there is no refusal to hear of.
         let _ = announcer.tell(ReplicaStatus::Draining);
     };
-    let serving = serve(parts, listeners, shutdown);
+    let serving = serve(parts, internal, shutdown);
     tokio::pin!(serving);
     tokio::select! {
         result = &mut serving => result,
@@ -181,10 +192,6 @@ fn rank_lost(rank: usize) -> WorkerError {
     WorkerError::Rank(ExecutorError { rank, message, fatal: true })
 }
 
-async fn listen(address: std::net::SocketAddr, option: &str) -> Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(WorkerError::io(format!("{option}: listening at {address}")))
-}
-
 /// The model's own words on sampling and on the end of a text.
 fn generation_config(opened: &Opened, tokenizer: Option<&Tokenizer>) -> GenerationConfig {
     if let Some(tokenizer) = tokenizer {
@@ -195,6 +202,17 @@ fn generation_config(opened: &Opened, tokenizer: Option<&Tokenizer>) -> Generati
     match &opened.spec {
         perigee_model::ModelSpec::Directory(path) => GenerationConfig::load(path).unwrap_or(fallback),
         perigee_model::ModelSpec::Random { .. } => fallback,
+    }
+}
+
+/// Makes grammars for this model, unless its tokenizer cannot have any; requests with one are refused then.
+fn grammars(tokenizer: Option<&Tokenizer>, vocab: usize) -> Option<Arc<GrammarCompiler>> {
+    match GrammarCompiler::new(tokenizer?, vocab) {
+        Ok(compiler) => Some(Arc::new(compiler)),
+        Err(error) => {
+            tracing::warn!(%error, "requests with a grammar are refused");
+            None
+        }
     }
 }
 

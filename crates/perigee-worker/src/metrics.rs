@@ -143,8 +143,14 @@ impl EngineObserver for WorkerMetrics {
         );
     }
 
+    fn followed(&self, bytes: u64) {
+        self.moved_bytes.with_label_values(&["followed"]).inc_by(bytes);
+    }
+
     fn asked(&self, counts: &RemoteCounts) {
         self.asking.observe(counts.wait.as_secs_f64());
+        let bytes = counts.query_bytes + counts.answer_bytes;
+        self.moved_bytes.with_label_values(&["attention"]).inc_by(bytes);
     }
 }
 
@@ -169,7 +175,9 @@ mod tests {
         let session = SessionId("s".to_owned());
         worker.moved(&session, &MoveRecord { mode: Mode::Split, result: MoveResult::Moved, facts });
         worker.moved(&session, &MoveRecord { mode: Mode::Whole, result: MoveResult::Failed, facts: None });
-        worker.asked(&RemoteCounts { tokens: 1, wait: Duration::from_millis(2), ..RemoteCounts::default() });
+        let wait = Duration::from_millis(2);
+        worker.asked(&RemoteCounts { query_bytes: 70, answer_bytes: 30, tokens: 1, wait });
+        worker.followed(900);
         worker.show(&Load { slots_free: 3, slots_total: 8, running: 5, waiting: 1, parked: 1, ..Load::default() });
         let text = metrics.text().expect("written");
         for line in [
@@ -187,6 +195,8 @@ mod tests {
             "perigee_migration_bytes_total{kind=\"state\"} 48",
             "perigee_migration_bytes_total{kind=\"page\"} 600",
             "perigee_migration_bytes_total{kind=\"token\"} 28",
+            "perigee_migration_bytes_total{kind=\"attention\"} 100",
+            "perigee_migration_bytes_total{kind=\"followed\"} 900",
             "perigee_migration_stall_seconds_count 1",
             "perigee_migration_stall_seconds_sum 0.03",
             "perigee_remote_attention_seconds_count 1",

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use perigee_engine::moves::FollowPolicy;
+
 /// Longest time that any of these options may name.
 const LONGEST: Duration = Duration::from_secs(3600);
 
@@ -22,11 +24,47 @@ pub struct MoveOptions {
     /// ask for them.
     #[arg(long, default_value_t = 10)]
     pub move_grace: u64,
+    /// Which latents follow a session that came without them: those that cost less to bring than to ask about, or none.
+    #[arg(long, value_enum, default_value_t = PagesFollow::ByCost)]
+    pub pages_follow: PagesFollow,
+}
+
+/// See [`FollowPolicy`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PagesFollow {
+    /// Those that cost less to bring than to ask about.
+    ByCost,
+    /// None but those that their home calls back.
+    Never,
+}
+
+impl From<PagesFollow> for FollowPolicy {
+    fn from(option: PagesFollow) -> Self {
+        match option {
+            PagesFollow::ByCost => Self::ByCost,
+            PagesFollow::Never => Self::Never,
+        }
+    }
+}
+
+impl PagesFollow {
+    fn name(self) -> &'static str {
+        match self {
+            Self::ByCost => "by-cost",
+            Self::Never => "never",
+        }
+    }
 }
 
 impl Default for MoveOptions {
     fn default() -> Self {
-        Self { attend_deadline_ms: 250, attend_misses: 3, move_silence_ms: 2000, move_grace: 10 }
+        Self {
+            attend_deadline_ms: 250,
+            attend_misses: 3,
+            move_silence_ms: 2000,
+            move_grace: 10,
+            pages_follow: PagesFollow::ByCost,
+        }
     }
 }
 
@@ -38,6 +76,7 @@ impl MoveOptions {
             format!("--attend-misses={}", self.attend_misses),
             format!("--move-silence-ms={}", self.move_silence_ms),
             format!("--move-grace={}", self.move_grace),
+            format!("--pages-follow={}", self.pages_follow.name()),
         ]
     }
 
@@ -115,7 +154,13 @@ mod tests {
             let line = std::iter::once("worker".to_owned()).chain(arguments);
             <Line as clap::Parser>::try_parse_from(line).expect("known options").moves
         };
-        let options = MoveOptions { attend_deadline_ms: 7, attend_misses: 2, move_silence_ms: 900, move_grace: 1 };
+        let options = MoveOptions {
+            attend_deadline_ms: 7,
+            attend_misses: 2,
+            move_silence_ms: 900,
+            move_grace: 1,
+            pages_follow: PagesFollow::Never,
+        };
         assert_eq!(parse(options.to_arguments()), options);
         assert_eq!(parse(Vec::new()), MoveOptions::default());
     }

@@ -99,9 +99,10 @@ pub(crate) fn refused(refused: &HandoffRefused) -> WireError {
         HandoffRefused::Handoff(_) | HandoffRefused::Digest(_) => {
             because("HANDOFF_DAMAGED", ErrorKind::InvalidArgument)
         }
-        HandoffRefused::Record(_) | HandoffRefused::Lost { .. } | HandoffRefused::NotOffered => {
-            because("HANDOFF_REFUSED", ErrorKind::FailedPrecondition)
-        }
+        HandoffRefused::Record(_)
+        | HandoffRefused::Grammar(_)
+        | HandoffRefused::Lost { .. }
+        | HandoffRefused::NotOffered => because("HANDOFF_REFUSED", ErrorKind::FailedPrecondition),
         HandoffRefused::Ranks(_) => because("HANDOFF_REFUSED", ErrorKind::Internal),
         HandoffRefused::Stopped => because("REPLICA_STOPPED", ErrorKind::Unavailable),
     }

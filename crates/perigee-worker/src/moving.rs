@@ -7,7 +7,7 @@ use perigee_backend::{Backend, LatentReader};
 use perigee_engine::homes::{AnswerModel, HomeDirectory};
 use perigee_engine::moves::{HandoffConnector, MoveConfig};
 use perigee_engine::rank::Rank;
-use perigee_migration::{AttendShape, Layout, Place};
+use perigee_migration::{AttendShape, Geometry, Layout, Place};
 use perigee_model::{LayerKind, ModelConfig};
 
 use crate::attend::HomeParts;
@@ -62,7 +62,7 @@ pub fn set_up(
     model: &ModelConfig,
     options: &MoveOptions,
     connector: Arc<dyn HandoffConnector>,
-    reader: Option<Arc<dyn LatentReader>>,
+    (reader, geometry): (Option<Arc<dyn LatentReader>>, Option<Geometry>),
 ) -> (MoveConfig, Option<HomeParts>) {
     let homes = HomeDirectory::default();
     let config = MoveConfig {
@@ -81,9 +81,11 @@ pub fn set_up(
         grace: options.grace(),
         patience: options.attend_deadline(),
         misses: options.attend_misses,
+        shape: attend_shape(model),
+        follow: options.pages_follow.into(),
     };
     let scale = model.mla_shape(1).scale();
     let answers = AnswerModel { shape: attend_shape(model), scale };
-    let parts = reader.map(|reader| HomeParts { homes, reader, model: answers });
+    let parts = reader.map(|reader| HomeParts { homes, reader, model: answers, geometry });
     (config, parts)
 }

@@ -1,7 +1,7 @@
 //! The leader's public port: beside health and reflection it tells what model it serves. Clients' requests go to a router;
 //! here they are answered with that advice.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_proto::v1::{self, inference_server::Inference};
@@ -13,7 +13,8 @@ use crate::identity::ReplicaIdentity;
 /// `perigee.v1.Inference` on a leader.
 #[derive(Debug, Clone)]
 pub(crate) struct PublicService {
-    pub(crate) identity: Arc<ReplicaIdentity>,
+    /// Empty until the replica is loaded.
+    pub(crate) identity: Arc<OnceLock<Arc<ReplicaIdentity>>>,
 }
 
 fn ask_a_router() -> Status {
@@ -55,6 +56,10 @@ impl Inference for PublicService {
         &self,
         _: Request<v1::GetModelInfoRequest>,
     ) -> Result<Response<v1::GetModelInfoResponse>, Status> {
-        Ok(Response::new(self.identity.model_info()))
+        let Some(identity) = self.identity.get() else {
+            let message = "the replica is loading its model: ask again once it is ready";
+            return Err(WireError::unavailable("NOT_READY", message).into());
+        };
+        Ok(Response::new(identity.model_info()))
     }
 }

@@ -1,4 +1,5 @@
-//! One worker process from start to end: check the options, open the model, meet the other ranks, load, then lead or follow.
+//! One worker process from start to end: check the options, show itself, open the model, meet the other ranks, load, then
+//! lead or follow.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use crate::announce::Announcer;
 use crate::config::{Device, WorkerConfig};
 use crate::error::{Result, WorkerError};
 use crate::events;
+use crate::front::{self, OpenFront};
 use crate::group::{Control, Group, form};
 use crate::lead;
 use crate::load::{Opened, cpu_backend, open};
@@ -34,32 +36,37 @@ pub fn run(config: &WorkerConfig) -> Result<()> {
         events::end_with_parent();
     }
     let tls = config.tls.load()?;
+    let front = front::open(config, tls.as_ref())?;
     let opened = open(config)?;
     if let Some(plan) = opened.memory.filter(|_| config.rank == 0 && config.score_job.is_none()) {
         // In one write: the processes of a replica share one standard error. Nobody reads it where it is closed.
         let _ = std::io::stderr().write_all(format!("{}: memory {plan}\n", config.replica).as_bytes());
     }
     let identity = opened.identity(config);
-    let announcer = Announcer::begin(config, &opened)?;
+    let probes = front.as_ref().map(|open| open.front.readiness());
+    let announcer = Announcer::begin(config, &opened, probes)?;
+    let shown = Shown { announcer: &announcer, front, tls };
     match &config.engine.device {
         Device::Cpu => {
             let mut group = form(config, &identity)?;
             let collective = std::mem::replace(&mut group.collective, Box::new(perigee_collectives::Solo));
             let backend = cpu_backend(config, collective);
-            run_rank(config, opened, backend, group, &announcer, tls)
+            run_rank(config, opened, backend, group, shown)
         }
-        Device::Cuda(_) => run_cuda(config, opened, &identity, &announcer, tls),
+        Device::Cuda(_) => run_cuda(config, opened, &identity, shown),
     }
 }
 
+/// How this rank shows itself to the registry, to probes and to its peers.
+pub(crate) struct Shown<'a> {
+    pub(crate) announcer: &'a Announcer,
+    /// None on a rank that shows nothing.
+    pub(crate) front: Option<OpenFront>,
+    pub(crate) tls: Option<Arc<Tls>>,
+}
+
 #[cfg(feature = "cuda")]
-fn run_cuda(
-    config: &WorkerConfig,
-    opened: Opened,
-    identity: &str,
-    announcer: &Announcer,
-    tls: Option<Arc<Tls>>,
-) -> Result<()> {
+fn run_cuda(config: &WorkerConfig, opened: Opened, identity: &str, shown: Shown<'_>) -> Result<()> {
     let card = config.engine.card(config.rank).unwrap_or(0);
     // Before the ranks meet: a machine without a usable card should say so at once.
     perigee_cuda::check(card)?;
@@ -67,11 +74,11 @@ fn run_cuda(
     let collective = std::mem::replace(&mut group.collective, Box::new(perigee_collectives::Solo));
     let options = perigee_cuda::Options { device: card, precision: config.engine.activation() };
     let backend = perigee_cuda::CudaBackend::open(options, collective)?;
-    run_rank(config, opened, backend, group, announcer, tls)
+    run_rank(config, opened, backend, group, shown)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn run_cuda(config: &WorkerConfig, _: Opened, _: &str, _: &Announcer, _: Option<Arc<Tls>>) -> Result<()> {
+fn run_cuda(config: &WorkerConfig, _: Opened, _: &str, _: Shown<'_>) -> Result<()> {
     // The crate without its feature only knows why it cannot help.
     Ok(perigee_cuda::check(config.engine.card(config.rank).unwrap_or(0))?)
 }
@@ -81,14 +88,14 @@ fn run_rank<B: Backend + 'static>(
     opened: Opened,
     backend: B,
     group: Group,
-    announcer: &Announcer,
-    tls: Option<Arc<Tls>>,
+    shown: Shown<'_>,
 ) -> Result<()> {
-    announcer.tell(ReplicaStatus::Loading)?;
+    shown.announcer.tell(ReplicaStatus::Loading)?;
     let mut rank = opened.load(config, backend)?;
-    moving::let_ask(&mut rank, opened.source.config(), Peers::new(tls.clone()))?;
+    moving::let_ask(&mut rank, opened.source.config(), Peers::new(shown.tls.clone()))?;
     match group.control {
         Control::Follower(mut link) => {
+            shown.announcer.tell(ReplicaStatus::Ready)?;
             signals::follow_to_the_end(Duration::from_secs(config.grace))?;
             Ok(rank.follow(link.as_mut())?)
         }
@@ -100,7 +107,7 @@ fn run_rank<B: Backend + 'static>(
                 return result;
             }
             let members = lead::Members { pids: group.pids, abort: group.abort, lost };
-            lead::run(config, &opened, ranks, members, announcer, tls)
+            lead::run(config, &opened, ranks, members, shown)
         }
     }
 }

@@ -1,5 +1,5 @@
-//! A leader's services from the first listener to the drain: the internal port for routers, the public one for health,
-//! reflection and the model, and HTTP for probes. The engine and the listeners are made by whoever starts it.
+//! A leader's services from the first router to the drain: the internal port for routers and replicas, beside the front
+//! that was open before. The engine, the front and the listener are made by whoever starts it.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -8,8 +8,8 @@ use std::time::Duration;
 use perigee_engine::{EngineHandle, EngineHealth};
 use perigee_proto::internal::replica_server::ReplicaServer;
 use perigee_proto::standard;
-use perigee_proto::v1::inference_server::InferenceServer;
-use perigee_telemetry::{Metrics, probes};
+use perigee_registry::ReplicaStatus;
+use perigee_telemetry::Readiness;
 use perigee_tls::{Listening, Purpose, Tls};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -17,33 +17,19 @@ use tokio::task::JoinSet;
 use tonic::service::RoutesBuilder;
 use tonic::transport::Server;
 
-use crate::attend::{AttendPool, HomeParts};
+use crate::attend::{HomeParts, HomeServices};
 use crate::error::{Result, WorkerError};
+use crate::front::{Front, readiness};
 use crate::identity::ReplicaIdentity;
 use crate::metrics::WorkerMetrics;
-use crate::public::PublicService;
 use crate::service::ReplicaService;
 
 /// Largest message from a router or a replica: the longest prompt, or a layer's queries of a whole batch.
 const MAX_INTERNAL_BYTES: usize = 64 << 20;
-/// Largest message from anybody else.
-const MAX_PUBLIC_BYTES: usize = 64 << 10;
 /// Names under which health is reported, beside the empty one.
 const INTERNAL_SERVICES: [&str; 1] = ["perigee.internal.v1.Replica"];
-const PUBLIC_SERVICES: [&str; 1] = ["perigee.v1.Inference"];
 /// How long the streams may take to carry the last events of an engine that ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// The ports of a leader, bound by whoever starts it.
-#[derive(Debug)]
-pub struct LeaderListeners {
-    /// For routers and replicas.
-    pub internal: TcpListener,
-    /// For health, reflection and the model.
-    pub public: TcpListener,
-    /// For /health and /metrics.
-    pub http: TcpListener,
-}
 
 /// A leader's engine and what it says about itself.
 pub struct LeaderParts {
@@ -51,85 +37,65 @@ pub struct LeaderParts {
     pub engine: EngineHandle,
     /// What it serves.
     pub identity: ReplicaIdentity,
-    /// What /metrics shows.
-    pub metrics: Metrics,
-    /// The gauges among them; the same value is the engine's observer.
+    /// What anybody may look at.
+    pub front: Front,
+    /// The gauges of its /metrics; the same value is the engine's observer.
     pub worker_metrics: WorkerMetrics,
+    /// Set by a router that was told to have this replica drain; whoever made it completes `shutdown` then.
+    pub drain: watch::Sender<bool>,
     /// How long running sessions may go on after the order to shut down.
     pub grace: Duration,
     /// What other replicas' questions are answered from; none where the device cannot.
     pub homes: Option<HomeParts>,
-    /// TLS of the listeners; none where they are plain TCP.
+    /// TLS of the internal port; none where it is plain TCP.
     pub tls: Option<Arc<Tls>>,
 }
 
-/// Serves until `shutdown` completes, then drains: no new requests, and the grace time for running ones.
+/// Serves routers and replicas at `internal` until `shutdown` completes, then drains: no new requests, and the grace time
+/// for running ones.
 ///
 /// # Errors
 /// [`WorkerError::Serve`] where a listener fails, or the engine does: the replica must be started anew.
-pub async fn serve(
-    parts: LeaderParts,
-    listeners: LeaderListeners,
-    shutdown: impl Future<Output = ()> + Send,
-) -> Result<()> {
-    let engine = parts.engine;
-    let identity = Arc::new(parts.identity);
-    let (stop, stopped) = watch::channel(false);
-    let until_stopped = || {
-        let mut stopped = stopped.clone();
-        async move {
-            // An error would mean that this function ended, and the services with it.
-            let _ = stopped.wait_for(|stop| *stop).await;
-        }
-    };
-    let mut tasks = JoinSet::new();
-    let (serving_sender, serving) = watch::channel(true);
-    tasks.spawn(follow_health(engine.health(), serving_sender));
-
-    let mut internal = RoutesBuilder::default();
-    let attend = parts.homes.map(AttendPool::start).transpose();
-    let attend = attend.map_err(WorkerError::io("starting the threads that answer other replicas"))?;
-    let replica = ReplicaService::new(engine.clone(), identity.clone(), attend, parts.worker_metrics.clone());
-    internal.add_service(ReplicaServer::new(replica).max_decoding_message_size(MAX_INTERNAL_BYTES));
-    let mut public = RoutesBuilder::default();
-    public.add_service(InferenceServer::new(PublicService { identity }).max_decoding_message_size(MAX_PUBLIC_BYTES));
-    for (routes, services) in [(&mut internal, &INTERNAL_SERVICES), (&mut public, &PUBLIC_SERVICES)] {
-        let reporter = standard::add_services(routes).map_err(|error| WorkerError::Serve(error.to_string()))?;
-        tasks.spawn(standard::report_health(reporter, services, serving.clone()));
-    }
-    let tls = parts.tls;
-    let listening = |listener, purpose| Listening::new(listener, tls.clone(), purpose);
-    let grpc = |routes: RoutesBuilder, listener: Listening| {
-        let incoming = listener.incoming();
-        // One stream carries all of a router's prompts.
-        let mut server = Server::builder().initial_stream_window_size(1 << 20).initial_connection_window_size(1 << 20);
-        server.add_routes(routes.routes()).serve_with_incoming_shutdown(incoming, until_stopped())
-    };
+pub async fn serve(parts: LeaderParts, internal: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
+    let LeaderParts { engine, identity, mut front, worker_metrics, drain, grace, homes, tls } = parts;
+    let identity = Arc::new(identity);
     let refresh = {
-        let (engine, metrics) = (engine.clone(), parts.worker_metrics);
+        let (engine, metrics) = (engine.clone(), worker_metrics.clone());
         Arc::new(move || metrics.show(&engine.load()))
     };
-    let http = axum::serve(listening(listeners.http, Purpose::Http), probes::routes(parts.metrics, serving, refresh));
-    let http = http.with_graceful_shutdown(until_stopped());
+    front.introduce(identity.clone(), refresh);
+    let closing = front.closing();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(follow_health(engine.health(), front.readiness()));
 
-    let failed = |what: &str, reason: String| WorkerError::Serve(format!("{what}: {reason}"));
-    let internal_port = listening(listeners.internal, Purpose::Internal);
-    let public_port = listening(listeners.public, Purpose::Public);
+    let mut routes = RoutesBuilder::default();
+    let homes = homes.map(HomeServices::start).transpose();
+    let homes = homes.map_err(WorkerError::io("starting the threads that answer other replicas"))?;
+    let replica = ReplicaService::new(engine.clone(), identity, homes, worker_metrics, drain);
+    routes.add_service(ReplicaServer::new(replica).max_decoding_message_size(MAX_INTERNAL_BYTES));
+    let reporter = standard::add_services(&mut routes).map_err(|error| WorkerError::Serve(error.to_string()))?;
+    let health = front.readiness().subscribe();
+    tasks.spawn(standard::report_health(reporter, &INTERNAL_SERVICES, health, |now: &Readiness| now.is_ready));
+    let mut closed = closing.subscribe();
+    let until_closed = async move {
+        // An error would mean that the front is gone, and this with it.
+        let _ = closed.wait_for(|closed| *closed).await;
+    };
+    let incoming = Listening::new(internal, tls, Purpose::Internal).incoming();
+    // One stream carries all of a router's prompts.
+    let mut server = Server::builder().initial_stream_window_size(1 << 20).initial_connection_window_size(1 << 20);
+    let internal = server.add_routes(routes.routes()).serve_with_incoming_shutdown(incoming, until_closed);
     let services = async {
-        tokio::try_join!(
-            async { grpc(internal, internal_port).await.map_err(|e| failed("internal port", e.to_string())) },
-            async { grpc(public, public_port).await.map_err(|e| failed("public port", e.to_string())) },
-            async { http.await.map_err(|error| failed("HTTP port", error.to_string())) },
-        )
-        .map(|_| ())
+        let internal = async { internal.await.map_err(|error| WorkerError::Serve(format!("internal port: {error}"))) };
+        tokio::try_join!(internal, front.ended()).map(|_| ())
     };
     tokio::pin!(services);
     let outcome = tokio::select! {
         result = &mut services => return result,
-        outcome = run_to_end(&engine, shutdown, parts.grace) => outcome,
+        outcome = run_to_end(&engine, shutdown, grace) => outcome,
     };
     // Streams end with the engine; what they still carry are the ends of its sessions.
-    stop.send_replace(true);
+    closing.send_replace(true);
     match tokio::time::timeout(LAST_WORDS, services).await {
         Ok(result) => outcome.and(result),
         Err(_) => outcome,
@@ -155,7 +121,7 @@ async fn run_to_end(engine: &EngineHandle, shutdown: impl Future<Output = ()>, g
         outcome = &mut failure => return outcome,
         () = shutdown => {}
     }
-    tracing::info!(?grace, "shutting down, running sessions may end");
+    tracing::info!(?grace, "shutting down, running sessions may leave or end");
     engine.drain();
     let idle = async {
         while !is_idle(engine) {
@@ -175,12 +141,18 @@ fn is_idle(engine: &EngineHandle) -> bool {
     load.running == 0 && load.waiting == 0 && load.parked == 0 && load.homes == 0
 }
 
-async fn follow_health(mut health: watch::Receiver<EngineHealth>, serving: watch::Sender<bool>) {
+/// Tells probes how the engine is, as long as it lives.
+async fn follow_health(mut health: watch::Receiver<EngineHealth>, told: watch::Sender<Readiness>) {
     loop {
-        let serves = *health.borrow_and_update() == EngineHealth::Serving;
-        serving.send_if_modified(|current| std::mem::replace(current, serves) != serves);
+        let status = match &*health.borrow_and_update() {
+            EngineHealth::Serving => ReplicaStatus::Ready,
+            EngineHealth::Draining => ReplicaStatus::Draining,
+            EngineHealth::Stopped | EngineHealth::Failed { .. } => ReplicaStatus::Gone,
+        };
+        let now = readiness(status);
+        told.send_if_modified(|current| std::mem::replace(current, now) != now);
         if health.changed().await.is_err() {
-            serving.send_replace(false);
+            told.send_replace(readiness(ReplicaStatus::Gone));
             return;
         }
     }

@@ -6,25 +6,27 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use perigee_engine::request::{RouterId, SessionId};
+use perigee_engine::request::{RefusedRequest, RouterId, SessionId};
 use perigee_engine::{EngineHandle, EngineHealth};
 use perigee_proto::internal::replica_server::Replica;
 use perigee_proto::internal::{
-    AttendAnswer, AttendQuery, EventBatch, Flushed, HandoffChunk, HandoffResult, Hello, Prepare, ReplicaMessage,
-    RouterMessage, Sessions, Submit, replica_message, router_message,
+    AttendAnswer, AttendQuery, EventBatch, FetchPagesRequest, Flushed, HandoffChunk, HandoffResult, Hello,
+    KeepHomesAnswer, KeepHomesRequest, PageChunk, Prepare, ReplicaMessage, RouterMessage, Sessions, Submit,
+    replica_message, router_message,
 };
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_proto::{PROTOCOL_VERSION, ids};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::attend::{AttendPool, answer_channel};
+use crate::attend::{HomeServices, answer_channel};
+use crate::compile::{Compiling, Ready, Turns};
 use crate::identity::ReplicaIdentity;
 use crate::lease::Lease;
 use crate::metrics::WorkerMetrics;
-use crate::{convert, handoff, move_report};
+use crate::{convert, handoff, leases, move_report};
 
 /// How long a router may take to say hello.
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
@@ -41,21 +43,26 @@ const LONGEST_LEASE_MS: u32 = 3_600_000;
 pub(crate) struct ReplicaService {
     engine: EngineHandle,
     identity: Arc<ReplicaIdentity>,
-    /// None where this replica cannot answer other replicas' questions.
-    attend: Option<AttendPool>,
+    /// None where this replica keeps nothing for others.
+    homes: Option<HomeServices>,
     /// Knows how long steps take.
     metrics: WorkerMetrics,
+    /// Where the order to drain is passed on.
+    drain: watch::Sender<bool>,
     next_stream: Arc<AtomicU64>,
+    /// For making grammars.
+    turns: Turns,
 }
 
 impl ReplicaService {
     pub(crate) fn new(
         engine: EngineHandle,
         identity: Arc<ReplicaIdentity>,
-        attend: Option<AttendPool>,
+        homes: Option<HomeServices>,
         metrics: WorkerMetrics,
+        drain: watch::Sender<bool>,
     ) -> Self {
-        Self { engine, identity, attend, metrics, next_stream: Arc::default() }
+        Self { engine, identity, homes, metrics, drain, next_stream: Arc::default(), turns: Turns::default() }
     }
 }
 
@@ -63,6 +70,7 @@ impl ReplicaService {
 impl Replica for ReplicaService {
     type AttachStream = ReceiverStream<Result<ReplicaMessage, Status>>;
     type AttendStream = ReceiverStream<Result<AttendAnswer, Status>>;
+    type FetchPagesStream = ReceiverStream<Result<PageChunk, Status>>;
 
     async fn attach(&self, request: Request<Streaming<RouterMessage>>) -> Result<Response<Self::AttachStream>, Status> {
         let mut messages = request.into_inner();
@@ -72,9 +80,11 @@ impl Replica for ReplicaService {
         let stream = RouterStream {
             engine: self.engine.clone(),
             metrics: self.metrics.clone(),
+            drain: self.drain.clone(),
             // Not the router's own id: a second stream of the same router must not end with the first.
             id: RouterId(self.next_stream.fetch_add(1, Ordering::Relaxed)),
             outbox,
+            compiling: Compiling::new(self.turns.clone()),
             lease: Lease::new(Duration::from_millis(lease_ms.into()), Instant::now()),
         };
         let router = ids::RouterId(hello.router_id);
@@ -92,10 +102,7 @@ impl Replica for ReplicaService {
     }
 
     async fn attend(&self, request: Request<Streaming<AttendQuery>>) -> Result<Response<Self::AttendStream>, Status> {
-        let Some(pool) = self.attend.clone() else {
-            let message = "this replica's device keeps no latents for other replicas";
-            return Err(WireError::new(ErrorKind::Unimplemented, message).into());
-        };
+        let pool = self.homes.as_ref().map(|homes| homes.attend.clone()).ok_or_else(no_homes)?;
         let (answers, out) = answer_channel();
         let mut health = self.engine.health();
         tokio::spawn(async move {
@@ -109,6 +116,28 @@ impl Replica for ReplicaService {
         });
         Ok(Response::new(ReceiverStream::new(out)))
     }
+
+    async fn fetch_pages(
+        &self,
+        request: Request<FetchPagesRequest>,
+    ) -> Result<Response<Self::FetchPagesStream>, Status> {
+        let request = request.into_inner();
+        leases::check_run(&self.identity, request.home.as_ref())?;
+        let giver = self.homes.as_ref().and_then(|homes| homes.giver.as_ref()).ok_or_else(no_homes)?;
+        giver.give(request).map(|chunks| Response::new(ReceiverStream::new(chunks)))
+    }
+
+    async fn keep_homes(&self, request: Request<KeepHomesRequest>) -> Result<Response<KeepHomesAnswer>, Status> {
+        let request = request.into_inner();
+        leases::check_run(&self.identity, request.home.as_ref())?;
+        let homes = self.homes.as_ref().ok_or_else(no_homes)?;
+        Ok(Response::new(leases::keep(&self.engine, &homes.directory, request)))
+    }
+}
+
+fn no_homes() -> Status {
+    let message = "this replica's device keeps no latents for other replicas";
+    WireError::new(ErrorKind::Unimplemented, message).into()
 }
 
 async fn read_hello(messages: &mut Streaming<RouterMessage>) -> Result<Hello, Status> {
@@ -131,8 +160,10 @@ async fn read_hello(messages: &mut Streaming<RouterMessage>) -> Result<Hello, St
 struct RouterStream {
     engine: EngineHandle,
     metrics: WorkerMetrics,
+    drain: watch::Sender<bool>,
     id: RouterId,
     outbox: mpsc::Sender<Result<ReplicaMessage, Status>>,
+    compiling: Compiling,
     lease: Lease,
 }
 
@@ -176,6 +207,7 @@ impl RouterStream {
                     let load = Some(convert::load(self.engine.load(), self.draining()));
                     self.send(replica_message::Body::Batch(EventBatch { load, ..EventBatch::default() }))
                 }
+                ready = self.compiling.next() => self.take_compiled(ready),
                 () = self.outbox.closed() => Err("the router closed the stream"),
                 () = tokio::time::sleep_until(self.lease.until()) => Err("its lease ran out"),
             };
@@ -213,7 +245,9 @@ impl RouterStream {
             Some(Body::Submit(submit)) => self.submit(submit),
             Some(Body::Abort(abort)) => {
                 for session in abort.sessions {
-                    self.engine.abort(SessionId(session), abort.epoch);
+                    if !self.compiling.abort(&session, abort.epoch) {
+                        self.engine.abort(SessionId(session), abort.epoch);
+                    }
                 }
                 Ok(())
             }
@@ -236,6 +270,10 @@ impl RouterStream {
                 });
                 Ok(())
             }
+            Some(Body::Drain(_)) => {
+                self.drain.send_replace(true);
+                Ok(())
+            }
             Some(Body::Prepare(prepare)) => self.prepare(prepare),
             Some(Body::Start(start)) => {
                 self.engine.start(self.id, SessionId(start.session), start.epoch);
@@ -252,10 +290,29 @@ impl RouterStream {
         }
     }
 
-    fn submit(&self, submit: Submit) -> Result<(), Ended> {
+    fn submit(&mut self, mut submit: Submit) -> Result<(), Ended> {
         let names = submit.sessions.clone();
-        let submitted = convert::request(submit, std::time::Instant::now())
-            .and_then(|request| self.engine.submit(self.id, request));
+        let grammar = submit.grammar.take().map(convert::grammar_source).transpose();
+        let request = convert::request(submit, std::time::Instant::now());
+        let submitted = match (request, grammar) {
+            (Ok(request), Ok(None)) => self.engine.submit(self.id, request),
+            (Ok(request), Ok(Some(source))) => self.compiling.begin(&self.engine, request, source),
+            (Err(refused), _) | (_, Err(refused)) => Err(refused),
+        };
+        self.answer(names, submitted)
+    }
+
+    /// A request's grammar was made: it goes the way of others now.
+    fn take_compiled(&self, ready: Ready) -> Result<(), Ended> {
+        let submitted = ready.request.and_then(|request| self.engine.submit(self.id, request));
+        self.answer(ready.sessions, submitted)?;
+        for (session, epoch) in ready.aborts {
+            self.engine.abort(session, epoch);
+        }
+        Ok(())
+    }
+
+    fn answer(&self, names: Vec<String>, submitted: Result<(), RefusedRequest>) -> Result<(), Ended> {
         match submitted {
             Ok(()) => Ok(()),
             Err(refused) => self.send(replica_message::Body::Refused(convert::refused(names, refused))),

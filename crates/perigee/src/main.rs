@@ -35,6 +35,8 @@ enum Command {
     Worker(Box<perigee_worker::WorkerConfig>),
     /// Sends a prompt to a router and prints the answer.
     Generate(Box<client::generate::GenerateArgs>),
+    /// Talks with a model: a line a turn.
+    Chat(client::chat::ChatArgs),
     /// Lists replicas.
     Replicas(client::replicas::ReplicasArgs),
     /// Lists sessions: where they run, and where their latents are.
@@ -71,6 +73,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             perigee_worker::run(&config).map_err(anyhow::Error::from)
         }
         Command::Generate(args) => client::generate::run(&args),
+        Command::Chat(args) => client::chat::run(&args),
         Command::Replicas(args) => client::replicas::run(&args),
         Command::Sessions(args) => client::sessions::run(&args),
         Command::Migrate(args) => client::migrate::run(&args),

@@ -185,10 +185,10 @@ def refused_any(call):
     raise AssertionError("expected a refusal")
 
 
-def calls_of_later_versions_are_unimplemented(client, _):
-    unimplemented = grpc.StatusCode.UNIMPLEMENTED
-    refused(unimplemented, lambda: client.inference.Resume(client.pb.ResumeRequest()))
-    refused(unimplemented, lambda: client.operator.Drain(client.cluster_pb.DrainRequest(replica="r")))
+def calls_without_what_they_need_are_refused(client, _):
+    refused(grpc.StatusCode.INVALID_ARGUMENT, lambda: client.inference.Resume(client.pb.ResumeRequest()))
+    nobody = client.cluster_pb.DrainRequest(replica="nobody")
+    refused(grpc.StatusCode.NOT_FOUND, lambda: client.operator.Drain(nobody))
 
 
 def a_cancelled_call_frees_everything(client, _):
@@ -353,7 +353,7 @@ CHECKS = [
     scores_are_the_prompts_logprobs,
     bad_fields_are_named,
     large_messages_and_headers_are_refused,
-    calls_of_later_versions_are_unimplemented,
+    calls_without_what_they_need_are_refused,
     a_cancelled_call_frees_everything,
     the_deadline_ends_a_call,
     abort_ends_a_request_by_name,

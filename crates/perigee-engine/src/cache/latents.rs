@@ -139,6 +139,31 @@ impl Latents {
             .map(move |segment| (&segment.home, segment.first_page * tokens..segment.end_page() * tokens))
     }
 
+    /// A segment of another replica turns local: its pages are these, in order. False, and nothing done, where none begins at
+    /// this page with so many.
+    pub fn localise(&mut self, first_page: u64, pages: Vec<u32>) -> bool {
+        let is_it = |segment: &LatentSegment| {
+            let is_remote = matches!(segment.home, Home::Remote { .. });
+            is_remote && segment.first_page == first_page && segment.page_count() == pages.len() as u64
+        };
+        let Some(index) = self.segments.iter().position(is_it) else { return false };
+        self.segments[index].home = Home::Local { pages };
+        let segments = std::mem::take(&mut self.segments);
+        for segment in segments {
+            match (self.segments.last_mut().map(|last| &mut last.home), segment.home) {
+                (Some(Home::Local { pages }), Home::Local { pages: more }) => pages.extend(more),
+                (_, home) => self.segments.push(LatentSegment { home, ..segment }),
+            }
+        }
+        true
+    }
+
+    /// Other replicas' segments: number of the first page, and of pages.
+    pub fn remote_segments(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let remote = self.segments.iter().filter(|segment| matches!(segment.home, Home::Remote { .. }));
+        remote.map(|segment| (segment.first_page, segment.page_count()))
+    }
+
     /// Positions that are elsewhere.
     pub fn remote_positions(&self) -> u64 {
         self.remote_ranges().map(|(_, range)| range.end - range.start).sum()

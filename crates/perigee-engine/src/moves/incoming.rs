@@ -2,10 +2,11 @@
 //! they are whole. What is reserved for them and whether they are taken is the engine's decision.
 
 use std::collections::BTreeMap;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
 use perigee_migration::handoff::{Expected, Frozen, Summary};
 use perigee_migration::{HandoffDecoder, Header, Part, SegmentTable};
+use perigee_text::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource};
 use tokio::sync::oneshot;
 
 use super::HandoffRefused;
@@ -30,6 +31,11 @@ pub struct Prepared {
 /// A handoff on its way in. Dropped before [`Self::finish`] it is a handoff that broke off, and nothing of it stays.
 pub struct Incoming {
     commands: mpsc::Sender<Command>,
+    grammars: Option<Arc<GrammarCompiler>>,
+    /// What has arrived of the session's tokens.
+    tokens: Vec<u32>,
+    /// The session's grammar, which is made while the state arrives; none for a session without one.
+    grammar: Option<oneshot::Receiver<Result<Grammar, GrammarError>>>,
     decoder: Option<HandoffDecoder>,
     /// Session and epoch, once the header is here.
     offered: Option<(SessionId, u64)>,
@@ -37,10 +43,14 @@ pub struct Incoming {
 
 impl Incoming {
     /// A handoff of which nothing has arrived; without `expected` none is taken.
-    pub(crate) fn new(commands: mpsc::Sender<Command>, expected: Option<Expected>) -> Self {
+    pub(crate) fn new(
+        commands: mpsc::Sender<Command>,
+        expected: Option<Expected>,
+        grammars: Option<Arc<GrammarCompiler>>,
+    ) -> Self {
         // The engine judges epochs itself, with the session's whole story.
         let decoder = expected.map(|expected| HandoffDecoder::new(expected, |_| 0));
-        Self { commands, decoder, offered: None }
+        Self { commands, grammars, tokens: Vec::new(), grammar: None, decoder, offered: None }
     }
 
     /// Takes the next bytes, cut anywhere. Returns once they are where they belong, so that a source cannot send faster.
@@ -66,6 +76,7 @@ impl Incoming {
         if parts.is_empty() {
             return Ok(());
         }
+        self.note(&parts)?;
         let (session, next) = self.offered.clone().ok_or(HandoffRefused::NotOffered)?;
         self.ask(|reply| Command::HandoffParts { session, next, parts, reply }).await
     }
@@ -78,11 +89,56 @@ impl Incoming {
         let summary = self.decoder.take().ok_or(HandoffRefused::NotOffered)?.finish()?;
         let (session, next) = self.offered.clone().ok_or(HandoffRefused::NotOffered)?;
         let name = session.0.clone();
-        let digests =
-            self.ask(|reply| Command::HandoffVerify { session, next, summary: Box::new(summary), reply }).await?;
+        let (summary, grammar) = (Box::new(summary), self.followed_grammar().await?.map(Box::new));
+        let digests = self.ask(|reply| Command::HandoffVerify { session, next, summary, grammar, reply }).await?;
         // From here on the router decides.
         self.offered = None;
         Ok(Prepared { session: name, epoch: next, digests })
+    }
+
+    /// Looks for tokens and a grammar in what goes to the engine.
+    fn note(&mut self, parts: &[Part]) -> Result<(), HandoffRefused> {
+        for part in parts {
+            match part {
+                Part::Tokens(tokens) => self.tokens.extend_from_slice(tokens),
+                // All tokens have come before it.
+                Part::Frozen(frozen) => {
+                    let sequence = Record::decode(&frozen.record)?.sequence;
+                    let tokens = std::mem::take(&mut self.tokens);
+                    let drawn = tokens.get(sequence.prompt_length as usize..).unwrap_or_default().to_vec();
+                    if let Some(source) = sequence.grammar {
+                        self.grammar = Some(self.make(source, drawn)?);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a grammar and has it follow what was drawn, on a thread of its own: neither the step loop nor the tasks that
+    /// carry streams wait for it.
+    fn make(
+        &self,
+        source: GrammarSource,
+        drawn: Vec<u32>,
+    ) -> Result<oneshot::Receiver<Result<Grammar, GrammarError>>, HandoffRefused> {
+        let refused = |why: String| HandoffRefused::Grammar(why);
+        let compiler = self.grammars.clone().ok_or_else(|| refused("this replica makes none".into()))?;
+        let (sender, made) = oneshot::channel();
+        let work = move || {
+            // Nobody waits where the handoff broke off.
+            let _ = sender.send(compiler.compile_after(&source, &drawn));
+        };
+        let thread = std::thread::Builder::new().name("perigee-grammar".into()).spawn(work);
+        thread.map_err(|error| refused(error.to_string()))?;
+        Ok(made)
+    }
+
+    async fn followed_grammar(&mut self) -> Result<Option<Grammar>, HandoffRefused> {
+        let Some(made) = self.grammar.take() else { return Ok(None) };
+        let made = made.await.map_err(|_| HandoffRefused::Grammar("its thread ended".into()))?;
+        made.map(Some).map_err(|error| HandoffRefused::Grammar(error.to_string()))
     }
 
     async fn ask<T>(&mut self, question: impl FnOnce(Reply<T>) -> Command) -> Result<T, HandoffRefused> {
@@ -127,4 +183,6 @@ pub(crate) struct Arriving {
     /// What arrived in pages.
     pub(crate) spans: Vec<PageSpan>,
     pub(crate) summary: Option<Summary>,
+    /// Where it is in its grammar.
+    pub(crate) grammar: Option<Box<Grammar>>,
 }

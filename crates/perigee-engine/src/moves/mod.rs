@@ -2,7 +2,10 @@
 //! whoever serves the engine; here a session is frozen between two steps, taken off the device, put onto another one, and
 //! kept in the books. What a home answers is `homes`' affair, what a step asks is `remote`'s.
 
+mod fetching;
+mod follow;
 mod incoming;
+mod keeping;
 mod outgoing;
 mod party;
 mod record;
@@ -16,10 +19,15 @@ use std::time::Duration;
 
 use perigee_migration::epochs::{Failure, Report};
 use perigee_migration::handoff::Totals;
-use perigee_migration::{DigestMismatch, HandoffError, Mode, Place};
+use perigee_migration::{AttendShape, DigestMismatch, HandoffError, Mode, Place};
+use tokio::sync::oneshot;
 
+pub use self::fetching::{FetchError, Fetching};
+pub(crate) use self::follow::Follows;
 pub(crate) use self::incoming::{Arriving, Reply};
 pub use self::incoming::{Incoming, Prepared};
+pub(crate) use self::keeping::Homes;
+pub use self::keeping::{HomeAnswer, HomeNote};
 pub use self::outgoing::Outgoing;
 pub(crate) use self::outgoing::SourcePart;
 pub use self::record::{RECORD_VERSION, RecordError};
@@ -51,15 +59,37 @@ pub struct MoveConfig {
     pub patience: Duration,
     /// After how many steps without an answer in a row a session's latents are computed again.
     pub misses: u32,
+    /// What attention questions look like: what asking costs.
+    pub shape: AttendShape,
+    /// Which latents follow their sessions here.
+    pub follow: FollowPolicy,
 }
+
+/// Which latents follow a session that arrived without them. Those that a home calls back follow in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FollowPolicy {
+    /// Those that cost less to bring than to ask about, where there is room.
+    #[default]
+    ByCost,
+    /// None.
+    Never,
+}
+
+/// An answer to pages that came.
+pub(crate) type FetchReply = oneshot::Sender<Result<(), FetchError>>;
 
 /// Carries handoffs to other replicas.
 pub trait HandoffConnector: Send + Sync {
     /// Begins to carry `outgoing` to `target`. Must return at once; the work is a task's.
     fn open(&self, target: Target, outgoing: Outgoing);
 
-    /// Tells a home that sessions (name, epoch) which do not ask at the moment are still alive. Must return at once.
-    fn renew(&self, _home: &RemoteHome, _sessions: &[(String, u64)]) {}
+    /// Begins to bring latents from a home. Must return at once. As provided nothing is brought.
+    fn fetch(&self, _home: &RemoteHome, fetching: Fetching) {
+        fetching.fail("nobody brings pages here".into());
+    }
+
+    /// Tells a home what this replica needs of it. Must return at once. As provided homes hear nothing.
+    fn tell(&self, _home: &RemoteHome, _note: HomeNote) {}
 }
 
 /// Where a session goes.
@@ -131,6 +161,9 @@ pub enum HandoffRefused {
     /// The session's record cannot be read here.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The session's grammar cannot be made here.
+    #[error("the session's grammar: {0}; replay the session")]
+    Grammar(String),
     /// Positions whose latents an earlier run of this replica held: nobody has them any more.
     #[error("latents of {positions} positions were lost with an earlier run of this replica; replay the session")]
     Lost {

@@ -121,7 +121,8 @@ impl EngineCore {
                 self.drive(&session, PartyEvent::Query { epoch })?;
             }
         }
-        self.renew_homes(now);
+        self.tell_homes(now);
+        self.follow_pages(now)?;
         let mut due = Vec::new();
         for (session, seat) in &mut self.seats {
             while let Some((side, timer)) = seat.expired(now) {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::sequence::Sequence;
 
 /// Version of the record's encoding. It rises with every change of [`Sequence`] or of what is in it.
-pub const RECORD_VERSION: u16 = 1;
+pub const RECORD_VERSION: u16 = 2;
 
 /// A session between steps, without its tokens, which travel by themselves.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -84,6 +84,7 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use perigee_sampling::{SamplingParams, TokenCounts};
+    use perigee_text::grammar::GrammarSource;
 
     use super::*;
     use crate::request::{SessionId, StopRule};
@@ -108,6 +109,7 @@ mod tests {
             text: None,
             prompt_logprobs: Some(PromptLogprobs::new(2)),
             cached: 0,
+            grammar: Some(GrammarSource::Regex("a+".into())),
         };
         let homes = vec![HomeAddress { replica: "a".into(), incarnation: "1".into(), endpoint: "h:1".into() }];
         let time_left = Some(Duration::from_millis(1500));

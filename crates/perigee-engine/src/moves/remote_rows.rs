@@ -55,7 +55,6 @@ impl EngineCore {
             let Some(held) = self.sessions.get_mut(&row.task) else { continue };
             if !is_faulty(index) {
                 held.misses = 0;
-                held.renewed_at = Some(now);
                 continue;
             }
             missed.insert(row.task);
@@ -82,33 +81,6 @@ impl EngineCore {
         Ok(missed)
     }
 
-    /// Tells homes of sessions that do not ask at the moment, before their entries run out.
-    pub(crate) fn renew_homes(&mut self, now: Instant) {
-        let Some(config) = self.config.moves.clone() else { return };
-        let mut due: Vec<(RemoteHome, Vec<(String, u64)>)> = Vec::new();
-        for (id, held) in &mut self.sessions {
-            let is_due = held.renewed_at.is_none_or(|at| now.saturating_duration_since(at) > config.grace / 4);
-            let Some(view) = self.scheduler.session(*id).filter(|view| is_due && view.latents.is_remote()) else {
-                continue;
-            };
-            held.renewed_at = Some(now);
-            for (home, _) in view.latents.remote_ranges() {
-                let Home::Remote { replica, incarnation, endpoint, .. } = home else { continue };
-                let (replica, incarnation) = (replica.clone(), incarnation.clone());
-                let home = RemoteHome { replica, incarnation, endpoint: endpoint.clone() };
-                let name = (held.sequence.session.0.clone(), held.sequence.epoch);
-                match due.iter_mut().find(|(known, _)| *known == home) {
-                    Some((_, sessions)) if sessions.contains(&name) => {}
-                    Some((_, sessions)) => sessions.push(name),
-                    None => due.push((home, vec![name])),
-                }
-            }
-        }
-        for (home, sessions) in due {
-            config.connector.renew(&home, &sessions);
-        }
-    }
-
     /// Sessions whose pause is over step again.
     pub(crate) fn end_pauses(&mut self, now: Instant) {
         for (id, held) in &mut self.sessions {
@@ -124,16 +96,56 @@ impl EngineCore {
         self.sessions.values().filter_map(|held| held.retry_at).min()
     }
 
-    /// Latents that nobody has any more are computed again, and with them the state: slower, never wrong.
-    fn rebuild(&mut self, id: TaskId, why: &'static str) -> Result<(), Fatal> {
+    /// Latents that nobody has any more are computed again: beside the session, whose state is as it was, where there is
+    /// room for that, else with the state.
+    pub(super) fn rebuild(&mut self, id: TaskId, why: &'static str) -> Result<(), Fatal> {
+        if self.scheduler.is_rebuilding(id) {
+            return Ok(());
+        }
+        if !self.scheduler.begin_rebuild(id, TaskId(self.next_task))? {
+            return self.start_over(id, why);
+        }
+        self.next_task += 1;
+        if let Some(held) = self.sessions.get_mut(&id) {
+            held.misses = 0;
+            held.retry_at = None;
+            tracing::warn!(session = held.sequence.session.0, why, "latents are computed again");
+        }
+        Ok(())
+    }
+
+    /// A session's latents are all here again, if it was the last row of them.
+    pub(crate) fn end_rebuild(&mut self, row: TaskId) -> Result<(), Fatal> {
+        let id = self.scheduler.session_of(row);
+        if id == row {
+            return Ok(());
+        }
+        // What other homes hold of it is not needed any more either.
+        let homes = self.homes_of(id);
+        if self.scheduler.end_rebuild(id)? {
+            let session = self.sessions.get(&id).map(|held| held.sequence.session.0.as_str());
+            tracing::info!(session, "latents are here again");
+            self.give_up(homes);
+        }
+        Ok(())
+    }
+
+    /// A session is computed anew from its tokens: slower, never wrong.
+    pub(super) fn start_over(&mut self, id: TaskId, why: &'static str) -> Result<(), Fatal> {
+        self.give_up_homes(id);
         let Some(held) = self.sessions.get_mut(&id) else { return Ok(()) };
         held.misses = 0;
         held.retry_at = None;
-        tracing::warn!(session = held.sequence.session.0, why, "latents are computed again");
+        tracing::warn!(session = held.sequence.session.0, why, "a session is computed anew");
         self.config.observer.preempted(crate::observer::Preemption::Recomputed);
-        match self.scheduler.restart(id)? {
-            Ok(()) => Ok(()),
-            Err(never) => self.end_never_fits(id, never),
+        self.scheduler.unhold(id);
+        let restarted = self.scheduler.restart(id)?;
+        if let Some(key) = restarted.parked {
+            self.drop_parked(key)?;
+        }
+        match restarted.never {
+            None => Ok(()),
+            Some(never) => self.end_never_fits(id, never),
         }
     }
 

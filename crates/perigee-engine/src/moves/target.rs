@@ -9,6 +9,8 @@ use perigee_migration::{
     Digest, Header, Mode, PAGE_POSITIONS, PageSlice, Part, SegmentTable, StateSlice, Tensor, TensorDigests,
 };
 
+use perigee_text::grammar::Grammar;
+
 use super::HandoffRefused;
 use super::incoming::{Arriving, Reply};
 use super::party::Then;
@@ -75,6 +77,7 @@ impl EngineCore {
                 pages: BTreeMap::new(),
                 spans: Vec::new(),
                 summary: None,
+                grammar: None,
             })
         });
         let answer = self.drive(session, offer)?;
@@ -132,10 +135,10 @@ impl EngineCore {
         &mut self,
         session: &SessionId,
         next: u64,
-        summary: Summary,
+        (summary, grammar): (Summary, Option<Box<Grammar>>),
         reply: Reply<Vec<u64>>,
     ) -> Result<(), Fatal> {
-        let answer = match self.verify(session, next, summary) {
+        let answer = match self.verify(session, next, summary, grammar) {
             Ok(digests) => match self.drive(session, PartyEvent::Verified { next })? {
                 Some(Err(failure)) => Err(failure.into()),
                 _ => Ok(digests.numbers()),
@@ -224,8 +227,10 @@ impl EngineCore {
         if !arrival.table.is_empty() {
             self.need_shadow(session, next)?;
         }
-        let reserved = self.scheduler.reserve_pages(task, due.len());
-        let reserved = reserved.ok_or(HandoffRefused::Failure(Failure::Full))?;
+        let Some(reserved) = self.scheduler.reserve_pages(task, due.len()) else {
+            self.note_shortage();
+            return Err(HandoffRefused::Failure(Failure::Full).into());
+        };
         pages.extend(due.into_iter().zip(reserved));
         let arriving = self.arriving(session, next)?;
         arriving.table = arrival.table;
@@ -272,8 +277,19 @@ impl EngineCore {
     }
 
     /// Digests over slot and pages, which must be the source's.
-    fn verify(&mut self, session: &SessionId, next: u64, summary: Summary) -> Result<TensorDigests, Stop> {
+    fn verify(
+        &mut self,
+        session: &SessionId,
+        next: u64,
+        summary: Summary,
+        grammar: Option<Box<Grammar>>,
+    ) -> Result<TensorDigests, Stop> {
         let arriving = self.arriving(session, next)?;
+        let has_grammar = arriving.record.as_ref().is_some_and(|record| record.sequence.grammar.is_some());
+        if has_grammar != grammar.is_some() {
+            return Err(HandoffRefused::Grammar("it was not made".into()).into());
+        }
+        arriving.grammar = grammar;
         let (slot, spans) = (arriving.slots.read, arriving.spans.clone());
         let mut digests = self.executor.digest_slot(slot).map_err(stop)?;
         let latents: Vec<Digest> =
@@ -298,7 +314,9 @@ impl EngineCore {
             return Ok(Then::Event(PartyEvent::Ended { epoch }));
         };
         seat.home = None;
-        let Arriving { task, tokens, frozen: Some(frozen), record: Some(record), table, pages, .. } = *arriving else {
+        let Arriving { task, tokens, frozen: Some(frozen), record: Some(record), table, pages, grammar, .. } =
+            *arriving
+        else {
             return Ok(Then::Nothing);
         };
         if let Some(config) = &self.config.moves {
@@ -311,11 +329,11 @@ impl EngineCore {
             named.map(|home| home.endpoint.clone()).unwrap_or_default()
         };
         let latents = Latents::assemble(&table, endpoint, &pages, frozen.context);
-        self.adopt(session, epoch, Arrived { task, tokens, record, latents, home, router })
+        self.adopt(session, epoch, Arrived { task, tokens, record, grammar, latents, home, router })
     }
 
     fn adopt(&mut self, session: &SessionId, epoch: u64, arrived: Arrived) -> Result<Then, Fatal> {
-        let Arrived { task, tokens, record, latents, home, router } = arrived;
+        let Arrived { task, tokens, record, grammar, latents, home, router } = arrived;
         let now = self.config.clock.now();
         let mut sequence = record.sequence;
         sequence.tokens = tokens;
@@ -342,8 +360,11 @@ impl EngineCore {
         let permit = QueuePermit::used(&self.shared).into();
         let sink = Sink::Router(router);
         let has_tokens = sequence.completion() > 0;
-        let held =
-            Session { last_token: has_tokens.then_some(now), ..Session::new(sequence, sink, deadline, now, permit) };
+        let held = Session {
+            last_token: has_tokens.then_some(now),
+            grammar: grammar.map(|grammar| *grammar),
+            ..Session::new(sequence, sink, deadline, now, permit)
+        };
         self.sessions.insert(task, held);
         self.names.insert(session.clone(), task);
         Ok(Then::Nothing)
@@ -360,6 +381,7 @@ struct Arrived {
     task: TaskId,
     tokens: Vec<u32>,
     record: Record,
+    grammar: Option<Box<Grammar>>,
     latents: Option<Latents>,
     home: Option<HomePages>,
     router: crate::request::RouterId,

@@ -121,6 +121,7 @@ impl Scheduler {
             arrival: self.arrivals,
             deadline: session.deadline,
             frozen: true,
+            is_scratch: false,
             length: session.length,
             most,
             computed: session.computed,
@@ -157,10 +158,11 @@ impl Scheduler {
         self.release_pages(pages.iter())
     }
 
-    /// Pages of reservations and home entries.
+    /// Pages of reservations, of what follows, and of home entries.
     pub(super) fn kept_pages(&self) -> impl Iterator<Item = u32> + '_ {
         let reserved = self.reservations.values().flat_map(|reservation| reservation.pages.iter().copied());
-        reserved.chain(self.homes.values().flat_map(HomePages::iter))
+        let following = self.following.values().flatten().copied();
+        reserved.chain(following).chain(self.homes.values().flat_map(HomePages::iter))
     }
 
     pub(super) fn reserved_slots(&self) -> impl Iterator<Item = u32> + '_ {

@@ -5,9 +5,11 @@ mod admit;
 pub mod arrivals;
 mod audit;
 mod budget;
+pub mod following;
 pub mod moves;
 mod parking;
 mod place;
+pub mod rebuild;
 mod task;
 #[cfg(test)]
 mod tests;
@@ -23,7 +25,8 @@ use self::parking::ParkLedger;
 use self::task::{Place, Task};
 use self::types::Rank;
 pub use self::types::{
-    Fork, Limits, NeverFits, NewTask, Occupancy, Parking, Plan, PlannedRow, Removed, SessionView, Status, TaskId,
+    Fork, Limits, NeverFits, NewTask, Occupancy, Parking, Plan, PlannedRow, Removed, Restarted, SessionView, Status,
+    TaskId,
 };
 use crate::cache::{CacheError, HomePages, PagePool, SlotPool};
 
@@ -42,6 +45,10 @@ pub struct Scheduler {
     /// Sessions that get no row for now; a task of several stands still while one of them is here.
     held: BTreeSet<TaskId>,
     reservations: BTreeMap<TaskId, Reservation>,
+    /// Pages that a session's latents are being brought into; they are not among its latents yet.
+    following: BTreeMap<TaskId, Vec<u32>>,
+    /// The scratch tasks that compute sessions' latents again.
+    rebuilds: BTreeMap<TaskId, TaskId>,
     /// Pages of sessions that went, by the key of the entry.
     homes: BTreeMap<u64, HomePages>,
     deadlines: BTreeSet<(Instant, TaskId)>,
@@ -62,6 +69,8 @@ impl Scheduler {
             queue: BTreeSet::new(),
             held: BTreeSet::new(),
             reservations: BTreeMap::new(),
+            following: BTreeMap::new(),
+            rebuilds: BTreeMap::new(),
             homes: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             arrivals: 0,
@@ -96,7 +105,9 @@ impl Scheduler {
     /// # Errors
     /// [`CacheError`] if the accounts are broken.
     pub fn remove(&mut self, id: TaskId) -> Result<Option<Removed>, CacheError> {
+        self.cancel_rebuild(id)?;
         self.held.remove(&id);
+        self.drop_following(id)?;
         if let Some(leader) = self.leaders.remove(&id) {
             self.remove_follower(leader, id)?;
             return Ok(Some(Removed::default()));
@@ -162,22 +173,32 @@ impl Scheduler {
         outcome
     }
 
-    /// A running session's state or some of its latents are lost: it queues to be computed again, with all latents here.
+    /// A session's state or some of its latents are lost: it queues to be computed again, with all latents here. One in host
+    /// memory leaves its copy there, which is to be dropped.
     ///
     /// # Errors
-    /// [`CacheError`] if the accounts are broken; inside, [`NeverFits`] as for [`Self::park_failed`].
-    pub fn restart(&mut self, id: TaskId) -> Result<Result<(), NeverFits>, CacheError> {
-        let Some(mut task) = self.tasks.remove(&id) else { return Ok(Ok(())) };
-        let outcome = match task.place {
+    /// [`CacheError`] if the accounts are broken.
+    pub fn restart(&mut self, id: TaskId) -> Result<Restarted, CacheError> {
+        self.cancel_rebuild(id)?;
+        self.drop_following(id)?;
+        let Some(mut task) = self.tasks.remove(&id) else { return Ok(Restarted::default()) };
+        let rank = task.rank();
+        let mut restarted = Restarted::default();
+        match task.place {
             Place::Running { .. } => {
-                self.unlist(task.rank());
-                self.start_over(&mut task)?
+                self.unlist(rank);
+                restarted.never = self.start_over(&mut task)?.err();
             }
-            _ => Ok(()),
-        };
+            Place::Parked { key, bytes } => {
+                self.unlist(rank);
+                self.parked.give_back(bytes);
+                restarted = Restarted { parked: Some(key), never: task.lose_everything(&self.limits).err() };
+            }
+            Place::Queued | Place::Evicted => {}
+        }
         self.tasks.insert(id, task);
         self.list(id);
-        Ok(outcome)
+        Ok(restarted)
     }
 
     /// Whether any task is left.

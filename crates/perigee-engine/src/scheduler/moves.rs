@@ -77,7 +77,8 @@ pub struct Released {
 }
 
 impl Scheduler {
-    /// The session stands still from now on: it keeps what it holds and gets no row until [`Self::thaw`]. One that shares a
+    /// The session stands still from now on: it keeps what it holds and gets no row until [`Self::thaw`]; pages that its
+    /// latents were being brought into are free. One that shares a
     /// prefill leaves it first, with copies of its own of what is computed; if that is in host memory, it leaves with
     /// nothing and the others keep it.
     ///
@@ -85,6 +86,8 @@ impl Scheduler {
     /// [`CacheError`] if the accounts are broken; inside, [`FreezeRefused`].
     pub fn freeze(&mut self, id: TaskId) -> Result<Result<FreezeCopies, FreezeRefused>, CacheError> {
         let leader = self.leaders.get(&id).copied().unwrap_or(id);
+        self.drop_following(id)?;
+        self.cancel_rebuild(id)?;
         let Some(task) = self.tasks.get_mut(&leader).filter(|task| task.place != Place::Evicted) else {
             return Ok(Err(FreezeRefused::NotHere));
         };

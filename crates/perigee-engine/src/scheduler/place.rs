@@ -81,8 +81,12 @@ impl Scheduler {
     /// Takes slots and pages from a running task: to host memory while there is room for it, else to nowhere. The old slot
     /// of a transaction is the one that counts.
     fn preempt(&mut self, rank: Rank, plan: &mut Plan) -> Result<(), CacheError> {
+        if self.tasks.get(&rank.id).is_some_and(|task| task.is_scratch) {
+            return self.preempt_rebuild(rank, plan);
+        }
         let Some(mut task) = self.tasks.remove(&rank.id) else { return Ok(()) };
         self.running.remove(&rank);
+        self.drop_following(rank.id)?;
         let room = if task.computed > 0 { self.parked.take(task.latents.local_page_count()) } else { None };
         match (room, &task.place) {
             (Some((key, bytes)), Place::Running { slots, reserved }) => {
@@ -179,7 +183,7 @@ fn row(task: &Task, slots: SlotPair, end: u64) -> PlannedRow {
         write_slot: slots.write,
         segments: task.latents.row_segments(end),
         remote: task.latents.is_remote(),
-        draws: end == task.length,
+        draws: end == task.length && !task.is_scratch,
         prompt_logits_from: wants_prompt_logits.then_some(scored_from),
     }
 }

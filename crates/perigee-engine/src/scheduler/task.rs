@@ -28,6 +28,8 @@ pub(crate) struct Task {
     pub(crate) deadline: Option<Instant>,
     /// Whether it stands still because it moves; then it has no followers.
     pub(crate) frozen: bool,
+    /// Whether it only computes another one's latents again.
+    pub(crate) is_scratch: bool,
     /// Tokens known.
     pub(crate) length: u64,
     /// Most positions that it may ever compute.
@@ -57,6 +59,7 @@ impl Task {
             arrival,
             deadline: new.deadline,
             frozen: false,
+            is_scratch: false,
             length: new.length,
             most: new.most,
             computed: 0,

@@ -191,6 +191,16 @@ pub struct Removed {
     pub heir: Option<TaskId>,
 }
 
+/// What became of a task that is to be computed again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Restarted {
+    /// Its copy in host memory, to be dropped.
+    pub parked: Option<u64>,
+    /// Why it cannot be computed here: it came from elsewhere and is too long for this replica alone. It waits to be
+    /// removed then.
+    pub never: Option<NeverFits>,
+}
+
 /// Where a session is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {

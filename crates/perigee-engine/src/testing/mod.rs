@@ -60,6 +60,7 @@ pub fn greedy_request(session: &str, prompt: Vec<u32>, max_tokens: u32) -> Reque
         priority: 0,
         deadline: None,
         cache_salt: String::new(),
+        grammar: None,
         text: false,
     }
 }

@@ -10,6 +10,8 @@ mod endings;
 #[cfg(test)]
 mod failures;
 #[cfg(test)]
+mod grammars;
+#[cfg(test)]
 mod loads;
 #[cfg(test)]
 mod scores;

@@ -56,6 +56,7 @@ fn request(numbers: &mut Numbers, name: usize) -> Request {
         priority: numbers.below(3) as i32 - 1,
         deadline: None,
         cache_salt: String::new(),
+        grammar: None,
         text: numbers.one_in(2),
     }
 }

@@ -3,7 +3,7 @@
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouterMessage {
     /// What it says.
-    #[prost(oneof = "router_message::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "router_message::Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub body: ::core::option::Option<router_message::Body>,
 }
 /// Nested message and enum types in `RouterMessage`.
@@ -41,6 +41,9 @@ pub mod router_message {
         /// A move is off: the source goes on from where it froze, the target forgets; answered by move_report.
         #[prost(message, tag = "10")]
         AbortMove(super::AbortMove),
+        /// Take no more sessions and end once none is left, as after SIGTERM; the loads that follow say so.
+        #[prost(message, tag = "11")]
+        Drain(super::Drain),
     }
 }
 /// From leader to router.
@@ -225,6 +228,32 @@ pub struct Submit {
     /// Choice of the first session: 0, except where one choice of several is replayed. Noise depends on it.
     #[prost(uint32, tag = "17")]
     pub first_choice: u32,
+    /// What the text must be; absent where it may be anything.
+    #[prost(message, optional, tag = "18")]
+    pub grammar: ::core::option::Option<Grammar>,
+}
+/// What a text must be, as in perigee.v1.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Grammar {
+    /// One of them.
+    #[prost(oneof = "grammar::Source", tags = "1, 2, 3")]
+    pub source: ::core::option::Option<grammar::Source>,
+}
+/// Nested message and enum types in `Grammar`.
+pub mod grammar {
+    /// One of them.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Source {
+        /// JSON of a schema.
+        #[prost(string, tag = "1")]
+        JsonSchema(::prost::alloc::string::String),
+        /// A regular expression.
+        #[prost(string, tag = "2")]
+        Regex(::prost::alloc::string::String),
+        /// A context-free grammar.
+        #[prost(string, tag = "3")]
+        Lark(::prost::alloc::string::String),
+    }
 }
 /// Sampling parameters, all set.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -272,6 +301,31 @@ pub struct Abort {
     /// The last epoch that is over: a later one goes on. 0 ends them in any epoch. Home entries of those epochs end too.
     #[prost(uint64, tag = "2")]
     pub epoch: u64,
+}
+/// Has the replica leave.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Drain {}
+/// What a resume token says before its signature. Only routers read it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResumePoint {
+    /// Version of tokens.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// Name of the request.
+    #[prost(string, tag = "2")]
+    pub request_id: ::prost::alloc::string::String,
+    /// Seed in use.
+    #[prost(fixed64, tag = "3")]
+    pub seed: u64,
+    /// Digest of the request as it goes to replicas.
+    #[prost(bytes = "vec", tag = "4")]
+    pub request: ::prost::alloc::vec::Vec<u8>,
+    /// For each choice the index of the token that its client has not got yet.
+    #[prost(uint64, repeated, tag = "5")]
+    pub next: ::prost::alloc::vec::Vec<u64>,
+    /// For each choice whether its client has its end.
+    #[prost(bool, repeated, tag = "6")]
+    pub finished: ::prost::alloc::vec::Vec<bool>,
 }
 /// Asks for sessions.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -633,6 +687,97 @@ pub struct AttendAnswer {
     /// What failed.
     #[prost(string, tag = "4")]
     pub message: ::prost::alloc::string::String,
+}
+/// One run of a replica.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReplicaRun {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub replica: ::prost::alloc::string::String,
+    /// Which run of it.
+    #[prost(string, tag = "2")]
+    pub incarnation: ::prost::alloc::string::String,
+}
+/// Asks for latents that follow their session.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FetchPagesRequest {
+    /// Who is meant.
+    #[prost(message, optional, tag = "1")]
+    pub home: ::core::option::Option<ReplicaRun>,
+    /// Who asks.
+    #[prost(message, optional, tag = "2")]
+    pub owner: ::core::option::Option<ReplicaRun>,
+    /// The session.
+    #[prost(string, tag = "3")]
+    pub session: ::prost::alloc::string::String,
+    /// Its epoch at the owner.
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
+    /// First position, a multiple of 64.
+    #[prost(uint64, tag = "5")]
+    pub first: u64,
+    /// Number of positions, a multiple of 64.
+    #[prost(uint64, tag = "6")]
+    pub tokens: u64,
+}
+/// Some latents, whole pages in order.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PageChunk {
+    /// Of every page all MLA layers, in order.
+    #[prost(message, repeated, tag = "1")]
+    pub pages: ::prost::alloc::vec::Vec<LatentPage>,
+}
+/// A page of one MLA layer.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LatentPage {
+    /// Index among the MLA layers.
+    #[prost(uint32, tag = "1")]
+    pub layer: u32,
+    /// First position.
+    #[prost(uint64, tag = "2")]
+    pub first: u64,
+    /// \[64, R + r\] numbers in the type of the cache, little-endian.
+    #[prost(bytes = "vec", tag = "3")]
+    pub data: ::prost::alloc::vec::Vec<u8>,
+    /// Digest over them, as in a handoff.
+    #[prost(fixed64, tag = "4")]
+    pub digest: u64,
+}
+/// A session that has latents on another replica.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct KeptSession {
+    /// The session.
+    #[prost(string, tag = "1")]
+    pub session: ::prost::alloc::string::String,
+    /// Its epoch at the owner.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
+}
+/// What an owner has to say to a home.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct KeepHomesRequest {
+    /// Who is meant.
+    #[prost(message, optional, tag = "1")]
+    pub home: ::core::option::Option<ReplicaRun>,
+    /// Who speaks.
+    #[prost(message, optional, tag = "2")]
+    pub owner: ::core::option::Option<ReplicaRun>,
+    /// Sessions whose latents are still needed.
+    #[prost(message, repeated, tag = "3")]
+    pub renewed: ::prost::alloc::vec::Vec<KeptSession>,
+    /// Sessions whose latents are not needed any more.
+    #[prost(message, repeated, tag = "4")]
+    pub given_up: ::prost::alloc::vec::Vec<KeptSession>,
+}
+/// What a home has to say to an owner.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct KeepHomesAnswer {
+    /// Of the renewed sessions those of which it holds nothing, or which another owner has by now.
+    #[prost(message, repeated, tag = "1")]
+    pub missing: ::prost::alloc::vec::Vec<KeptSession>,
+    /// It is short of pages or is to end: owners should take theirs.
+    #[prost(bool, tag = "2")]
+    pub call_back: bool,
 }
 /// Why a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -1015,6 +1160,59 @@ pub mod replica_client {
                 .insert(GrpcMethod::new("perigee.internal.v1.Replica", "Attend"));
             self.inner.streaming(req, path, codec).await
         }
+        /// Gives out latents that this replica holds for a session, in order of position and of every page all MLA layers, to the
+        /// session's owner, which will hold them itself. FAILED_PRECONDITION where it does not hold them, or is another run than
+        /// was asked; ABORTED where the owner's epoch is of the past; UNIMPLEMENTED where its device gives none out.
+        pub async fn fetch_pages(
+            &mut self,
+            request: impl tonic::IntoRequest<super::FetchPagesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::PageChunk>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/perigee.internal.v1.Replica/FetchPages",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("perigee.internal.v1.Replica", "FetchPages"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Tells a home which of its sessions an owner still runs, which renews their leases, and which latents it needs no more.
+        /// FAILED_PRECONDITION where this is another run than was asked: whatever it held is gone.
+        pub async fn keep_homes(
+            &mut self,
+            request: impl tonic::IntoRequest<super::KeepHomesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::KeepHomesAnswer>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/perigee.internal.v1.Replica/KeepHomes",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("perigee.internal.v1.Replica", "KeepHomes"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1061,6 +1259,25 @@ pub mod replica_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::AttendQuery>>,
         ) -> std::result::Result<tonic::Response<Self::AttendStream>, tonic::Status>;
+        /// Server streaming response type for the FetchPages method.
+        type FetchPagesStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::PageChunk, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Gives out latents that this replica holds for a session, in order of position and of every page all MLA layers, to the
+        /// session's owner, which will hold them itself. FAILED_PRECONDITION where it does not hold them, or is another run than
+        /// was asked; ABORTED where the owner's epoch is of the past; UNIMPLEMENTED where its device gives none out.
+        async fn fetch_pages(
+            &self,
+            request: tonic::Request<super::FetchPagesRequest>,
+        ) -> std::result::Result<tonic::Response<Self::FetchPagesStream>, tonic::Status>;
+        /// Tells a home which of its sessions an owner still runs, which renews their leases, and which latents it needs no more.
+        /// FAILED_PRECONDITION where this is another run than was asked: whatever it held is gone.
+        async fn keep_homes(
+            &self,
+            request: tonic::Request<super::KeepHomesRequest>,
+        ) -> std::result::Result<tonic::Response<super::KeepHomesAnswer>, tonic::Status>;
     }
     /// A replica, as routers and other replicas see it. Its leader answers.
     #[derive(Debug)]
@@ -1274,6 +1491,95 @@ pub mod replica_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/perigee.internal.v1.Replica/FetchPages" => {
+                    #[allow(non_camel_case_types)]
+                    struct FetchPagesSvc<T: Replica>(pub Arc<T>);
+                    impl<
+                        T: Replica,
+                    > tonic::server::ServerStreamingService<super::FetchPagesRequest>
+                    for FetchPagesSvc<T> {
+                        type Response = super::PageChunk;
+                        type ResponseStream = T::FetchPagesStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::FetchPagesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Replica>::fetch_pages(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = FetchPagesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/perigee.internal.v1.Replica/KeepHomes" => {
+                    #[allow(non_camel_case_types)]
+                    struct KeepHomesSvc<T: Replica>(pub Arc<T>);
+                    impl<T: Replica> tonic::server::UnaryService<super::KeepHomesRequest>
+                    for KeepHomesSvc<T> {
+                        type Response = super::KeepHomesAnswer;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::KeepHomesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Replica>::keep_homes(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = KeepHomesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

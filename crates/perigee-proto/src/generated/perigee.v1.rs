@@ -34,7 +34,7 @@ pub struct GenerateRequest {
     /// INVALID_ARGUMENT where longer.
     #[prost(string, tag = "8")]
     pub cache_salt: ::prost::alloc::string::String,
-    /// Whether the request is to outlive its router, see Resume. Default: false.
+    /// Whether the request is to outlive its router, see Resume: every response then has a resume_token. Default: false.
     #[prost(bool, tag = "9")]
     pub resumable: bool,
     /// Whether special tokens written in text, such as \<\|im_end|>, become those tokens. Not for text of others. Default:
@@ -47,6 +47,34 @@ pub struct GenerateRequest {
     /// template. Conversations with tools are HTTP's, see /v1/chat/completions.
     #[prost(message, repeated, tag = "11")]
     pub messages: ::prost::alloc::vec::Vec<ChatMessage>,
+    /// What the text must be; tokens that do not fit are not drawn. Where it is complete, an end-of-sequence token may come;
+    /// where nothing can follow, generation ends. Default: anything. INVALID_ARGUMENT where it is wrong, longer than 128 KiB,
+    /// or takes more work than it may; FAILED_PRECONDITION where the cluster has no tokenizer.
+    #[prost(message, optional, tag = "12")]
+    pub grammar: ::core::option::Option<Grammar>,
+}
+/// What a text must be. Give exactly one field; INVALID_ARGUMENT otherwise.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Grammar {
+    /// One of them.
+    #[prost(oneof = "grammar::Source", tags = "1, 2, 3")]
+    pub source: ::core::option::Option<grammar::Source>,
+}
+/// Nested message and enum types in `Grammar`.
+pub mod grammar {
+    /// One of them.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Source {
+        /// JSON that meets this JSON schema.
+        #[prost(string, tag = "1")]
+        JsonSchema(::prost::alloc::string::String),
+        /// A match of this regular expression from beginning to end, in the syntax of Rust's regex crate.
+        #[prost(string, tag = "2")]
+        Regex(::prost::alloc::string::String),
+        /// A word of this context-free grammar, in llguidance's form of Lark.
+        #[prost(string, tag = "3")]
+        Lark(::prost::alloc::string::String),
+    }
 }
 /// A message of a conversation.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -177,7 +205,7 @@ pub struct GenerateResponse {
     /// Counts, on the last response of a choice.
     #[prost(message, optional, tag = "8")]
     pub usage: ::core::option::Option<Usage>,
-    /// What Resume needs to go on after this response; empty unless the request is resumable, and in this version.
+    /// What Resume needs to go on after this response; empty unless the request is resumable.
     #[prost(bytes = "vec", tag = "9")]
     pub resume_token: ::prost::alloc::vec::Vec<u8>,
     /// The replica that generated this token.
@@ -206,6 +234,18 @@ pub struct ResumeRequest {
     /// The last resume_token that the client received. INVALID_ARGUMENT where it is not one of this cluster's.
     #[prost(bytes = "vec", tag = "2")]
     pub resume_token: ::prost::alloc::vec::Vec<u8>,
+    /// The tokens that the client has of each choice, by choice, as many as resume_token counts; those of a choice that has
+    /// ended may be left out. They are read as a prompt then. Default: none, which has them generated once more.
+    /// INVALID_ARGUMENT for another number of them.
+    #[prost(message, repeated, tag = "3")]
+    pub received: ::prost::alloc::vec::Vec<ReceivedTokens>,
+}
+/// Tokens of one choice.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReceivedTokens {
+    /// Token ids, from index 0 on.
+    #[prost(uint32, repeated, tag = "1")]
+    pub token_ids: ::prost::alloc::vec::Vec<u32>,
 }
 /// Tokens to score.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -483,7 +523,9 @@ pub mod inference_client {
                 .insert(GrpcMethod::new("perigee.v1.Inference", "Generate"));
             self.inner.server_streaming(req, path, codec).await
         }
-        /// Goes on with a resumable request after its router was lost. Answers UNIMPLEMENTED in this version.
+        /// Goes on with a resumable request after its router was lost, at any router that shares the lost one's key: responses
+        /// follow from the next index of every choice, with the same tokens as if nothing had happened, under other session
+        /// names. What was generated is computed again from the prompt; the sessions of the lost router end by themselves.
         pub async fn resume(
             &mut self,
             request: impl tonic::IntoRequest<super::ResumeRequest>,
@@ -661,7 +703,9 @@ pub mod inference_server {
             >
             + std::marker::Send
             + 'static;
-        /// Goes on with a resumable request after its router was lost. Answers UNIMPLEMENTED in this version.
+        /// Goes on with a resumable request after its router was lost, at any router that shares the lost one's key: responses
+        /// follow from the next index of every choice, with the same tokens as if nothing had happened, under other session
+        /// names. What was generated is computed again from the prompt; the sessions of the lost router end by themselves.
         async fn resume(
             &self,
             request: tonic::Request<super::ResumeRequest>,
@@ -1315,10 +1359,10 @@ pub struct DrainRequest {
 /// What left it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DrainResponse {
-    /// Sessions that moved.
+    /// Sessions that were there and run elsewhere now.
     #[prost(uint32, tag = "1")]
     pub moved: u32,
-    /// Sessions that ended by themselves meanwhile.
+    /// Sessions that were there and have ended since, wherever that was.
     #[prost(uint32, tag = "2")]
     pub ended: u32,
 }
@@ -1539,7 +1583,10 @@ pub mod cluster_client {
                 .insert(GrpcMethod::new("perigee.v1.Cluster", "Migrate"));
             self.inner.unary(req, path, codec).await
         }
-        /// Moves every session off a replica, which then leaves. Answers UNIMPLEMENTED in this version.
+        /// Has a replica take no more sessions, and moves every session off it; its processes end once none is left, or when
+        /// their grace time is over: sessions that are still there then are replayed elsewhere. Answers when the replica has
+        /// left, so the deadline of the call should allow for that; dropping the call does not take the drain back.
+        /// FAILED_PRECONDITION where no other replica is ready, UNAVAILABLE where this router has no stream to it.
         pub async fn drain(
             &mut self,
             request: impl tonic::IntoRequest<super::DrainRequest>,
@@ -1622,7 +1669,10 @@ pub mod cluster_server {
             &self,
             request: tonic::Request<super::MigrateRequest>,
         ) -> std::result::Result<tonic::Response<super::MigrateResponse>, tonic::Status>;
-        /// Moves every session off a replica, which then leaves. Answers UNIMPLEMENTED in this version.
+        /// Has a replica take no more sessions, and moves every session off it; its processes end once none is left, or when
+        /// their grace time is over: sessions that are still there then are replayed elsewhere. Answers when the replica has
+        /// left, so the deadline of the call should allow for that; dropping the call does not take the drain back.
+        /// FAILED_PRECONDITION where no other replica is ready, UNAVAILABLE where this router has no stream to it.
         async fn drain(
             &self,
             request: tonic::Request<super::DrainRequest>,

@@ -14,7 +14,8 @@ use super::body::Body;
 use super::error::HttpError;
 use super::logprobs::Shower;
 use super::sampling::Shared;
-use super::{events, now};
+use super::tools::{self, Tool, ToolChoice};
+use super::{events, now, response_format};
 use crate::service::InferenceService;
 use crate::validate::Prompt;
 
@@ -28,6 +29,7 @@ pub(crate) struct ChatRequest {
     top_logprobs: Option<u32>,
     tools: Option<Vec<Tool>>,
     tool_choice: Option<Value>,
+    parallel_tool_calls: Option<bool>,
     response_format: Option<Value>,
     /// Whether the text ends with the beginning of the model's turn.
     add_generation_prompt: Option<bool>,
@@ -37,18 +39,6 @@ pub(crate) struct ChatRequest {
     shared: Shared,
 }
 
-/// A tool, as the template gets it.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(transparent)]
-struct Tool(Map<String, Value>);
-
-impl Tool {
-    /// The function's name.
-    fn name(&self) -> Option<&str> {
-        self.0.get("function")?.get("name")?.as_str()
-    }
-}
-
 /// Answers.
 pub(crate) async fn handle(
     State(service): State<InferenceService>,
@@ -56,8 +46,15 @@ pub(crate) async fn handle(
 ) -> Result<Response, HttpError> {
     let model = service.model()?;
     body.shared.check_model(&model)?;
-    let uses_tools = body.uses_tools()?;
-    let request = body.request()?;
+    let choice = tools::choice(body.tools.as_deref().unwrap_or_default(), body.tool_choice.as_ref())?;
+    let uses_tools = choice != ToolChoice::None;
+    let mut request = body.request()?;
+    request.grammar = match choice {
+        ToolChoice::Calls(tools) => {
+            Some(tools::grammar(&tools, body.parallel_tool_calls.unwrap_or(true), service.text.tokenizer()))
+        }
+        ToolChoice::None | ToolChoice::Auto => response_format::grammar(body.response_format.as_ref())?,
+    };
     let input = body.input(uses_tools)?;
     let prompt = Prompt::Chat(Box::new(input));
     let Started { answers, name, .. } = Answers::start(&service, &request, vec![prompt], "messages").await?;
@@ -80,30 +77,12 @@ impl ChatRequest {
         if self.top_logprobs.is_some() && !self.logprobs.unwrap_or(false) {
             return Err(HttpError::invalid("top_logprobs", "it needs logprobs to be true"));
         }
-        match self.response_format.as_ref().map(|format| format.get("type").and_then(Value::as_str)) {
-            None | Some(Some("text")) => {}
-            Some(_) => return Err(HttpError::invalid("response_format", "only the type text is offered")),
-        }
         let mut request = self.shared.request()?;
         request.max_tokens = self.max_completion_tokens.or(self.max_tokens);
         if let Some(sampling) = &mut request.sampling {
             sampling.logprobs = self.logprobs.unwrap_or(false).then(|| self.top_logprobs.unwrap_or(0));
         }
         Ok(request)
-    }
-
-    /// Whether the model may call tools.
-    fn uses_tools(&self) -> Result<bool, HttpError> {
-        let tools = self.tools.as_deref().unwrap_or_default();
-        if let Some(at) = tools.iter().position(|tool| tool.name().is_none()) {
-            return Err(HttpError::invalid("tools", format!("tools[{at}] has no function with a name")));
-        }
-        match self.tool_choice.as_ref() {
-            None => Ok(!tools.is_empty()),
-            Some(choice) if choice.is_null() || choice == "auto" => Ok(!tools.is_empty()),
-            Some(choice) if choice == "none" => Ok(false),
-            Some(_) => Err(HttpError::invalid("tool_choice", "only auto and none are offered")),
-        }
     }
 
     fn input(&self, uses_tools: bool) -> Result<ChatInput, HttpError> {
@@ -113,7 +92,7 @@ impl ChatRequest {
         if let Some(at) = self.messages.iter().position(|message| !message.get("role").is_some_and(Value::is_string)) {
             return Err(HttpError::invalid("messages", format!("messages[{at}] has no role")));
         }
-        let tools = self.tools.iter().flatten().filter(|_| uses_tools).map(|tool| Value::Object(tool.0.clone()));
+        let tools = self.tools.iter().flatten().filter(|_| uses_tools).map(|tool| tool.object());
         let tools: Vec<Value> = tools.collect();
         Ok(ChatInput {
             messages: self.messages.iter().cloned().map(Value::Object).collect(),

@@ -14,7 +14,7 @@ use super::body::Body;
 use super::error::HttpError;
 use super::logprobs::{Lists, Shower};
 use super::sampling::Shared;
-use super::{events, now};
+use super::{events, now, response_format};
 use crate::service::InferenceService;
 use crate::validate::{self, Prompt};
 
@@ -30,6 +30,7 @@ pub(crate) struct CompletionRequest {
     echo: Option<bool>,
     best_of: Option<u32>,
     suffix: Option<String>,
+    response_format: Option<Value>,
     #[serde(flatten)]
     shared: Shared,
 }
@@ -89,6 +90,7 @@ impl CompletionRequest {
         let mut request = self.shared.request()?;
         let max_tokens = self.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         request.max_tokens = Some(max_tokens.max(1));
+        request.grammar = response_format::grammar(self.response_format.as_ref())?;
         if let Some(sampling) = &mut request.sampling {
             sampling.logprobs = self.logprobs;
             sampling.prompt_logprobs = self.logprobs.filter(|_| self.echo.unwrap_or(false));

@@ -13,8 +13,10 @@ mod error;
 mod events;
 mod logprobs;
 mod models;
+mod response_format;
 mod sampling;
 mod tokens;
+mod tools;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -109,15 +109,16 @@ async fn operators_see_replicas_and_sessions() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_not_offered_says_so() {
+async fn calls_without_what_they_need_say_so() {
     let sandbox = Sandbox::start(RouterConfig::default()).await;
     let mut cluster = sandbox.cluster.clone();
     let mut inference = sandbox.inference.clone();
-    let refusals = [
-        cluster.drain(v1::DrainRequest::default()).await.expect_err("later").code(),
-        inference.resume(v1::ResumeRequest::default()).await.expect_err("later").code(),
-    ];
-    assert_eq!(refusals, [Code::Unimplemented; 2]);
+    let nothing = inference.resume(v1::ResumeRequest::default()).await.expect_err("no request");
+    assert_eq!(nothing.code(), Code::InvalidArgument);
+    for (replica, code) in [("", Code::InvalidArgument), ("nobody", Code::NotFound)] {
+        let refused = cluster.drain(v1::DrainRequest { replica: replica.to_owned() }).await.expect_err("nobody's name");
+        assert_eq!(refused.code(), code, "{replica:?}");
+    }
     let info = inference.get_model_info(v1::GetModelInfoRequest {}).await.expect_err("no replica yet");
     assert_eq!(info.code(), Code::Unavailable);
 }

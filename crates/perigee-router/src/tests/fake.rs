@@ -10,8 +10,9 @@ use parking_lot::Mutex;
 use perigee_proto::PROTOCOL_VERSION;
 use perigee_proto::internal::replica_server::{Replica, ReplicaServer};
 use perigee_proto::internal::{
-    AttendAnswer, AttendQuery, EventBatch, Finish, HandoffChunk, HandoffResult, Load, ModelInfo, ReplicaMessage,
-    RouterMessage, SessionEvent, Submit, Welcome, replica_message, router_message,
+    AttendAnswer, AttendQuery, EventBatch, FetchPagesRequest, Finish, HandoffChunk, HandoffResult, KeepHomesAnswer,
+    KeepHomesRequest, Load, ModelInfo, PageChunk, ReplicaMessage, RouterMessage, SessionEvent, Submit, Welcome,
+    replica_message, router_message,
 };
 use perigee_proto::v1::cluster_client::ClusterClient;
 use perigee_proto::v1::inference_client::InferenceClient;
@@ -144,6 +145,7 @@ struct FakeLeader {
 impl Replica for FakeLeader {
     type AttachStream = UnboundedReceiverStream<Result<ReplicaMessage, Status>>;
     type AttendStream = UnboundedReceiverStream<Result<AttendAnswer, Status>>;
+    type FetchPagesStream = UnboundedReceiverStream<Result<PageChunk, Status>>;
 
     async fn attach(&self, request: Request<Streaming<RouterMessage>>) -> Result<Response<Self::AttachStream>, Status> {
         let mut from_router = request.into_inner();
@@ -162,6 +164,14 @@ impl Replica for FakeLeader {
 
     async fn attend(&self, _: Request<Streaming<AttendQuery>>) -> Result<Response<Self::AttendStream>, Status> {
         Err(Status::unimplemented("attend"))
+    }
+
+    async fn fetch_pages(&self, _: Request<FetchPagesRequest>) -> Result<Response<Self::FetchPagesStream>, Status> {
+        Err(Status::unimplemented("fetch_pages"))
+    }
+
+    async fn keep_homes(&self, _: Request<KeepHomesRequest>) -> Result<Response<KeepHomesAnswer>, Status> {
+        Err(Status::unimplemented("keep_homes"))
     }
 }
 
@@ -264,6 +274,7 @@ impl Sandbox {
         let (network, registry) = (Network::default(), InProcessRegistry::default());
         let counter = AtomicU64::new(1);
         let parts = RouterParts {
+            resume_key: None,
             registry: Arc::new(registry.clone()),
             tokenizer,
             template,

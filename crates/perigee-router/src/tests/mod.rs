@@ -4,6 +4,7 @@
 mod actor;
 mod broken;
 mod calls;
+mod evacuations;
 mod fake;
 mod http;
 mod moves;

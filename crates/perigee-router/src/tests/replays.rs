@@ -88,6 +88,41 @@ async fn without_a_replica_a_session_waits_for_one() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_request_with_a_deadline_waits_for_a_replica_until_then() {
+    let moves = MoveTimes { replay: Duration::from_secs(1), ..MoveTimes::default() };
+    let sandbox = Sandbox::start(RouterConfig { moves, ..RouterConfig::default() }).await;
+    for returns in [true, false] {
+        let (mut replica, mut attached) = sandbox.add("a").await;
+        let mut request = tonic::Request::new(prompt());
+        request.set_timeout(Duration::from_secs(60));
+        let mut client = sandbox.inference.clone();
+        let (stream, submit) = tokio::join!(client.generate(request), attached.next_submit());
+        let mut stream = stream.expect("accepted").into_inner();
+        attached.step(vec![token(&submit, 0)]);
+        assert!(stream.message().await.expect("no error").is_some());
+        replica.kill.take();
+        drop(attached);
+        // Far longer than a request without a deadline waits.
+        let lost = Instant::now();
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        if returns {
+            let (mut replica, mut attached) = sandbox.add("b").await;
+            let again = attached.next_submit().await;
+            assert_eq!((again.delivered.as_slice(), again.epoch), ([100].as_slice(), 2));
+            attached.step(vec![finished(token(&again, 1), Finish::Length)]);
+            assert_eq!(stream.message().await.expect("no error").map(|response| response.index), Some(1));
+            assert!(stream.message().await.expect("no error").is_none());
+            replica.kill.take();
+        } else {
+            let status = stream.message().await.expect_err("nobody came");
+            assert_eq!(status.code(), Code::DeadlineExceeded);
+            assert!(lost.elapsed() >= Duration::from_secs(58), "{:?}", lost.elapsed());
+        }
+    }
+    sandbox.assert_idle().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn patience_ends() {
     let moves = MoveTimes { replay: Duration::from_secs(7), ..MoveTimes::default() };
     let mut scene = Scene::start(RouterConfig { moves, ..RouterConfig::default() }).await;

@@ -147,7 +147,7 @@ impl Undisturbed {
             };
             let sampled = sample(course.logits(number), &draw, &mut self.scratch);
             drawn.push(sampled.map_err(|error| broken(&error))?);
-            let accepted = sequence.accept(token, context.tokenizer).map_err(|error| broken(&error))?;
+            let accepted = sequence.accept(token, false, context.tokenizer).map_err(|error| broken(&error))?;
             text.push_str(&accepted.text);
             finish = accepted.finish;
         }

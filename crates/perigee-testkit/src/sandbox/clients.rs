@@ -127,20 +127,32 @@ pub async fn eventually<T>(
     }
 }
 
+/// What a process answers on its HTTP port: the status code and the text.
+///
+/// # Errors
+/// The port does not answer as HTTP does.
+pub async fn http_get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+    let unreachable = |source: Box<dyn std::error::Error + Send + Sync>| TestkitError::Unreachable {
+        address: format!("http://{address}{path}"),
+        source,
+    };
+    let mut stream = TcpStream::connect(address).await.map_err(|error| unreachable(error.into()))?;
+    // Version 1.0 ends the answer with the connection.
+    let request = format!("GET {path} HTTP/1.0\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.map_err(|error| unreachable(error.into()))?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.map_err(|error| unreachable(error.into()))?;
+    let code = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let text = answer.split_once("\r\n\r\n").map(|(_, text)| text.to_owned());
+    code.zip(text).ok_or_else(|| unreachable(format!("not HTTP: {answer:?}").into()))
+}
+
 /// A sample of /metrics, named as there: with its labels where it has some.
 ///
 /// # Errors
 /// The port does not answer, or has no such sample.
 pub async fn metric(address: SocketAddr, name: &str) -> Result<f64> {
-    let unreachable = |source: std::io::Error| TestkitError::Unreachable {
-        address: format!("http://{address}/metrics"),
-        source: Box::new(source),
-    };
-    let mut stream = TcpStream::connect(address).await.map_err(unreachable)?;
-    // Version 1.0 ends the answer with the connection.
-    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.map_err(unreachable)?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await.map_err(unreachable)?;
+    let (_, text) = http_get(address, "/metrics").await?;
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok());
     value.ok_or_else(|| TestkitError::Unreachable {
         address: format!("http://{address}/metrics"),

@@ -168,6 +168,16 @@ impl Fleet {
         Ok(())
     }
 
+    /// One more router, at an address of its own.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn another_router(&mut self) -> Result<(SocketAddr, Started)> {
+        self.started += 1;
+        let places = (self.registry.as_str(), self.folder.path());
+        start_router(&self.spec, places, self.started, None)
+    }
+
     /// Kills the router and starts another one at the same address.
     ///
     /// # Errors
@@ -202,7 +212,10 @@ fn start_ranks(
         command.args(["worker", "--threads=1", &format!("--model={}", spec.model), registry]);
         command.args([format!("--replica={}", replica.name), format!("--rank={rank}"), format!("--tp={degree}")]);
         command.args([format!("--leader={}", replica.leader), format!("--internal={}", replica.internal)]);
-        command.arg(format!("--http={}", replica.http)).args(&spec.worker);
+        if rank == 0 {
+            command.arg(format!("--http={}", replica.http));
+        }
+        command.args(&spec.worker);
         *started += 1;
         Started::spawn(&format!("{} rank {rank} start {started}", replica.name), command, folder)
     });

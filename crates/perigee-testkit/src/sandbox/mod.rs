@@ -16,7 +16,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
-pub use clients::{Clients, HealthCheckRequest, eventually, metric};
+pub use clients::{Clients, HealthCheckRequest, eventually, http_get, metric};
 pub use fleet::{Fleet, FleetReplica, FleetSpec};
 pub use parts::{Parts, PartsSpec, free_port, router_address};
 pub use process::Started;

@@ -2,14 +2,16 @@
 //! decides nothing and reads no handoff.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use perigee_backend::LatentReader;
 use perigee_engine::EngineHandle;
-use perigee_engine::homes::{AnswerModel, HomeDirectory};
-use perigee_engine::moves::{HandoffConnector, Outgoing, Target};
+use perigee_engine::homes::{AnswerModel, HomeDirectory, Owner};
+use perigee_engine::moves::{Fetching, HandoffConnector, HomeAnswer, HomeNote, Outgoing, Target};
 use perigee_engine::remote::{AttentionClient, RemoteHome};
+use perigee_engine::request::SessionId;
+use perigee_migration::{AnswerStatus, Geometry, PAGE_POSITIONS, PageSlice};
 use tokio::runtime::Handle;
 
 /// What a test does to handoffs on their way.
@@ -52,6 +54,7 @@ pub struct Carried {
 #[derive(Clone)]
 pub struct Carriage {
     runtime: Handle,
+    homes: Homes,
     inner: Arc<Mutex<Inner>>,
 }
 
@@ -60,11 +63,13 @@ struct Inner {
     engines: HashMap<String, EngineHandle>,
     tamper: Tamper,
     carried: Vec<Carried>,
+    /// Why segments did not come.
+    unfetched: Vec<String>,
 }
 
 impl Carriage {
-    pub(super) fn new() -> Self {
-        Self { runtime: Handle::current(), inner: Arc::default() }
+    pub(super) fn new(homes: Homes) -> Self {
+        Self { runtime: Handle::current(), homes, inner: Arc::default() }
     }
 
     pub(super) fn add(&self, name: &str, engine: EngineHandle) {
@@ -89,6 +94,11 @@ impl Carriage {
         self.with(|inner| std::mem::take(&mut inner.carried))
     }
 
+    /// Why segments did not follow their sessions, since the last call.
+    pub fn unfetched(&self) -> Vec<String> {
+        self.with(|inner| std::mem::take(&mut inner.unfetched))
+    }
+
     fn with<T>(&self, look: impl FnOnce(&mut Inner) -> T) -> T {
         look(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -101,6 +111,50 @@ impl HandoffConnector for Carriage {
         let carriage = self.clone();
         self.runtime.spawn(async move { carry(&carriage, &engine, tamper, outgoing).await });
     }
+
+    fn fetch(&self, home: &RemoteHome, fetching: Fetching) {
+        let (carriage, endpoint) = (self.clone(), home.endpoint.clone());
+        self.runtime.spawn(async move {
+            if let Err(why) = fetch(&carriage.homes, &endpoint, fetching).await {
+                carriage.with(|inner| inner.unfetched.push(why));
+            }
+        });
+    }
+
+    fn tell(&self, home: &RemoteHome, note: HomeNote) {
+        let engine = self.with(|inner| inner.engines.get(&home.endpoint).cloned());
+        let directory = homes(&self.homes).get(&home.endpoint).map(|home| home.directory.clone());
+        let (Some(engine), Some(directory)) = (engine, directory) else { return };
+        for (session, epoch) in &note.given_up {
+            engine.home_given_up(SessionId(session.clone()), *epoch);
+        }
+        let is_missing = |(session, epoch): &&(String, u64)| {
+            directory.renew(session, *epoch, &Owner::default()) == Err(AnswerStatus::Unknown)
+        };
+        let missing = note.renewed.iter().filter(is_missing).cloned().collect();
+        note.answer(HomeAnswer { missing, call_back: directory.calls_back() });
+    }
+}
+
+/// Brings a segment page by page, or says why not.
+async fn fetch(known: &Homes, endpoint: &str, mut fetching: Fetching) -> Result<(), String> {
+    for first in fetching.positions().step_by(PAGE_POSITIONS as usize) {
+        let slices = {
+            let homes = homes(known);
+            let home = homes.get(endpoint).ok_or("the home is gone")?;
+            let session = (fetching.session(), fetching.epoch());
+            let layers = home.directory.page(&*home.reader, home.geometry.mla_layers, session, first);
+            let layers = layers.map_err(|status| format!("{status:?}"))?;
+            let slice = |(layer, bytes)| PageSlice::new(&home.geometry, layer, first, bytes);
+            (0..).zip(layers).map(slice).collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())?
+        };
+        fetching.push(slices).await.map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+fn homes(known: &Homes) -> MutexGuard<'_, HashMap<String, Home>> {
+    known.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn carry(carriage: &Carriage, engine: &EngineHandle, tamper: Tamper, mut outgoing: Outgoing) {
@@ -170,6 +224,7 @@ pub(super) struct Home {
     pub(super) directory: HomeDirectory,
     pub(super) reader: Arc<dyn LatentReader>,
     pub(super) model: AnswerModel,
+    pub(super) geometry: Geometry,
 }
 
 /// All of them, by address.

@@ -123,6 +123,7 @@ impl<B: Backend + 'static> Driver<B> {
             (low + mix(self.drawn.wrapping_mul(0x9e37_79b9_7f4a_7c15)) % (high - low)) as u32
         };
         Request {
+            grammar: None,
             request_id: name.clone(),
             sessions: vec![SessionId(name)],
             first_choice: 0,

@@ -11,6 +11,7 @@ use perigee_engine::homes::{AnswerModel, HomeDirectory};
 use perigee_engine::remote::{AttentionClient, RemoteHome};
 use perigee_migration::attend::{AnswerStatus, HeadRange, QueryValues, SessionQuery};
 use perigee_migration::{AnswerBatch, AttendShape, QueryBatch, merge};
+use perigee_proto::internal;
 use perigee_proto::internal::replica_client::ReplicaClient;
 use perigee_proto::internal::replica_server::{Replica as ReplicaRpc, ReplicaServer};
 use perigee_proto::internal::{
@@ -143,7 +144,7 @@ async fn a_home_with_too_much_to_do_tells_askers_to_come_again() {
     let homes = HomeDirectory::default();
     homes.publish("s", HomePages { pages: vec![(0, vec![3])] }, 2);
     let model = AnswerModel { shape: SHAPE, scale: 1.0 };
-    let parts = HomeParts { homes, reader: Arc::new(Slow(Arc::clone(&gate))), model };
+    let parts = HomeParts { homes, reader: Arc::new(Slow(Arc::clone(&gate))), model, geometry: None };
     let leader = Leader::start("a", LeaderOptions { homes: Some(parts), ..LeaderOptions::default() }).await;
     let mut asker = Asker::open(leader.internal).await.expect("it answers");
     let asked = question(&[("s", 2, 0..64)]);
@@ -196,6 +197,7 @@ struct FakeService {
 impl ReplicaRpc for FakeService {
     type AttachStream = ReceiverStream<Result<ReplicaMessage, Status>>;
     type AttendStream = ReceiverStream<Result<AttendAnswer, Status>>;
+    type FetchPagesStream = ReceiverStream<Result<internal::PageChunk, Status>>;
 
     async fn attach(&self, _: Request<Streaming<RouterMessage>>) -> Result<Response<Self::AttachStream>, Status> {
         Err(Status::unimplemented("a home only"))
@@ -209,6 +211,20 @@ impl ReplicaRpc for FakeService {
         let (answers, out) = mpsc::channel(16);
         self.streams.send(FakeStream { questions: request.into_inner(), answers }).expect("the test listens");
         Ok(Response::new(ReceiverStream::new(out)))
+    }
+
+    async fn fetch_pages(
+        &self,
+        _: Request<internal::FetchPagesRequest>,
+    ) -> Result<Response<Self::FetchPagesStream>, Status> {
+        Err(Status::unimplemented("fetch_pages"))
+    }
+
+    async fn keep_homes(
+        &self,
+        _: Request<internal::KeepHomesRequest>,
+    ) -> Result<Response<internal::KeepHomesAnswer>, Status> {
+        Err(Status::unimplemented("keep_homes"))
     }
 }
 

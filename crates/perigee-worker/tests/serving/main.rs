@@ -4,6 +4,7 @@
 
 mod asking;
 mod cluster;
+mod following;
 mod leader;
 mod moves;
 mod refusals;

@@ -16,16 +16,16 @@ use super::sandbox::HandMade;
 const BEFORE: usize = 20;
 
 /// Two replicas, the router's streams to them, and a session that runs on the first.
-struct Pair {
-    a: Replica,
-    b: Replica,
-    to_a: HandMade,
-    to_b: HandMade,
-    story: Story,
+pub(super) struct Pair {
+    pub(super) a: Replica,
+    pub(super) b: Replica,
+    pub(super) to_a: HandMade,
+    pub(super) to_b: HandMade,
+    pub(super) story: Story,
 }
 
 impl Pair {
-    async fn start(options: ReplicaOptions) -> Self {
+    pub(super) async fn start(options: ReplicaOptions) -> Self {
         let a = Replica::start("a", options.clone()).await;
         let b = Replica::start("b", options).await;
         let (mut to_a, to_b) = (a.attach().await, b.attach().await);
@@ -36,7 +36,7 @@ impl Pair {
     }
 
     /// Moves the session up to the point where both sides wait for the router.
-    async fn prepare(&mut self, mode: MoveMode) -> MoveReport {
+    pub(super) async fn prepare(&mut self, mode: MoveMode) -> MoveReport {
         self.to_a.send(router_message::Body::Prepare(self.b.invite("s", mode)));
         let report = self.story.follow_to_report(&mut self.to_a).await;
         assert_eq!(report.phase(), MovePhase::Ready, "{report:?}");
@@ -46,7 +46,7 @@ impl Pair {
     }
 
     /// The router's decision: the session is b's.
-    async fn commit(&mut self) {
+    pub(super) async fn commit(&mut self) {
         self.to_b.send(start(2));
         self.to_a.send(release(1, &self.b, 2));
         let report = self.story.follow_to_report(&mut self.to_b).await;
@@ -57,7 +57,7 @@ impl Pair {
 }
 
 /// Where b says that the session's latents are: (home, first, tokens).
-async fn segments(replica: &Replica) -> Vec<(String, u64, u64)> {
+pub(super) async fn segments(replica: &Replica) -> Vec<(String, u64, u64)> {
     let sessions = replica.engine.sessions().await;
     let session = sessions.into_iter().find(|session| session.session == SessionId("s".to_owned())).expect("it runs");
     session.segments.into_iter().map(|segment| (segment.home, segment.first, segment.tokens)).collect()

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use clap::Parser;
 use perigee_collectives::Solo;
+use perigee_engine::executor::Executor;
+use perigee_engine::moves::FollowPolicy;
 use perigee_engine::ranks::Ranks;
 use perigee_engine::{Engine, EngineConfig, EngineHandle};
 use perigee_proto::internal::{
@@ -14,11 +16,12 @@ use perigee_proto::internal::{
     router_message,
 };
 use perigee_telemetry::Metrics;
+use perigee_worker::front::{Front, FrontListeners};
 use perigee_worker::handoff::GrpcConnector;
 use perigee_worker::load::{cpu_backend, open};
 use perigee_worker::moving::{self, LeaderPlace};
 use perigee_worker::peers::Peers;
-use perigee_worker::serve::{LeaderListeners, LeaderParts, serve};
+use perigee_worker::serve::{LeaderParts, serve};
 use perigee_worker::{ReplicaIdentity, WorkerConfig, WorkerError, WorkerMetrics};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -43,11 +46,19 @@ pub(crate) struct ReplicaOptions {
     pub(crate) silence: Duration,
     pub(crate) grace: Duration,
     pub(crate) patience: Duration,
+    pub(crate) follow: FollowPolicy,
 }
 
 impl Default for ReplicaOptions {
     fn default() -> Self {
-        Self { model: "random:tiny", slots: 8, silence: LONG, grace: LONG, patience: Duration::from_secs(5) }
+        Self {
+            model: "random:tiny",
+            slots: 8,
+            silence: LONG,
+            grace: LONG,
+            patience: Duration::from_secs(5),
+            follow: FollowPolicy::Never,
+        }
     }
 }
 
@@ -91,10 +102,11 @@ impl Replica {
             endpoint: internal.to_string(),
             digest: opened.digest.clone(),
         };
-        let connector = GrpcConnector::new(Handle::current(), Peers::default(), moving::attend_shape(model));
+        let connector = GrpcConnector::new(Handle::current(), Peers::default(), &place.replica, &place.incarnation);
         let (mut moves, homes) =
-            moving::set_up(place, model, &config.moves, Arc::new(connector), ranks.latent_reader());
+            moving::set_up(place, model, &config.moves, Arc::new(connector), (ranks.latent_reader(), ranks.geometry()));
         (moves.silence, moves.grace, moves.patience) = (options.silence, options.grace, options.patience);
+        moves.follow = options.follow;
         let metrics = Metrics::default();
         let worker_metrics = WorkerMetrics::register(&metrics).expect("registered");
         let observer = Arc::new(worker_metrics.clone());
@@ -116,11 +128,13 @@ impl Replica {
             weight_bytes: vec![0],
             step_tokens: opened.limits.step_tokens as u32,
         };
-        let listeners = LeaderListeners { internal: internal_port, public, http };
+        let listeners = FrontListeners { public: Some(public), http };
+        let front = Front::start(listeners, metrics.clone(), None).expect("it opens");
         let parts = LeaderParts {
             engine: engine.clone(),
             identity,
-            metrics: metrics.clone(),
+            front,
+            drain: tokio::sync::watch::channel(false).0,
             worker_metrics,
             grace: Duration::ZERO,
             tls: None,
@@ -128,7 +142,7 @@ impl Replica {
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
-            serve(parts, listeners, async {
+            serve(parts, internal_port, async {
                 // Dropped or sent: stop.
                 let _ = stopped.await;
             })

@@ -15,7 +15,8 @@ use perigee_registry::{InProcessRegistry, ReplicaRecord};
 use perigee_router::{Router, RouterConfig, RouterListeners, RouterParts};
 use perigee_telemetry::Metrics;
 use perigee_worker::attend::HomeParts;
-use perigee_worker::serve::{LeaderListeners, LeaderParts, serve};
+use perigee_worker::front::{Front, FrontListeners};
+use perigee_worker::serve::{LeaderParts, serve};
 use perigee_worker::{ReplicaIdentity, WorkerError, WorkerMetrics};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
@@ -86,13 +87,14 @@ impl Leader {
         };
         let ((internal_port, internal), (public_port, public), (http_port, http)) =
             (bind().await, bind().await, bind().await);
-        let listeners = LeaderListeners { internal: internal_port, public: public_port, http: http_port };
+        let listeners = FrontListeners { public: Some(public_port), http: http_port };
+        let front = Front::start(listeners, metrics.clone(), None).expect("it opens");
         let grace = Duration::from_secs(5);
-        let (engine_handle, metrics_handle) = (engine.clone(), metrics.clone());
         let parts = LeaderParts {
-            engine: engine_handle,
+            engine: engine.clone(),
             identity,
-            metrics: metrics_handle,
+            front,
+            drain: tokio::sync::watch::channel(false).0,
             worker_metrics,
             grace,
             homes: options.homes,
@@ -100,7 +102,7 @@ impl Leader {
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
-            serve(parts, listeners, async {
+            serve(parts, internal_port, async {
                 // Dropped or sent: stop.
                 let _ = stopped.await;
             })

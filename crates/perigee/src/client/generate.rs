@@ -62,7 +62,7 @@ pub(crate) struct GenerateArgs {
 
 /// The whole answer in JSON.
 #[derive(Debug, Default, Serialize)]
-struct Answer {
+pub(crate) struct Answer {
     request_id: String,
     choices: Vec<Choice>,
     /// Milliseconds to the first token.
@@ -124,7 +124,7 @@ impl GenerateArgs {
 
 impl Answer {
     /// Takes in a response; an error where the router broke its promise about indices.
-    fn take(&mut self, response: GenerateResponse, now: Instant) -> anyhow::Result<()> {
+    pub(crate) fn take(&mut self, response: GenerateResponse, now: Instant) -> anyhow::Result<()> {
         let choice = response.choice as usize;
         while self.choices.len() <= choice {
             self.choices.push(Choice::default());
@@ -156,7 +156,7 @@ impl Answer {
         Ok(())
     }
 
-    fn measure(&mut self, started: Instant) {
+    pub(crate) fn measure(&mut self, started: Instant) {
         let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
         let first = self.choices.iter().filter_map(|choice| choice.times.first()).min();
         self.ttft_ms = first.map_or(0.0, |first| milliseconds(first.duration_since(started)));
@@ -168,6 +168,21 @@ impl Answer {
             }
         }
         self.tpot_ms = if tokens > 0 { milliseconds(time) / tokens as f64 } else { 0.0 };
+    }
+}
+
+impl Answer {
+    /// The text of the first choice.
+    pub(crate) fn text(&self) -> String {
+        self.choices.first().map(|choice| choice.text.clone()).unwrap_or_default()
+    }
+
+    /// Who answered, and how fast, in a line.
+    pub(crate) fn figures(&self) -> String {
+        let choice =
+            |choice: &Choice| format!("{}: {} tokens from {}; ", choice.session, choice.tokens.len(), choice.replica);
+        let choices: String = self.choices.iter().map(choice).collect();
+        format!("{choices}TTFT {:.1} ms, TPOT {:.2} ms", self.ttft_ms, self.tpot_ms)
     }
 }
 

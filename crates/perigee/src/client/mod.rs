@@ -1,6 +1,7 @@
 //! Commands that ask a running cluster: one file each, with its arguments and what it prints. They know the public protos
 //! and nothing of what is behind a router.
 
+pub(crate) mod chat;
 pub(crate) mod drain;
 pub(crate) mod generate;
 pub(crate) mod migrate;

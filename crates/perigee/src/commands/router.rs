@@ -1,15 +1,16 @@
 //! `perigee router`: the front door as a process of its own. Replicas are found in the registry.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 use perigee_registry::EtcdOptions;
-use perigee_router::{MoveTimes, RouterConfig, RouterListeners, RouterParts};
+use perigee_router::{MoveTimes, ResumeKey, RouterConfig, RouterListeners, RouterParts};
 use perigee_tls::ServerTlsOptions;
 use tokio::net::TcpListener;
 
-use crate::commands::{interrupted, without_faults};
+use crate::commands::{UsageError, interrupted, without_faults};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
 /// What a router does with requests, wherever it runs.
@@ -24,7 +25,8 @@ pub(crate) struct RouterOptions {
     /// Milliseconds that a moving session may take until its target holds it; then the move is taken back.
     #[arg(long, default_value_t = 10_000)]
     prepare_ms: u64,
-    /// Milliseconds that a session whose replica was lost may wait for another one; then its request fails.
+    /// Milliseconds that a session whose replica was lost may wait for another one; then its request fails. One with a
+    /// deadline waits until that.
     #[arg(long, default_value_t = 30_000)]
     replay_ms: u64,
 }
@@ -52,7 +54,8 @@ pub(crate) struct RouterArgs {
     /// Address of the gRPC service.
     #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_PORT)))]
     listen: SocketAddr,
-    /// Address of the OpenAI-compatible API, /health and /metrics.
+    /// Address of the OpenAI-compatible API, /live, /health and /metrics. /health is 200 while requests are taken, else 503
+    /// and waiting or draining.
     #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_HTTP_PORT)))]
     http: SocketAddr,
     /// Where replicas are found: etcd://HOST:PORT,HOST:PORT[/PREFIX], or file:PATH, a JSON file
@@ -67,15 +70,27 @@ pub(crate) struct RouterArgs {
     model: Option<String>,
     #[command(flatten)]
     options: RouterOptions,
+    /// File with the key that signs resume tokens, at least 32 bytes, the same at all routers; without it a resumable request
+    /// can only go on at the router that began it.
+    #[arg(long, value_name = "FILE")]
+    resume_key_file: Option<PathBuf>,
     /// TLS of both listeners, and towards replicas.
     #[command(flatten)]
     tls: ServerTlsOptions,
+}
+
+/// The key in a file, byte for byte.
+fn resume_key(path: &Path) -> anyhow::Result<ResumeKey> {
+    let told = |error: String| UsageError(format!("--resume-key-file: {}: {error}", path.display()));
+    let secret = std::fs::read(path).map_err(|error| told(error.to_string()))?;
+    Ok(ResumeKey::new(&secret).map_err(|error| told(error.to_string()))?)
 }
 
 pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
     let mut faults = args.etcd.faults();
     faults.extend(args.tls.faults(&[("--listen", args.listen), ("--http", args.http)]));
     without_faults(&faults)?;
+    let resume_key = args.resume_key_file.as_deref().map(resume_key).transpose()?;
     let tls = args.tls.load()?;
     let registry = perigee_registry::open(&args.registry, &args.etcd).context("--registry")?;
     let (tokenizer, template, model_digest) = match &args.model {
@@ -95,7 +110,8 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
         let listeners =
             RouterListeners { grpc: bind("--listen", args.listen).await?, http: bind("--http", args.http).await? };
         println!("perigee router: gRPC {}, HTTP {}", listeners.grpc.local_addr()?, listeners.http.local_addr()?);
-        let parts = RouterParts::new(registry, tokenizer)?.with_template(template).with_tls(tls);
+        let parts =
+            RouterParts::new(registry, tokenizer)?.with_template(template).with_tls(tls).with_resume_key(resume_key);
         perigee_router::serve(config, parts, listeners, async {
             if let Err(error) = interrupted().await {
                 tracing::warn!(%error, "no handler for signals; ending");

@@ -13,6 +13,8 @@ mod outage;
 #[cfg(test)]
 mod parts;
 #[cfg(test)]
+mod probes;
+#[cfg(test)]
 mod streams;
 #[cfg(test)]
 mod tls;

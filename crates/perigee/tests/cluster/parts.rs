@@ -48,6 +48,7 @@ pub(crate) struct Replica {
 pub(crate) struct Router {
     pub(crate) process: Started,
     pub(crate) grpc: SocketAddr,
+    pub(crate) http: SocketAddr,
     pub(crate) clients: Clients,
 }
 
@@ -98,9 +99,11 @@ impl Cluster {
         let mut command = perigee();
         command.args(["router", "--listen=127.0.0.1:0", "--http=127.0.0.1:0", &format!("--model={MODEL}")]);
         let mut process = self.spawn("router", identity, command);
-        let grpc = router_address(&process.first_line(START).unwrap()).unwrap();
+        let line = process.first_line(START).unwrap();
+        let grpc = router_address(&line).unwrap();
+        let http = line.split([' ', ',']).filter_map(|word| word.parse().ok()).nth(1).expect("its HTTP address");
         let clients = Clients::connect_by(&identity.dialer, grpc).await.unwrap();
-        Router { process, grpc, clients }
+        Router { process, grpc, http, clients }
     }
 }
 

@@ -25,6 +25,7 @@ const FREED: Duration = Duration::from_secs(10);
 fn request(name: &str, length: usize, tokens: u32, sampling: SamplingParams) -> Request {
     let seed = name.bytes().fold(7, |seed: u64, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
     Request {
+        grammar: None,
         request_id: name.to_owned(),
         sessions: vec![SessionId(name.to_owned())],
         first_choice: 0,

@@ -33,6 +33,7 @@ fn request() -> Request {
         ..SamplingParams::default()
     };
     Request {
+        grammar: None,
         request_id: "a captured request".into(),
         sessions: vec![SessionId(SESSION.into())],
         first_choice: 0,

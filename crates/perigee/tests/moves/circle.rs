@@ -98,6 +98,8 @@ async fn waited(fleet: &Fleet, replica: usize) -> f64 {
 async fn one_of_a_ring_stops(degrees: &[usize], lease: Duration, seed: u64) {
     let fleet = FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), degrees)
         .worker(format!("--attend-deadline-ms={}", DEADLINE.as_millis()))
+        // They would not stay where they are asked for.
+        .worker("--pages-follow=never")
         .router(format!("--lease-ms={}", lease.as_millis()))
         .start()
         .await

@@ -41,16 +41,16 @@ const FREED: Duration = Duration::from_secs(20);
 const SEED: u64 = 7000;
 
 /// A stream and what is known of it while it runs.
-struct Open {
-    request: GenerateRequest,
+pub(super) struct Open {
+    pub(super) request: GenerateRequest,
     tokens: Arc<AtomicUsize>,
-    session: String,
-    on: String,
-    answer: JoinHandle<Answer>,
+    pub(super) session: String,
+    pub(super) on: String,
+    pub(super) answer: JoinHandle<Answer>,
 }
 
 impl Open {
-    async fn start(clients: &Clients, request: GenerateRequest) -> Self {
+    pub(super) async fn start(clients: &Clients, request: GenerateRequest) -> Self {
         let tokens = Arc::new(AtomicUsize::new(0));
         let (first, began) = tokio::sync::oneshot::channel();
         let watch = Watch::new(tokens.clone(), Arc::new(AtomicBool::new(false)), first);
@@ -60,13 +60,14 @@ impl Open {
         Self { request, tokens, session, on, answer }
     }
 
-    async fn reaches(&self, count: usize) {
+    pub(super) async fn reaches(&self, count: usize) {
         let look = async || Ok((self.tokens.load(Ordering::Relaxed) >= count).then_some(()));
         eventually(&format!("{count} tokens"), PATIENCE, look).await.unwrap();
     }
 }
 
-fn request(numbers: &mut Numbers, name: String) -> GenerateRequest {
+/// A random request with a prompt of `length` tokens, which goes on for `TOKENS`.
+pub(super) fn request(numbers: &mut Numbers, name: String, length: usize) -> GenerateRequest {
     let sampling = SamplingParams {
         temperature: Some(if numbers.one_in(2) { 0.0 } else { 0.8 }),
         repetition_penalty: numbers.one_in(2).then_some(1.2),
@@ -74,7 +75,6 @@ fn request(numbers: &mut Numbers, name: String) -> GenerateRequest {
         ignore_eos: true,
         ..SamplingParams::default()
     };
-    let length = numbers.between(20, 500);
     GenerateRequest {
         request_id: name,
         token_ids: prompt(numbers, 512, length),
@@ -106,7 +106,8 @@ impl Scene {
         let mut open = Vec::new();
         for session in 0..SESSIONS {
             let name = format!("{victim:?}-{number}-{session}");
-            open.push(Open::start(&self.clients, request(numbers, name)).await);
+            let length = numbers.between(20, 500);
+            open.push(Open::start(&self.clients, request(numbers, name, length)).await);
         }
         for stream in &open {
             stream.reaches(UNDERWAY).await;
@@ -140,26 +141,9 @@ impl Scene {
     }
 
     fn judge(&mut self, victim: Victim, request: &GenerateRequest, answer: &Answer) {
-        let name = &request.request_id;
-        assert_eq!(answer.broken, Vec::<String>::new(), "{name}");
-        if let Some(status) = &answer.failed {
-            // What a client makes of a connection that breaks depends on where it breaks.
-            let is_broken = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled);
-            assert!(victim == Victim::Router && is_broken, "{name}: {status}");
-        }
-        assert_eq!(answer.failed.is_none(), answer.choices[0].finish.is_some(), "{name}");
-        let mut seen = observed(request, &answer.choices[0]);
-        // A replay computes the prompt anew, in other chunks.
-        seen.disturbed = 0;
         self.tally.compared += 1;
-        match self.undisturbed.judge(&engine_request(request), 0, &seen).unwrap() {
-            Verdict::Same => {}
-            Verdict::Excused(excuses) => {
-                println!("{name} excused: {excuses:?}");
-                self.tally.excused += 1;
-            }
-            Verdict::Different(what) => panic!("{name}: {what}; epochs {:?}", answer.choices[0].epochs),
-        }
+        let is_excused = judge(&mut self.undisturbed, request, answer, victim == Victim::Router);
+        self.tally.excused += usize::from(is_excused);
     }
 
     /// Everything that was held is free, and whoever died is there again.
@@ -174,6 +158,34 @@ impl Scene {
         }
         self.fleet.ready(&self.clients).await.unwrap();
         self.clients.all_free(FREED).await.unwrap();
+    }
+}
+
+/// Holds a stream against its undisturbed run; whether it needed an excuse. Only one whose router died may have broken off.
+pub(super) fn judge(
+    undisturbed: &mut Undisturbed,
+    request: &GenerateRequest,
+    answer: &Answer,
+    has_lost_router: bool,
+) -> bool {
+    let name = &request.request_id;
+    assert_eq!(answer.broken, Vec::<String>::new(), "{name}");
+    if let Some(status) = &answer.failed {
+        // What a client makes of a connection that breaks depends on where it breaks.
+        let is_broken = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled);
+        assert!(has_lost_router && is_broken, "{name}: {status}");
+    }
+    assert_eq!(answer.failed.is_none(), answer.choices[0].finish.is_some(), "{name}");
+    let mut seen = observed(request, &answer.choices[0]);
+    // A replay computes the prompt anew, in other chunks.
+    seen.disturbed = 0;
+    match undisturbed.judge(&engine_request(request), 0, &seen).unwrap() {
+        Verdict::Same => false,
+        Verdict::Excused(excuses) => {
+            println!("{name} excused: {excuses:?}");
+            true
+        }
+        Verdict::Different(what) => panic!("{name}: {what}; epochs {:?}", answer.choices[0].epochs),
     }
 }
 

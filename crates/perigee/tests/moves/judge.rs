@@ -150,6 +150,7 @@ pub(crate) fn engine_request(asked: &GenerateRequest) -> Request {
         prompt_logprobs: params.prompt_logprobs,
     };
     Request {
+        grammar: None,
         request_id: asked.request_id.clone(),
         sessions: vec![SessionId(asked.request_id.clone())],
         first_choice: 0,

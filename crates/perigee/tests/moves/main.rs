@@ -14,9 +14,19 @@ mod client;
 #[cfg(test)]
 mod deaths;
 #[cfg(test)]
+mod drains;
+#[cfg(test)]
 mod judge;
 #[cfg(test)]
+mod kills;
+#[cfg(test)]
+mod known;
+#[cfg(test)]
 mod plan;
+#[cfg(test)]
+mod restarts;
+#[cfg(test)]
+mod resumes;
 #[cfg(test)]
 mod schedules;
 

@@ -39,7 +39,8 @@ const DEGREES: [usize; 4] = [1, 2, 4, 1];
 /// Positions of a page.
 const PAGE: u64 = 64;
 
-fn setting(name: &str) -> Option<u64> {
+/// A number from the environment.
+pub(crate) fn setting(name: &str) -> Option<u64> {
     let value = std::env::var(name).ok()?;
     Some(value.parse().unwrap_or_else(|_| panic!("{name} is {value:?}, expected a number")))
 }

@@ -140,11 +140,13 @@ async fn calls_of_later_versions_are_unimplemented() {
         assert!(!status.message().is_empty(), "{status:?}");
         status.code()
     };
-    assert_eq!(code(inference.resume(ResumeRequest::default()).await.unwrap_err()), Code::Unimplemented);
+    assert_eq!(code(inference.resume(ResumeRequest::default()).await.unwrap_err()), Code::InvalidArgument);
     assert_eq!(code(cluster.migrate(MigrateRequest::default()).await.unwrap_err()), Code::InvalidArgument);
     let nobody = MigrateRequest { session_id: format!("s-{:032x}", 1), to: "replica-0".into(), mode: 0 };
     assert_eq!(code(cluster.migrate(nobody).await.unwrap_err()), Code::NotFound);
-    assert_eq!(code(cluster.drain(DrainRequest::default()).await.unwrap_err()), Code::Unimplemented);
+    assert_eq!(code(cluster.drain(DrainRequest::default()).await.unwrap_err()), Code::InvalidArgument);
+    let nobody = DrainRequest { replica: "nobody".into() };
+    assert_eq!(code(cluster.drain(nobody).await.unwrap_err()), Code::NotFound);
     // Nor does the router answer what replicas answer, or what nobody does.
     for path in ["/perigee.v1.Inference/Nothing", "/perigee.v1.Nothing/Generate", "/perigee.internal.v1.Replica/Attach"]
     {

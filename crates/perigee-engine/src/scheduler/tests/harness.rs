@@ -333,7 +333,7 @@ impl Harness {
             if mishaps.unpark {
                 self.device.drop_parked(unpark.key);
                 lost.insert(unpark.task);
-                if self.scheduler.restart(unpark.task).unwrap().is_err() {
+                if self.scheduler.restart(unpark.task).unwrap().never.is_some() {
                     self.evict(unpark.task);
                 }
             } else {

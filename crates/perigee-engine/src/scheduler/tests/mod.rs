@@ -3,6 +3,7 @@
 
 mod arrivals;
 mod device;
+mod following;
 mod harness;
 mod moves;
 mod moving;

@@ -292,7 +292,7 @@ fn a_rebuild_needs_one_slot_and_all_pages() {
     let mut harness = Harness::new(Limits { pages: 2, ..limits() });
     let id = come_with_remote(&mut harness, 2, 150, 4);
     step(&mut harness);
-    let never = harness.scheduler.restart(id).unwrap().unwrap_err();
+    let never = harness.scheduler.restart(id).unwrap().never.unwrap();
     assert_eq!(never, crate::scheduler::NeverFits::Pages { wanted: 153, limit: 128 });
     harness.check();
     assert!(step(&mut harness).is_empty());

@@ -183,7 +183,7 @@ impl Harness {
 
     /// A session's latents are lost: it is computed again, or ends where that cannot be.
     pub(super) fn rebuild(&mut self, id: TaskId) {
-        if self.scheduler.restart(id).unwrap().is_err() {
+        if self.scheduler.restart(id).unwrap().never.is_some() {
             self.evict(id);
         }
         self.check();

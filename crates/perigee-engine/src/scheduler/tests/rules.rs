@@ -230,7 +230,7 @@ fn prompt_logits_are_asked_for_once_and_within_the_rows() {
     let id = arrive(&mut harness, &Arrival { prompt_logits: true, ..Arrival::plain(30, 5) });
     let mut asked = Vec::new();
     harness.step(Mishaps::default());
-    harness.scheduler.restart(id).unwrap().unwrap();
+    assert_eq!(harness.scheduler.restart(id).unwrap().never, None);
     while harness.work.contains_key(&id) {
         for row in harness.step(Mishaps::default()).rows {
             asked.extend(row.prompt_logits_from.into_iter().flat_map(|from| from..row.end()));

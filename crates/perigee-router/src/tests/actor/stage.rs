@@ -80,7 +80,7 @@ impl Stage {
                 self.shared.lock().submits.push(submit.clone());
                 return self.submit(submit);
             }
-            Body::ListSessions(_) | Body::Hello(_) | Body::Renew(_) | Body::Flush(_) => return,
+            Body::ListSessions(_) | Body::Hello(_) | Body::Renew(_) | Body::Flush(_) | Body::Drain(_) => return,
         };
         self.shared.lock().heard.push(said);
         let times = match self.fate(said) {

@@ -1,0 +1,120 @@
+//! Routers that are killed in the middle of streams: every stream goes on at another router from the next index, whether or
+//! not the client says again which tokens it has, and all its tokens together are those of an undisturbed run.
+
+use perigee_proto::v1::{FinishReason, GenerateRequest, GenerateResponse, ReceivedTokens, ResumeRequest};
+use perigee_testkit::sandbox::{Clients, FleetSpec};
+use tonic::{Code, Streaming};
+
+use crate::PATIENCE;
+use crate::client::{Answer, Choice};
+use crate::known::Known;
+
+/// Different requests: greedy and sampled, and one in five with two choices.
+const REQUESTS: usize = 10;
+/// Responses that a client has before its router dies; requests are much longer.
+const BEFORE: usize = 25;
+
+/// What a client has of a request.
+struct Got {
+    choices: Vec<Choice>,
+    token: Vec<u8>,
+}
+
+impl Got {
+    fn new(request: &GenerateRequest) -> Self {
+        let count = request.sampling.as_ref().and_then(|sampling| sampling.n).unwrap_or(1);
+        Self { choices: vec![Choice::default(); count as usize], token: Vec::new() }
+    }
+
+    fn take(&mut self, response: GenerateResponse) {
+        let choice = &mut self.choices[response.choice as usize];
+        assert_eq!(response.index, choice.tokens.len() as u64, "a gap or a repeat: {response:?}");
+        assert_eq!(choice.finish, None, "a response after the end");
+        choice.tokens.extend(response.token_id);
+        choice.text.push_str(&response.text);
+        let finish = response.finish_reason();
+        choice.finish = (finish != FinishReason::Unspecified).then_some(finish);
+        assert!(!response.resume_token.is_empty());
+        self.token = response.resume_token;
+    }
+
+    /// Reads so many responses, or all. True where the stream had its own end.
+    async fn read(&mut self, stream: &mut Streaming<GenerateResponse>, most: usize) -> bool {
+        for _ in 0..most {
+            match tokio::time::timeout(PATIENCE, stream.message()).await.expect("no stream hangs") {
+                Ok(Some(response)) => self.take(response),
+                Ok(None) => return true,
+                Err(_) => return false,
+            }
+        }
+        false
+    }
+
+    fn resume(&self, request: &GenerateRequest, tells_tokens: bool) -> ResumeRequest {
+        let tokens = self.choices.iter().map(|choice| ReceivedTokens { token_ids: choice.tokens.clone() });
+        let received = if tells_tokens { tokens.collect() } else { Vec::new() };
+        ResumeRequest { request: Some(request.clone()), resume_token: self.token.clone(), received }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_whose_router_was_killed_goes_on_at_another_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = folder.path().join("key");
+    std::fs::write(&key, [7; 32]).unwrap();
+    let fleet = FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &[1, 2]);
+    let mut fleet = fleet.router(format!("--resume-key-file={}", key.display())).start().await.unwrap();
+    let (address, _other) = fleet.another_router().unwrap();
+    let other = Clients::connect(address).await.unwrap();
+    fleet.ready(&other).await.unwrap();
+    let known = Known::ask(&other, REQUESTS, (500, 700), 9500).await;
+
+    for number in 0..REQUESTS {
+        let request = GenerateRequest { resumable: true, ..known.request(number).clone() };
+        let clients = fleet.connect().await.unwrap();
+        fleet.ready(&clients).await.unwrap();
+        let mut got = Got::new(&request);
+        let mut stream = clients.inference.clone().generate(request.clone()).await.unwrap().into_inner();
+        got.read(&mut stream, BEFORE).await;
+        fleet.router.kill();
+        // What was on its way counts: the client has it.
+        assert!(!got.read(&mut stream, usize::MAX).await, "it was to be cut: let it be longer");
+        let before: usize = got.choices.iter().map(|choice| choice.tokens.len()).sum();
+
+        let resume = got.resume(&request, number % 2 == 0);
+        let mut rest = other.inference.clone().resume(resume.clone()).await.unwrap().into_inner();
+        assert!(got.read(&mut rest, usize::MAX).await, "its own end");
+        println!("{}: {before} tokens before, then {:?}", request.request_id, got.choices[0].finish);
+        // A client that has everything gets nothing more.
+        let mut nothing = other.inference.clone().resume(got.resume(&request, false)).await.unwrap().into_inner();
+        assert!(nothing.message().await.unwrap().is_none());
+
+        let answer = Answer { choices: got.choices, moves: Vec::new(), failed: None, broken: Vec::new() };
+        known.judge(number, &answer);
+        if number == 0 {
+            refused(&other, &resume).await;
+        }
+        fleet.restart_router().unwrap();
+    }
+    known.few_excuses(REQUESTS);
+    other.all_free(PATIENCE).await.unwrap();
+}
+
+/// What differs from the request of the token is refused, and says which field is wrong.
+async fn refused(clients: &Clients, good: &ResumeRequest) {
+    let mut longer = good.clone();
+    longer.request.as_mut().unwrap().max_tokens = Some(9);
+    let mut other_seed = good.clone();
+    other_seed.request.as_mut().unwrap().sampling.as_mut().unwrap().seed = Some(1);
+    let mut damaged = good.clone();
+    damaged.resume_token[3] ^= 1;
+    let mut fewer = good.clone();
+    fewer.received[0].token_ids.pop();
+    for (request, field) in
+        [(longer, "request"), (other_seed, "request"), (damaged, "resume_token"), (fewer, "received")]
+    {
+        let status = clients.inference.clone().resume(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(status.message().contains(field), "{field}: {status}");
+    }
+}
