@@ -105,6 +105,13 @@ impl Tls {
         self.files.ca.is_some()
     }
 
+    /// What a client of an HTTP server needs: the same certificates, and no protocol chosen.
+    pub fn https_client(&self) -> ClientConfig {
+        let mut config = ClientConfig::clone(&self.material().client);
+        config.alpn_protocols.clear();
+        config
+    }
+
     /// TLS among ranks; none without an own certificate.
     pub fn ranks(&self) -> Option<RankTls> {
         self.material().ranks.clone()

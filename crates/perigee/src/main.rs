@@ -30,7 +30,7 @@ enum Command {
     /// Works on configuration files.
     Config(commands::config::ConfigArgs),
     /// Runs a router.
-    Router(commands::router::RouterArgs),
+    Router(Box<commands::router::RouterArgs>),
     /// Runs one rank of a replica.
     Worker(Box<perigee_worker::WorkerConfig>),
     /// Sends a prompt to a router and prints the answer.
@@ -54,11 +54,12 @@ enum Command {
 }
 
 /// Logs go to standard error. PERIGEE_LOG filters them, such as `info,perigee_router=debug`; PERIGEE_LOG_FORMAT is text or
-/// json. Only warnings by default: a person at a terminal came for the answer.
+/// json. By default only warnings, and the balancer's moves: a person at a terminal came for the answer.
 fn logs() -> anyhow::Result<()> {
     let setting = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
     let format = setting("PERIGEE_LOG_FORMAT", "text").parse()?;
-    perigee_telemetry::LogOptions { format, filter: setting("PERIGEE_LOG", "warn") }.install()?;
+    perigee_telemetry::LogOptions { format, filter: setting("PERIGEE_LOG", "warn,perigee_router::balance=info") }
+        .install()?;
     Ok(())
 }
 
@@ -67,7 +68,7 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Config(args) => commands::config::run(&args),
         Command::Up(args) => commands::up::run(*args),
-        Command::Router(args) => commands::router::run(args),
+        Command::Router(args) => commands::router::run(*args),
         Command::Worker(config) => {
             commands::without_faults(&config.faults())?;
             perigee_worker::run(&config).map_err(anyhow::Error::from)
