@@ -29,7 +29,7 @@ impl Scene {
         let settings = EngineConfig { clock: clock.clone() as Arc<dyn Clock>, ..moving("a", Arc::default()) };
         let mut driver = Driver::new(ModelExecutor::new(ModelSizes::default()), settings);
         driver.submit(&Request { resumable, ..request() });
-        (0..10).for_each(|_| drop(driver.turn()));
+        (0..10).for_each(|_| assert_eq!(driver.turn(), Turn::Stepped));
         Self { driver, clock }
     }
 
@@ -138,7 +138,7 @@ fn a_deadline_holds_while_a_session_waits_and_a_new_one_from_when_it_goes_on() {
         let deadline = Some(clock.now() + Duration::from_secs(3));
         driver.submit(&Request { resumable: true, deadline, ..greedy_request(name, vec![7; 9], 1000) });
     }
-    (0..5).for_each(|_| drop(driver.turn()));
+    (0..5).for_each(|_| assert_eq!(driver.turn(), Turn::Stepped));
     driver.handle.detach(ROUTER);
     let mut events = driver.handle.attach(OTHER);
     let deadline = Some(clock.now() + Duration::from_secs(6));

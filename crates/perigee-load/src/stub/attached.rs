@@ -99,7 +99,7 @@ impl Attached {
             Body::Flush(asked) => return self.send(replica_message::Body::Flushed(Flushed { call: asked.call })),
             // Nothing here moves, and a lease is never needed: a stub that steps for nobody does no harm.
             Body::Hello(_) | Body::Renew(_) | Body::Prepare(_) | Body::Start(_) => {}
-            Body::Release(_) | Body::AbortMove(_) | Body::Drain(_) => {}
+            Body::Release(_) | Body::AbortMove(_) | Body::TakeOver(_) | Body::Drain(_) => {}
         }
         true
     }
