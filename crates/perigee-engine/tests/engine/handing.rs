@@ -78,8 +78,17 @@ fn draws(driver: &mut Driver, turns: usize) {
 /// Brings the target what is out so far.
 async fn bring(outgoing: &mut Outgoing, incoming: &mut Incoming, target: &mut Driver) -> Result<(), String> {
     let chunk = outgoing.next_chunk().await.expect("header and tokens");
-    let (pushed, _) = tokio::join!(incoming.push(&chunk), async { target.turn() });
-    pushed.map_err(|refused| refused.to_string())
+    let push = incoming.push(&chunk);
+    tokio::pin!(push);
+    loop {
+        tokio::select! {
+            biased;
+            pushed = &mut push => return pushed.map_err(|refused| refused.to_string()),
+            () = tokio::task::yield_now() => {
+                target.turn();
+            }
+        }
+    }
 }
 
 #[tokio::test]

@@ -166,6 +166,11 @@ async fn carry(carriage: &Carriage, engine: &EngineHandle, tamper: Tamper, mut o
     while let Some(chunk) = outgoing.next_chunk().await {
         let start = sent.len();
         sent.extend(&chunk);
+        // What comes instead of a handoff comes at its end.
+        if let Some(on_room) = on_room.take_if(|_| matches!(tamper, Tamper::Replace(_))) {
+            // The source may have given up.
+            let _ = on_room.send(());
+        }
         let Some(bytes) = tampered(&tamper, chunk, start, &mut is_broken) else { continue };
         if refused.is_none()
             && !bytes.is_empty()
@@ -174,8 +179,7 @@ async fn carry(carriage: &Carriage, engine: &EngineHandle, tamper: Tamper, mut o
             refused = Some(error.to_string());
             break;
         }
-        // What is to come instead of a handoff comes at its end.
-        if (incoming.has_room() || matches!(tamper, Tamper::Replace(_)))
+        if incoming.has_room()
             && let Some(on_room) = on_room.take()
         {
             // The source may have given up.

@@ -18,6 +18,9 @@ const MODEL: &str = "random:tiny";
 const VOCAB: usize = 512;
 /// Longest session of these tests.
 const LONGEST: usize = 1024;
+/// Tokens of a session that is to move: far more than it draws while its target is asked for room, on a machine that does
+/// other things too.
+const MANY: u32 = 400;
 /// How long slots and pages may take to come back, where no grace time has to run out.
 const FREED: Duration = Duration::from_secs(10);
 
@@ -74,7 +77,7 @@ fn wrong(undisturbed: &mut Undisturbed, request: &Request, course: &Course) -> O
 /// Sessions whose prompt ends within a page, greedy, drawn and penalised.
 fn sessions() -> Vec<Request> {
     [("greedy", 40, SamplingParams::greedy()), ("sampled", 100, sampled()), ("penalised", 90, penalised())]
-        .map(|(name, length, sampling)| request(name, length, 150, sampling))
+        .map(|(name, length, sampling)| request(name, length, MANY, sampling))
         .to_vec()
 }
 
@@ -201,7 +204,7 @@ async fn damaged_handoffs_are_refused_and_the_session_goes_on() {
 async fn what_does_not_belong_to_a_target_is_refused_and_the_session_goes_on() {
     let mut undisturbed = undisturbed();
     let spec = WorldSpec::new(&[1, 1]);
-    let plain = request("plain", 150, 40, sampled());
+    let plain = request("plain", 150, MANY, sampled());
     let first = [order(5, 1, Mode::Whole)];
 
     // A handoff of another model, of another session's past, and of a full target.
@@ -209,7 +212,7 @@ async fn what_does_not_belong_to_a_target_is_refused_and_the_session_goes_on() {
     Relay::attach(&other).run(&plain, 0, &first, Trouble::default()).await.unwrap();
     let foreign = other.carriage().carried().remove(0).bytes;
     let wide = World::start(&WorldSpec { model: "random:wide".into(), ..spec.clone() }).unwrap();
-    let short = request("wide", 20, 12, sampled());
+    let short = request("wide", 20, 100, sampled());
     Relay::attach(&wide).run(&short, 0, &[order(2, 1, Mode::Split)], Trouble::default()).await.unwrap();
     let larger = wide.carriage().carried().remove(0).bytes;
 
@@ -243,7 +246,7 @@ async fn a_full_target_refuses_and_the_session_goes_on() {
     let mut undisturbed = undisturbed();
     // A session with latents elsewhere needs two slots: one to read, one to write.
     let world = World::start(&WorldSpec { last_slots: 1, ..WorldSpec::new(&[1, 1]) }).unwrap();
-    let request = request("mover", 200, 60, sampled());
+    let request = request("mover", 200, MANY, sampled());
     let orders = [order(5, 1, Mode::Split)];
     let course = Relay::attach(&world).run(&request, 0, &orders, Trouble::default()).await.unwrap();
     assert_eq!(wrong(&mut undisturbed, &request, &course), None);
@@ -368,7 +371,7 @@ async fn asking_costs_what_the_formula_says() {
         let mut relay = Relay::attach(&world);
         for length in [130, 600] {
             let before = world.members[1].asked.totals();
-            let request = request(&format!("asks-{length}"), length, 40, sampled());
+            let request = request(&format!("asks-{length}"), length, 300, sampled());
             let course = relay.run(&request, 0, &[order(5, 1, Mode::Split)], Trouble::default()).await.unwrap();
             assert_eq!(wrong(&mut undisturbed, &request, &course), None);
             let after = world.members[1].asked.totals();

@@ -12,15 +12,17 @@ use crate::deaths::{Open, judge};
 use crate::plan::{Schedule, prompt};
 use crate::{PATIENCE, greedy};
 
-/// Latent pages of a replica. Each session alone comes to almost as many.
-const PAGES: u32 = 48;
-const PROMPT: usize = 1100;
-const TOKENS: u32 = 700;
+/// Latent pages of a replica, enough for what its sessions come to while they are brought to their places.
+const PAGES: u32 = 64;
+const PROMPT: usize = 600;
+const TOKENS: u32 = 2000;
 /// Sessions that each replica has at least: one that moves to the other, and one that stays.
 const EACH: usize = 2;
-/// A session that comes to both when they are all but full, and needs more than what is left for its prompt.
-const LONG_PROMPT: usize = 1000;
+/// Sessions that come when they are there, and each need more than what is left for their prompt.
+const LONG_PROMPT: usize = 3000;
 const FEW: u32 = 60;
+/// So many that the router sends some to either.
+const FILLERS: usize = 4;
 const SEED: u64 = 950;
 
 /// Moves a session.
@@ -52,10 +54,10 @@ async fn cross(clients: &Clients, names: &[String]) -> Vec<Open> {
     open
 }
 
-/// Asks for one more session on each replica, which needs more pages than there are left.
+/// Asks for more sessions on each replica, of which each needs more pages than there are left.
 async fn fill(clients: &Clients) -> Vec<(GenerateRequest, JoinHandle<Answer>)> {
     let mut numbers = Numbers::new(SEED + 1);
-    let fillers = (0..2).map(|number| {
+    let fillers = (0..FILLERS).map(|number| {
         let request = greedy(prompt(&mut numbers, 512, LONG_PROMPT), FEW);
         let request = GenerateRequest { request_id: format!("filler-{number}"), ..request };
         let (clients, schedule) = (clients.clone(), Schedule { request: request.clone(), moves: Vec::new() });
@@ -91,7 +93,7 @@ async fn two_full_replicas_that_hold_pages_for_each_other_both_go_on() {
     let fillers = fill(&clients).await;
     both_are_short(&clients).await;
     let of_sessions = open.into_iter().map(|stream| (stream.request, stream.answer));
-    let mut undisturbed = Undisturbed::open("random:tiny", PROMPT + TOKENS as usize).unwrap();
+    let mut undisturbed = Undisturbed::open("random:tiny", LONG_PROMPT + FEW as usize).unwrap();
     let (mut excused, mut count) = (0, 0);
     for (request, answer) in of_sessions.chain(fillers) {
         let answer = tokio::time::timeout(PATIENCE, answer).await.expect("nobody waits for the other").unwrap();
