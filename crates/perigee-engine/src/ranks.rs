@@ -20,6 +20,7 @@ use crate::link::{LeaderLink, LinkError};
 use crate::protocol::{ForcedExperts, RankCommand, RankReply};
 use crate::rank::{Rank, is_fatal};
 use crate::remote::{Refusal, StepReport};
+use crate::traces::TraceNotes;
 
 /// What a traced step shows: values that are the same on every rank.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -257,6 +258,10 @@ impl<B: Backend> Executor for Ranks<B> {
 
     fn weight_bytes(&self) -> Vec<u64> {
         self.weight_bytes.clone()
+    }
+
+    fn note(&mut self, notes: TraceNotes) -> Result<(), ExecutorError> {
+        self.tell(&RankCommand::Note { notes }).map(drop)
     }
 
     fn geometry(&self) -> Option<Geometry> {

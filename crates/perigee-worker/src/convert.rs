@@ -62,6 +62,7 @@ pub(crate) fn request(submit: internal::Submit, now: Instant) -> Result<Request,
         text: submit.text,
         // Made where that holds nobody up.
         grammar: None,
+        trace: submit.traceparent.parse().ok(),
     })
 }
 
