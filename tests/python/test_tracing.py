@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "python/ser
 
 from cluster import Cluster, stubs, until
 from collector import Collector, unconnected
-from test_serving import binary
+from test_serving import ROOT, binary
 
 CLIENT_SPAN = "00f067aa0ba902b7"
 
@@ -68,6 +68,13 @@ def complete(collector, trace, counts):
         spans = collector.spans(trace)
         return spans if collections.Counter(span.name for span in spans) == counts else None
     return until(found, f"{counts} of trace {trace}", seconds=30)
+
+
+def check_documented(spans):
+    """The page on telemetry has every span and attribute."""
+    page = (ROOT / "deploy" / "telemetry.md").read_text()
+    words = {span.name for span in spans} | {key for span in spans for key in span.attributes if not key.startswith("otel.")}
+    assert {word for word in words if f"`{word}`" not in page} == set()
 
 
 def ranks(spans, name="rank"):
@@ -137,6 +144,7 @@ def test_a_moved_session_stays_in_its_trace(cluster, collector, inference, log):
     assert not unconnected(spans, CLIENT_SPAN)
     assert ranks(spans) == sorted((replica, rank) for replica in (first.replica, target) for rank in "01")
     assert ranks(spans, "receive") == [(target, "0")] and ranks(spans, "handoff") == [(first.replica, "0")]
+    check_documented(spans)
     assert "session migration" in next(span for span in spans if span.name == name).events
     moved = [json.loads(line) for line in log.read_text().splitlines() if '"session migration"' in line]
     assert [line["trace_id"] for line in moved] == [trace]
