@@ -8,6 +8,9 @@ use std::{env, fs};
 
 type Result<T> = std::result::Result<T, String>;
 
+/// Effort of packing, of 10.
+const PACKING: u8 = 9;
+
 const INSTALL: &str = "deploy/cuda/install-nvcc.sh";
 
 fn main() {
@@ -154,11 +157,16 @@ fn tables(jobs: &[Job]) -> Result<String> {
     let mut images = String::from("pub(crate) static IMAGES: &[Image] = &[\n");
     let mut resources = String::from("pub(crate) static RESOURCES: &[Resources] = &[\n");
     for job in jobs {
+        let code = fs::read(&job.image).map_err(|error| format!("{}: {error}", job.image.display()))?;
+        let packed = job.image.with_extension("packed");
+        fs::write(&packed, miniz_oxide::deflate::compress_to_vec(&code, PACKING))
+            .map_err(|error| format!("{}: {error}", packed.display()))?;
         images += &format!(
-            "    Image {{ module: {:?}, architecture: {:?}, bytes: &Aligned(*include_bytes!({:?})).0 }},\n",
+            "    Image {{ module: {:?}, architecture: {:?}, packed: include_bytes!({:?}), bytes: {} }},\n",
             job.name,
             job.architecture,
-            job.image.display().to_string()
+            packed.display().to_string(),
+            code.len()
         );
         let report = fs::read_to_string(&job.report).map_err(|error| format!("{}: {error}", job.report.display()))?;
         for kernel in kernels(&report) {

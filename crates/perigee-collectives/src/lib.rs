@@ -16,7 +16,7 @@ mod threads;
 
 pub use error::{CollectiveError, Divergence, Refusal};
 pub use frame::{FrameSummary, Operation};
-pub use socket::{AbortHandle, SocketCollective, SocketConfig};
+pub use socket::{AbortHandle, SocketCollective, SocketConfig, SocketTls};
 pub use solo::Solo;
 pub use threads::{ThreadCollective, thread_group};
 

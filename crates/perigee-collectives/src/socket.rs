@@ -1,6 +1,6 @@
 //! A group whose ranks are processes, on one machine or several, linked by a full mesh of TCP connections. This file has
 //! the configuration and the public face; `socket/rendezvous.rs` forms the mesh and `socket/links.rs` carries the rounds
-//! over it. Nothing here encrypts: the mesh belongs on the replica's private network.
+//! over it, plain or with TLS (`socket/wire.rs`).
 
 mod gate;
 mod hello;
@@ -8,14 +8,17 @@ mod inbox;
 mod links;
 mod poll;
 mod rendezvous;
+mod wire;
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use links::{SocketLinks, Wires};
+use rustls::{ClientConfig, ServerConfig};
+
 use crate::rounds::Rounds;
 use crate::{Collective, CollectiveError};
-use links::{SocketLinks, Wires};
 
 /// The most ranks that a group may have; a full mesh of more would be a mistake.
 const MAX_RANKS: usize = 1024;
@@ -43,6 +46,17 @@ pub struct SocketConfig {
     pub join_timeout: Duration,
     /// How long a round waits for a rank that is alive but silent.
     pub step_timeout: Duration,
+    /// TLS of all connections of the group, on every rank or on none.
+    pub tls: Option<SocketTls>,
+}
+
+/// How the ranks of a group prove to each other who they are: of two ranks the lower one is the server.
+#[derive(Debug, Clone)]
+pub struct SocketTls {
+    /// Towards higher ranks.
+    pub server: Arc<ServerConfig>,
+    /// Towards lower ranks, which are dialled by their IP addresses.
+    pub client: Arc<ClientConfig>,
 }
 
 impl SocketConfig {
@@ -108,10 +122,10 @@ impl SocketCollective {
                 problem: "join_timeout is longer than time lasts".to_owned(),
             });
         };
-        let streams = rendezvous::form_mesh(config, listener, deadline)?;
+        let wires = rendezvous::form_mesh(config, listener, deadline)?;
         // The last wait of the rendezvous is bounded by what is left for it, not by the step timeout.
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let mut rounds = Rounds::new(SocketLinks::new(config.rank, streams, left)?);
+        let mut rounds = Rounds::new(SocketLinks::new(config.rank, wires, left)?);
         rounds.meet()?;
         rounds.links_mut().set_timeout(config.step_timeout);
         tracing::debug!(rank = config.rank, size = config.size, group = config.group, "collective group formed");

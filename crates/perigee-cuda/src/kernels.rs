@@ -107,7 +107,7 @@ impl AttentionKernels {
                 DType::Bf16 => vec![MlaTensor::load(modules, 32, 2)?, MlaTensor::load(modules, 64, 3)?],
                 DType::Fp32 => Vec::new(),
             },
-            merge_splits: modules.kernel("mla_merge", "mla_merge_splits")?,
+            merge_splits: modules.overlapping("mla_merge", "mla_merge_splits")?,
         })
     }
 }
@@ -128,7 +128,7 @@ impl MlaTensor {
         // The size of the structure `Shared` of mla_attend_tensor.cu, which asserts it.
         let parts = 8 / (rows / 16);
         let shared = (rows + stages * 32) * 584 * 2 + rows * 40 * 2 + 2 * parts * rows * 4;
-        let attend = modules.kernel("mla_attend_tensor", &format!("mla_attend_tensor_{rows}"))?;
+        let attend = modules.overlapping("mla_attend_tensor", &format!("mla_attend_tensor_{rows}"))?;
         attend.allow_shared(shared)?;
         Ok(Self { latent: 512, rope: 64, rows, attend, shared })
     }
@@ -147,8 +147,8 @@ impl MoeTensor {
     fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
         // The size of the structure `Shared` of moe_product_tensor.cu, which asserts it.
         let shared = stages * (rows + 128) * 72 * 2;
-        let gate_up = modules.kernel("moe_product_tensor", &format!("moe_gate_up_tensor_{rows}"))?;
-        let down = modules.kernel("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
+        let gate_up = modules.overlapping("moe_product_tensor", &format!("moe_gate_up_tensor_{rows}"))?;
+        let down = modules.overlapping("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
         Ok(Self { rows, gate_up, down, shared })
@@ -170,12 +170,12 @@ impl Kernels {
         Ok(Self {
             load_fp32: modules.kernel("load", "load_rows_fp32")?,
             load_bf16: modules.kernel("load", "load_rows_bf16")?,
-            rms_norm: modules.kernel("norm", &typed("rms_norm"))?,
-            rms_norm_stream: modules.kernel("norm", &typed("rms_norm_stream"))?,
+            rms_norm: modules.overlapping("norm", &typed("rms_norm"))?,
+            rms_norm_stream: modules.overlapping("norm", &typed("rms_norm_stream"))?,
             gather: modules.kernel("embed", &typed("gather"))?,
             gather_widened: modules.kernel("embed", &typed("gather_widened"))?,
-            convert_bf16: modules.kernel("elements", "convert_bf16")?,
-            silu_mul: modules.kernel("elements", &typed("silu_mul"))?,
+            convert_bf16: modules.overlapping("elements", "convert_bf16")?,
+            silu_mul: modules.overlapping("elements", &typed("silu_mul"))?,
             kda_recurrent: modules.kernel("kda_recurrent", &(typed("kda_recurrent") + kda_fault))?,
             kda_conv: modules.kernel("kda_conv", &typed("kda_conv"))?,
             kda_tails: modules.kernel("kda_conv", &typed("kda_tails"))?,
@@ -184,13 +184,13 @@ impl Kernels {
                 .iter()
                 .map(|&dim| KdaFast::load(&modules, suffix, dim, formula))
                 .collect::<Result<_>>()?,
-            mla_store: modules.kernel("mla_store", &(typed("mla_store") + store_fault))?,
+            mla_store: modules.overlapping("mla_store", &(typed("mla_store") + store_fault))?,
             mla_attention: AttentionKernels::load(&modules, suffix, precision)?,
             mla_merge_other: modules.kernel("mla_merge", "mla_merge_other")?,
-            moe_router: modules.kernel("moe_router", &typed("moe_router"))?,
-            moe_router_tile: modules.kernel("moe_router", &typed("moe_router_tile"))?,
-            moe_select: modules.kernel("moe_router", &format!("moe_select{select_fault}"))?,
-            moe_sort: modules.kernel("moe_router", "moe_sort")?,
+            moe_router: modules.overlapping("moe_router", &typed("moe_router"))?,
+            moe_router_tile: modules.overlapping("moe_router", &typed("moe_router_tile"))?,
+            moe_select: modules.overlapping("moe_router", &format!("moe_select{select_fault}"))?,
+            moe_sort: modules.overlapping("moe_router", "moe_sort")?,
             moe_gate_up: modules.kernel("moe_product", &typed("moe_gate_up"))?,
             moe_down: modules.kernel("moe_product", &typed("moe_down"))?,
             moe_tensor: match precision {
@@ -203,7 +203,7 @@ impl Kernels {
                 }
                 DType::Fp32 => Vec::new(),
             },
-            moe_combine: modules.kernel("moe_router", &typed("moe_combine"))?,
+            moe_combine: modules.overlapping("moe_router", &typed("moe_combine"))?,
             sample_logprobs: ranking(&modules, "sample_logprobs")?,
             sample_prepare: modules.kernel("sample_draw", "sample_prepare")?,
             sample_filter: ranking(&modules, "sample_filter")?,

@@ -1,5 +1,6 @@
-//! Weights onto the device: allocates matrices, sends stored bytes through a staging buffer or lets the device follow the
-//! random rule, and places rows where an op wants them. It counts the bytes that it loaded.
+//! Weights onto the device: allocates matrices, sends stored bytes through page-locked staging memory (one piece is read from
+//! its file while the one before is on its way) or lets the device follow the random rule, and places rows where an op wants
+//! them. It counts the bytes that it loaded.
 
 use perigee_backend::random::{Distribution, RandomFill};
 use perigee_backend::{BackendError, DType, Result, TensorSlice, TensorSource};
@@ -7,7 +8,7 @@ use perigee_backend::{BackendError, DType, Result, TensorSlice, TensorSource};
 use crate::buffer::Buffer;
 use crate::kernels::Kernels;
 use crate::params::LoadParams;
-use crate::stream::{Grid, Stream};
+use crate::stream::{Grid, Stream, Upload};
 use crate::tensor::Matrix;
 
 const STAGE_BYTES: usize = 64 << 20;
@@ -35,7 +36,7 @@ impl Placement {
 /// Loads weights; keeps the staging buffer between loads.
 #[derive(Debug, Default)]
 pub(crate) struct Loader {
-    stage: Option<Buffer>,
+    stage: Option<Upload>,
     bytes: u64,
 }
 
@@ -138,12 +139,12 @@ impl Loader {
         let group_bytes = (row_bytes * job.placement.group).max(1);
         let groups = (STAGE_BYTES / group_bytes).max(1);
         let size = STAGE_BYTES.max(group_bytes);
-        if self.stage.as_ref().is_none_or(|stage| stage.bytes() < size) {
-            self.stage = Some(Buffer::new(stream.device(), size, "staging of weights")?);
+        if self.stage.as_ref().is_none_or(|stage| stage.capacity() < size) {
+            self.stage = Some(Upload::new(stream.device(), size, "staging of weights")?);
         }
-        let Some(stage) = &self.stage else { return Ok(()) };
+        let Some(stage) = &mut self.stage else { return Ok(()) };
         for (index, piece) in bytes.chunks(groups * group_bytes).enumerate() {
-            stream.write(stage, 0, piece)?;
+            stage.send(stream, piece)?;
             let piece_params = LoadParams {
                 source: stage.address(),
                 rows: (piece.len() / row_bytes.max(1)) as u64,

@@ -33,12 +33,20 @@ impl Modules {
             if modules.modules.contains_key(image.module) {
                 continue;
             }
-            // SAFETY: the context is current; the image is a complete cubin, compiled into the program and never moved.
-            let module = unsafe { result::module::load_data(image.bytes.as_ptr().cast()) }
+            let code = image.unpack().map_err(|damaged| BackendError::Device(damaged.to_string()))?;
+            // SAFETY: the context is current; the code is a complete cubin, which the driver copies before it returns.
+            let module = unsafe { result::module::load_data(code.as_ptr().cast()) }
                 .map_err(fault(&format!("loading the kernels of {}", image.module)))?;
             modules.modules.insert(image.module, module);
         }
         Ok(modules)
+    }
+
+    /// A kernel by module and name that begins with `grid_dependency` of common.cuh: on devices that can, it may begin before
+    /// the kernel ahead of it in a stream has ended.
+    pub(crate) fn overlapping<P: Pod>(&self, module: &str, name: &str) -> Result<Kernel<P>> {
+        let begins_ahead = self.device.capability()?.0 >= 9;
+        Ok(Kernel { begins_ahead, ..self.kernel(module, name)? })
     }
 
     /// A kernel by module and name; `P` is its argument.
@@ -60,7 +68,7 @@ impl Modules {
                 size_of::<P>()
             )));
         }
-        Ok(Kernel { function, name: name.into(), argument: PhantomData })
+        Ok(Kernel { function, name: name.into(), begins_ahead: false, argument: PhantomData })
     }
 }
 
@@ -86,6 +94,7 @@ impl Drop for Modules {
 pub(crate) struct Kernel<P> {
     function: sys::CUfunction,
     name: String,
+    begins_ahead: bool,
     argument: PhantomData<fn(P)>,
 }
 
@@ -95,6 +104,11 @@ unsafe impl<P> Send for Kernel<P> {}
 unsafe impl<P> Sync for Kernel<P> {}
 
 impl<P: Pod> Kernel<P> {
+    /// Whether it may begin before the kernel ahead of it in a stream has ended.
+    pub(crate) fn may_begin_ahead(&self) -> bool {
+        self.begins_ahead
+    }
+
     /// Lets blocks use up to `bytes` of dynamic shared memory.
     pub(crate) fn allow_shared(&self, bytes: usize) -> Result<()> {
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

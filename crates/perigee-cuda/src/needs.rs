@@ -99,8 +99,9 @@ pub(crate) fn moe(shape: &MoeShape, element: usize) -> Need {
     let entry = 5 * 4 + (expert_width(shape) + shape.hidden) * element + TILE_BYTES;
     let shared = mlp(&MlpShape { hidden: shape.hidden, width: shape.shared_width }, element);
     Need {
-        per_token: shape.top_k * entry + shape.experts * 4 + shape.hidden * element + shared.per_token,
-        fixed: (shape.experts + 1) * TILE_BYTES + 16 * ALIGNMENT + shared.fixed,
+        // One entry more for a shared expert that is computed like the routed ones.
+        per_token: (shape.top_k + 1) * entry + shape.experts * 4 + shape.hidden * element + shared.per_token,
+        fixed: (shape.experts + 2) * TILE_BYTES + 16 * ALIGNMENT + shared.fixed,
     }
 }
 

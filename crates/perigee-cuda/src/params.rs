@@ -59,7 +59,7 @@ pub(crate) struct ElementParams {
     pub(crate) out: u64,
     pub(crate) count: u64,
     pub(crate) width: u32,
-    pub(crate) reserved: u32,
+    pub(crate) block: u32,
 }
 
 /// `kda/params.h`: a row of the step.
@@ -242,7 +242,7 @@ pub(crate) struct MoeSelectParams {
     pub(crate) top_groups: u32,
     pub(crate) renormalize: u32,
     pub(crate) scale: f32,
-    pub(crate) reserved: u32,
+    pub(crate) shared: u32,
 }
 
 /// `moe/params.h`
@@ -258,7 +258,7 @@ pub(crate) struct MoeSortParams {
     pub(crate) entries: u32,
     pub(crate) experts: u32,
     pub(crate) tile_rows: u32,
-    pub(crate) reserved: u32,
+    pub(crate) routed: u32,
 }
 
 /// `moe/params.h`

@@ -76,21 +76,30 @@ impl Stream {
         }
         self.device.bind()?;
         let mut pointers = [std::ptr::from_ref(argument).cast_mut().cast()];
+        let mut ahead = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let launch = sys::CUlaunchConfig {
+            gridDimX: grid.blocks.0,
+            gridDimY: grid.blocks.1,
+            gridDimZ: grid.blocks.2,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: self.raw,
+            attrs: &mut ahead,
+            numAttrs: u32::from(kernel.may_begin_ahead()),
+        };
         // SAFETY: the kernel's module is loaded and its one argument has exactly the size of `P` (checked by
         // `Modules::kernel`); the driver copies the argument before it returns. Arguments hold addresses of device
         // allocations only, never of host memory, so a wrong index in a kernel can fault the context or spoil device
         // results but cannot touch memory that Rust owns.
-        unsafe {
-            result::launch_kernel(
-                kernel.function(),
-                grid.blocks,
-                (grid.threads, 1, 1),
-                grid.shared,
-                self.raw,
-                &mut pointers,
-            )
-        }
-        .map_err(|error| BackendError::Device(format!("launching {} with {grid:?}: {error:?}", kernel.name())))
+        unsafe { sys::cuLaunchKernelEx(&launch, kernel.function(), pointers.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(|error| BackendError::Device(format!("launching {} with {grid:?}: {error:?}", kernel.name())))
     }
 
     /// Copies host bytes to the device in stream order. The bytes are taken before the call returns.

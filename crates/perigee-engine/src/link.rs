@@ -48,20 +48,42 @@ pub trait FollowerLink: Send {
     fn reply(&mut self, reply: &RankReply) -> Result<(), LinkError>;
 }
 
+/// A connection between two ranks, both ways apart, so that one thread may read while another writes.
+pub struct LinkEnds {
+    /// For closing both ways.
+    pub socket: TcpStream,
+    /// What is received.
+    pub reader: Box<dyn Read + Send>,
+    /// What is sent; a write leaves at once.
+    pub writer: Box<dyn Write + Send>,
+}
+
+impl LinkEnds {
+    /// Plain TCP.
+    ///
+    /// # Errors
+    /// The system refuses an option or further handles on the socket.
+    pub fn plain(socket: TcpStream) -> std::io::Result<Self> {
+        socket.set_nodelay(true)?;
+        let (reader, writer) = (socket.try_clone()?, socket.try_clone()?);
+        Ok(Self { socket, reader: Box::new(reader), writer: Box::new(writer) })
+    }
+}
+
 /// The leader's end over TCP.
 pub struct TcpLeaderLink {
-    stream: TcpStream,
+    socket: TcpStream,
+    writer: Box<dyn Write + Send>,
     replies: Receiver<Result<RankReply, LinkError>>,
 }
 
 impl TcpLeaderLink {
-    /// Takes a connected stream; `on_lost` is called once from the reader thread when the other side is gone.
+    /// Takes a connection; `on_lost` is called once from the reader thread when the other side is gone.
     ///
     /// # Errors
-    /// The system refuses a thread or a second handle on the socket.
-    pub fn new(stream: TcpStream, on_lost: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
-        stream.set_nodelay(true)?;
-        let mut reader = stream.try_clone()?;
+    /// The system refuses a thread.
+    pub fn new(ends: LinkEnds, on_lost: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
+        let LinkEnds { socket, mut reader, writer } = ends;
         let (sender, replies) = channel();
         std::thread::Builder::new().name("perigee-rank-link".into()).spawn(move || {
             loop {
@@ -73,20 +95,20 @@ impl TcpLeaderLink {
             }
             on_lost();
         })?;
-        Ok(Self { stream, replies })
+        Ok(Self { socket, writer, replies })
     }
 }
 
 impl Drop for TcpLeaderLink {
     fn drop(&mut self) {
         // Ends the reader thread; a socket already closed is as good.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 
 impl LeaderLink for TcpLeaderLink {
     fn send(&mut self, command: &RankCommand) -> Result<(), LinkError> {
-        write_frame(&mut self.stream, command)
+        write_frame(&mut self.writer, command)
     }
 
     fn receive(&mut self, timeout: Duration) -> Result<RankReply, LinkError> {
@@ -100,23 +122,20 @@ impl LeaderLink for TcpLeaderLink {
 
 /// A follower's end over TCP.
 pub struct TcpFollowerLink {
-    stream: TcpStream,
+    reader: Box<dyn Read + Send>,
+    writer: Box<dyn Write + Send>,
 }
 
 impl TcpFollowerLink {
-    /// Takes a connected stream.
-    ///
-    /// # Errors
-    /// The socket refuses an option.
-    pub fn new(stream: TcpStream) -> std::io::Result<Self> {
-        stream.set_nodelay(true)?;
-        Ok(Self { stream })
+    /// Takes a connection.
+    pub fn new(ends: LinkEnds) -> Self {
+        Self { reader: ends.reader, writer: ends.writer }
     }
 }
 
 impl FollowerLink for TcpFollowerLink {
     fn next(&mut self) -> Result<Option<RankCommand>, LinkError> {
-        match read_frame(&mut self.stream) {
+        match read_frame(&mut self.reader) {
             Ok(command) => Ok(Some(command)),
             Err(LinkError::Lost(_)) => Ok(None),
             Err(other) => Err(other),
@@ -124,7 +143,7 @@ impl FollowerLink for TcpFollowerLink {
     }
 
     fn reply(&mut self, reply: &RankReply) -> Result<(), LinkError> {
-        write_frame(&mut self.stream, reply)
+        write_frame(&mut self.writer, reply)
     }
 }
 
@@ -179,7 +198,7 @@ fn receive(replies: &Receiver<Result<RankReply, LinkError>>, timeout: Duration) 
     }
 }
 
-fn write_frame(stream: &mut TcpStream, message: &impl Serialize) -> Result<(), LinkError> {
+fn write_frame(stream: &mut impl Write, message: &impl Serialize) -> Result<(), LinkError> {
     let malformed = |error: postcard::Error| LinkError::Malformed(error.to_string());
     let mut frame = postcard::to_extend(message, vec![0u8; 4]).map_err(malformed)?;
     let length = frame.len() - 4;
@@ -190,7 +209,7 @@ fn write_frame(stream: &mut TcpStream, message: &impl Serialize) -> Result<(), L
     stream.write_all(&frame).map_err(lost)
 }
 
-fn read_frame<M: DeserializeOwned>(stream: &mut TcpStream) -> Result<M, LinkError> {
+fn read_frame<M: DeserializeOwned>(stream: &mut impl Read) -> Result<M, LinkError> {
     let mut length = [0u8; 4];
     stream.read_exact(&mut length).map_err(lost)?;
     let length = u32::from_le_bytes(length) as usize;

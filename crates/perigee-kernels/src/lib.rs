@@ -1,4 +1,4 @@
-//! Compiled CUDA kernels as bytes: one image for each source and architecture, and what the assembler said each kernel
+//! Compiled CUDA kernels as bytes: one image for each source and architecture, packed, and what the assembler said each kernel
 //! uses. It launches nothing and knows no driver; without the feature `cuda` the tables are empty.
 
 /// Machine code of one kernel source for one architecture.
@@ -8,8 +8,57 @@ pub struct Image {
     pub module: &'static str,
     /// Compute capability as the compiler writes it, e.g. "90a".
     pub architecture: &'static str,
-    /// A cubin, aligned for the loader.
-    pub bytes: &'static [u8],
+    /// A cubin in the format of RFC 1951: a quarter of its size.
+    packed: &'static [u8],
+    /// Its size unpacked.
+    bytes: usize,
+}
+
+/// A cubin, aligned for the loader, which reads 8-byte words of it in place.
+#[derive(Debug)]
+pub struct Code {
+    words: Vec<u64>,
+}
+
+impl Code {
+    /// The first word, behind which all others lie.
+    pub fn as_ptr(&self) -> *const u64 {
+        self.words.as_ptr()
+    }
+}
+
+/// An image of which a byte is not as it was built.
+#[derive(Debug)]
+pub struct Damaged {
+    module: &'static str,
+}
+
+impl std::fmt::Display for Damaged {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "the kernels of {} are damaged in this program's file; install it anew", self.module)
+    }
+}
+
+impl std::error::Error for Damaged {}
+
+impl Image {
+    /// The cubin.
+    ///
+    /// # Errors
+    /// [`Damaged`].
+    pub fn unpack(&self) -> Result<Code, Damaged> {
+        let damaged = |_| Damaged { module: self.module };
+        let bytes = miniz_oxide::inflate::decompress_to_vec_with_limit(self.packed, self.bytes).map_err(damaged)?;
+        if bytes.len() != self.bytes {
+            return Err(Damaged { module: self.module });
+        }
+        let word = |bytes: &[u8]| {
+            let mut word = [0; 8];
+            word[..bytes.len()].copy_from_slice(bytes);
+            u64::from_le_bytes(word)
+        };
+        Ok(Code { words: bytes.chunks(8).map(word).collect() })
+    }
 }
 
 /// What one kernel uses, for the test that keeps hot kernels free of local memory.
@@ -29,14 +78,7 @@ pub struct Resources {
     pub spills: u32,
 }
 
-/// The loader reads 8-byte words of an image in place.
-#[cfg(feature = "cuda")]
-#[repr(C, align(64))]
-struct Aligned<T>(T);
-
 mod tables {
-    #[cfg(feature = "cuda")]
-    use super::Aligned;
     use super::{Image, Resources};
     include!(concat!(env!("OUT_DIR"), "/images.rs"));
 }
@@ -83,10 +125,14 @@ mod tests {
 
     #[cfg(feature = "cuda")]
     #[test]
-    fn every_image_is_an_aligned_elf() {
+    fn every_image_unpacks_to_an_elf_and_a_damaged_one_does_not() {
         for image in images() {
-            assert_eq!(&image.bytes[..4], b"\x7fELF", "{}", image.module);
-            assert_eq!(image.bytes.as_ptr() as usize % 64, 0, "{}", image.module);
+            let code = image.unpack().unwrap();
+            assert_eq!(&code.words[0].to_le_bytes()[..4], b"\x7fELF", "{}", image.module);
+            assert_eq!(code.words.len(), image.bytes.div_ceil(8), "{}", image.module);
+            let cut = Image { packed: &image.packed[..image.packed.len() / 2], ..*image };
+            let error = cut.unpack().unwrap_err().to_string();
+            assert!(error.contains(image.module), "{error}");
         }
     }
 }

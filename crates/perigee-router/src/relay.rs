@@ -106,7 +106,7 @@ impl Relay {
             is_forgotten: false,
             waker: None,
         };
-        let Submit { sessions: names, .. } = new.submit.clone();
+        let names = new.submit.sessions.clone();
         let flight = Arc::new(Flight {
             submit: new.submit,
             arrived: new.arrived,

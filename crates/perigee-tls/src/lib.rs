@@ -2,6 +2,7 @@
 //! (again when they change), who is let in, and connections that are plain TCP where no files were named. It knows no
 //! service; who needs a client's certificate is told by whoever offers the service.
 
+mod blocking;
 mod client;
 mod error;
 mod listener;
@@ -11,10 +12,11 @@ mod peer;
 mod stream;
 mod verify;
 
+pub use blocking::{Reader, Writer};
 pub use client::Dialer;
 pub use error::TlsError;
 pub use listener::{Incoming, Listening, Purpose};
-pub use material::{Tls, TlsFiles};
+pub use material::{RankTls, Tls, TlsFiles};
 pub use options::{ClientTlsOptions, ServerTlsOptions};
 pub use peer::{Peer, require_certificate};
 pub use stream::Stream;

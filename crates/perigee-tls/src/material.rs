@@ -10,11 +10,13 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 use crate::error::TlsError;
 use crate::listener::Purpose;
-use crate::verify::ServerVerifier;
+use crate::verify::{OwnCertificate, ServerVerifier};
 
 /// How old the knowledge of the files may be when a connection is made.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
@@ -53,7 +55,21 @@ pub(crate) struct Material {
     /// None without an own certificate.
     pub(crate) servers: Option<Servers>,
     pub(crate) client: Arc<ClientConfig>,
+    /// None without an own certificate.
+    ranks: Option<RankTls>,
 }
+
+/// TLS among the ranks of one replica: both sides show a certificate, of the authority where one was named, else the same one.
+#[derive(Debug, Clone)]
+pub struct RankTls {
+    /// For the rank that listens.
+    pub server: Arc<ServerConfig>,
+    /// For the rank that connects.
+    pub client: Arc<ClientConfig>,
+}
+
+/// What ranks speak over TLS, so that no other service's connection is taken for theirs.
+const RANK_PROTOCOL: &[u8] = b"perigee-ranks";
 
 /// Settings by what a listener is for.
 #[derive(Debug)]
@@ -87,6 +103,18 @@ impl Tls {
     /// Whether an authority was named: then whoever connects to the internal service must show a certificate of it.
     pub fn has_authority(&self) -> bool {
         self.files.ca.is_some()
+    }
+
+    /// What a client of an HTTP server needs: the same certificates, and no protocol chosen.
+    pub fn https_client(&self) -> ClientConfig {
+        let mut config = ClientConfig::clone(&self.material().client);
+        config.alpn_protocols.clear();
+        config
+    }
+
+    /// TLS among ranks; none without an own certificate.
+    pub fn ranks(&self) -> Option<RankTls> {
+        self.material().ranks.clone()
     }
 
     /// Reads the files again if they have changed. Connections do this by themselves, but not more often than every 10 s.
@@ -144,18 +172,54 @@ impl TlsFiles {
             Some((chain, key)) => Some(Servers::new(&provider, chain, key, authority.as_ref())?),
             None => None,
         };
-        let roots = authority.unwrap_or_else(|| Arc::new(system_authorities()));
-        let verifier = ServerVerifier::new(provider.clone(), roots, own)?;
+        let roots = authority.clone().unwrap_or_else(|| Arc::new(system_authorities()));
+        let verifier = Arc::new(ServerVerifier::new(provider.clone(), roots, own)?);
+        let ranks = match &identity {
+            Some((chain, key)) => Some(RankTls::new(&provider, chain, key, authority.as_ref(), verifier.clone())?),
+            None => None,
+        };
         let client = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(verifier));
+            .with_custom_certificate_verifier(verifier);
         let mut client = match identity {
             Some((chain, key)) => client.with_client_auth_cert(chain, key)?,
             None => client.with_no_client_auth(),
         };
         client.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(Material { servers, client: Arc::new(client) })
+        Ok(Material { servers, client: Arc::new(client), ranks })
+    }
+}
+
+impl RankTls {
+    fn new(
+        provider: &Arc<CryptoProvider>,
+        chain: &[CertificateDer<'static>],
+        key: &PrivateKeyDer<'static>,
+        authority: Option<&Arc<RootCertStore>>,
+        verifier: Arc<ServerVerifier>,
+    ) -> Result<Self, TlsError> {
+        let clients: Arc<dyn ClientCertVerifier> = match (authority, chain.first()) {
+            (Some(roots), _) => WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
+                .build()
+                .map_err(|error| rustls::Error::General(error.to_string()))?,
+            (None, Some(own)) => Arc::new(OwnCertificate::new(provider.clone(), own.clone())),
+            (None, None) => return Err(rustls::Error::NoCertificatesPresented.into()),
+        };
+        let mut server = ServerConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&TLS13])?
+            .with_client_cert_verifier(clients)
+            .with_single_cert(chain.to_vec(), key.clone_key())?;
+        // A group is formed once: nobody comes back with a ticket.
+        server.send_tls13_tickets = 0;
+        server.alpn_protocols = vec![RANK_PROTOCOL.to_vec()];
+        let mut client = ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&TLS13])?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier)
+            .with_client_auth_cert(chain.to_vec(), key.clone_key())?;
+        client.alpn_protocols = vec![RANK_PROTOCOL.to_vec()];
+        Ok(Self { server: Arc::new(server), client: Arc::new(client) })
     }
 }
 

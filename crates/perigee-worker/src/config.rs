@@ -208,7 +208,7 @@ pub struct WorkerConfig {
     /// Ranks of the replica: the tensor-parallel degree.
     #[arg(long, default_value_t = 1)]
     pub tp: usize,
-    /// Where rank 0 meets the others, host:port. Ranks exchange activations there in plain TCP.
+    /// Where rank 0 meets the others, host:port. With --tls-cert, ranks talk over TLS; NCCL encrypts nothing.
     #[arg(long, default_value_t = loopback().to_string())]
     pub leader: String,
     /// Public address of the leader: health, reflection, model information. Open from the start.
@@ -235,7 +235,7 @@ pub struct WorkerConfig {
     /// Seconds that running sessions may go on after the order to end.
     #[arg(long, default_value_t = 30)]
     pub grace: u64,
-    /// TLS of the three listeners, and towards other replicas.
+    /// TLS of the three listeners, among the ranks, and towards other replicas.
     #[command(flatten)]
     pub tls: ServerTlsOptions,
     /// Logs and traces.
@@ -277,10 +277,16 @@ impl WorkerConfig {
         }
         if self.tp > 1 && !self.tls.insecure && !addresses::is_loopback(&self.leader) {
             let leader = &self.leader;
-            faults.push(format!(
-                "--leader: {leader} is not a loopback address; ranks talk in plain TCP, whatever the certificates, which \
-                 needs --insecure and a network of their own"
-            ));
+            if self.tls.tls_cert.is_none() {
+                faults.push(format!(
+                    "--leader: {leader} is not a loopback address; give --tls-cert and --tls-key, or --insecure"
+                ));
+            } else if self.engine.device != Device::Cpu {
+                faults.push(format!(
+                    "--leader: {leader} is not a loopback address; NCCL encrypts nothing, whatever the certificates, which \
+                     needs --insecure and a network of their own"
+                ));
+            }
         }
         if self.replica.is_empty() || self.replica.len() > 255 {
             faults.push(format!("--replica: expected 1 to 255 bytes, found {}", self.replica.len()));

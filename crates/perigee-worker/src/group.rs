@@ -4,11 +4,12 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use perigee_collectives::{AbortHandle, Collective, SocketCollective, SocketConfig, Solo};
-use perigee_engine::link::{FollowerLink, LeaderLink, TcpFollowerLink, TcpLeaderLink};
+use perigee_collectives::{AbortHandle, Collective, SocketCollective, SocketConfig, SocketTls, Solo};
+use perigee_engine::link::{FollowerLink, LeaderLink, LinkEnds, TcpFollowerLink, TcpLeaderLink};
 use perigee_engine::protocol::PROTOCOL_VERSION;
+use perigee_tls::{RankTls, Tls};
 
 use crate::addresses::resolve;
 use crate::config::WorkerConfig;
@@ -19,6 +20,8 @@ use crate::events::{WorkerEvent, emit};
 const DIGEST_BYTES: usize = 32;
 /// Ranks that fit in the word of disagreements.
 const MAX_RANKS: usize = 64;
+/// How long a connecting rank may take to say who it is, its handshake included.
+const HELLO: Duration = Duration::from_secs(2);
 
 /// A formed group, seen by one rank.
 pub struct Group {
@@ -45,11 +48,12 @@ pub enum Control {
     Follower(Box<dyn FollowerLink>),
 }
 
-/// Meets the other ranks. `identity` is what all must agree on: the model digest and every size that they share.
+/// Meets the other ranks, with TLS where this process has a certificate. `identity` is what all must agree on: the model digest
+/// and every size that they share.
 ///
 /// # Errors
 /// A rank does not come within the join timeout, or runs something else.
-pub fn form(config: &WorkerConfig, identity: &str) -> Result<Group> {
+pub fn form(config: &WorkerConfig, identity: &str, tls: Option<&Tls>) -> Result<Group> {
     if config.tp > MAX_RANKS {
         return Err(WorkerError::Options(format!("--tp: at most {MAX_RANKS} ranks, found {}", config.tp)));
     }
@@ -59,6 +63,7 @@ pub fn form(config: &WorkerConfig, identity: &str) -> Result<Group> {
         return Ok(Group { collective: Box::new(Solo), abort: None, pids: vec![std::process::id()], control });
     }
     let meeting = resolve(&config.leader, Instant::now() + config.join_timeout())?;
+    let tls = tls.and_then(Tls::ranks);
     let socket = SocketConfig {
         rank: config.rank,
         size: config.tp,
@@ -68,6 +73,7 @@ pub fn form(config: &WorkerConfig, identity: &str) -> Result<Group> {
         incarnation: 0,
         join_timeout: config.join_timeout(),
         step_timeout: config.step_timeout(),
+        tls: tls.clone().map(|RankTls { server, client }| SocketTls { server, client }),
     };
     if config.rank == 0 {
         let listener =
@@ -77,7 +83,7 @@ pub fn form(config: &WorkerConfig, identity: &str) -> Result<Group> {
         let mut collective =
             SocketCollective::join_with_listener(SocketConfig { leader, bind: leader.ip(), ..socket }, listener)?;
         agree(&mut collective, identity)?;
-        let (links, lost, pids) = accept_links(config, leader, &mut collective)?;
+        let (links, lost, pids) = accept_links(config, leader, &mut collective, tls.as_ref())?;
         let abort = Some(collective.abort_handle());
         return Ok(Group { collective: Box::new(collective), abort, pids, control: Control::Leader { links, lost } });
     }
@@ -89,7 +95,7 @@ pub fn form(config: &WorkerConfig, identity: &str) -> Result<Group> {
     };
     let mut collective = SocketCollective::join(SocketConfig { bind, ..socket })?;
     agree(&mut collective, identity)?;
-    let link = connect_link(config, meeting.ip(), &mut collective)?;
+    let link = connect_link(config, meeting.ip(), &mut collective, tls.as_ref())?;
     let abort = Some(collective.abort_handle());
     let control = Control::Follower(Box::new(link));
     Ok(Group { collective: Box::new(collective), abort, pids: Vec::new(), control })
@@ -124,27 +130,31 @@ fn accept_links(
     config: &WorkerConfig,
     leader: std::net::SocketAddr,
     collective: &mut SocketCollective,
+    tls: Option<&RankTls>,
 ) -> Result<Links> {
     let listener = TcpListener::bind((leader.ip(), 0)).map_err(WorkerError::io("listening for control connections"))?;
     let port = listener.local_addr().map_err(WorkerError::io("reading the control address"))?.port();
     collective.broadcast(0, &mut port.to_le_bytes())?;
     let deadline = Instant::now() + config.join_timeout();
-    let mut streams: Vec<Option<(TcpStream, u32)>> = (1..config.tp).map(|_| None).collect();
-    while streams.iter().any(Option::is_none) {
-        let (mut stream, _) = accept_until(&listener, deadline)?;
+    let mut met: Vec<Option<(LinkEnds, u32)>> = (1..config.tp).map(|_| None).collect();
+    while met.iter().any(Option::is_none) {
+        let (stream, _) = accept_until(&listener, deadline)?;
         // A stranger's bytes end its own connection, not the group.
-        if let Ok((rank, pid)) = read_hello(&mut stream)
-            && let Some(place @ None) = streams.get_mut(rank.wrapping_sub(1))
-        {
-            *place = Some((stream, pid));
+        match greeted(stream, tls) {
+            Ok((ends, rank, pid)) => {
+                if let Some(place @ None) = met.get_mut(rank.wrapping_sub(1)) {
+                    *place = Some((ends, pid));
+                }
+            }
+            Err(error) => tracing::warn!(%error, "dropped a control connection that is no rank's"),
         }
     }
     let (sender, lost) = channel();
     let mut links: Vec<Box<dyn LeaderLink>> = Vec::new();
     let mut pids = vec![std::process::id()];
-    for (index, (stream, pid)) in streams.into_iter().flatten().enumerate() {
+    for (index, (ends, pid)) in met.into_iter().flatten().enumerate() {
         let sender = sender.clone();
-        let link = TcpLeaderLink::new(stream, move || {
+        let link = TcpLeaderLink::new(ends, move || {
             // Nobody listens any more when the leader itself ends.
             let _ = sender.send(index + 1);
         });
@@ -174,30 +184,53 @@ fn accept_until(listener: &TcpListener, deadline: Instant) -> Result<(TcpStream,
     }
 }
 
-fn connect_link(config: &WorkerConfig, leader: IpAddr, collective: &mut SocketCollective) -> Result<TcpFollowerLink> {
+fn connect_link(
+    config: &WorkerConfig,
+    leader: IpAddr,
+    collective: &mut SocketCollective,
+    tls: Option<&RankTls>,
+) -> Result<TcpFollowerLink> {
     let mut port = [0u8; 2];
     collective.broadcast(0, &mut port)?;
     let address = (leader, u16::from_le_bytes(port));
-    let mut stream = TcpStream::connect(address).map_err(WorkerError::io("connecting to the leader"))?;
+    let stream = TcpStream::connect(address).map_err(WorkerError::io("connecting to the leader"))?;
+    let ends = match tls {
+        None => LinkEnds::plain(stream),
+        Some(tls) => encrypted(stream, |stream| tls.dial(stream, leader, config.join_timeout())),
+    };
+    let mut ends = ends.map_err(WorkerError::io("opening the control connection"))?;
     let mut hello = Vec::with_capacity(12);
     hello.extend(PROTOCOL_VERSION.to_le_bytes());
     hello.extend((config.rank as u32).to_le_bytes());
     hello.extend(std::process::id().to_le_bytes());
-    stream.write_all(&hello).map_err(WorkerError::io("greeting the leader"))?;
-    TcpFollowerLink::new(stream).map_err(WorkerError::io("opening the control connection"))
+    ends.writer.write_all(&hello).map_err(WorkerError::io("greeting the leader"))?;
+    Ok(TcpFollowerLink::new(ends))
 }
 
-/// Rank and process id of a connecting follower.
-fn read_hello(stream: &mut TcpStream) -> std::io::Result<(usize, u32)> {
-    stream.set_read_timeout(Some(std::time::Duration::from_secs(2)))?;
+/// A connecting follower, its rank and process id.
+fn greeted(stream: TcpStream, tls: Option<&RankTls>) -> std::io::Result<(LinkEnds, usize, u32)> {
+    let mut ends = match tls {
+        None => LinkEnds::plain(stream)?,
+        Some(tls) => encrypted(stream, |stream| tls.accept(stream, HELLO))?,
+    };
+    ends.socket.set_read_timeout(Some(HELLO))?;
     let mut words = [[0u8; 4]; 3];
     for word in &mut words {
-        stream.read_exact(word)?;
+        ends.reader.read_exact(word)?;
     }
-    stream.set_read_timeout(None)?;
+    ends.socket.set_read_timeout(None)?;
     let [version, rank, pid] = words.map(u32::from_le_bytes);
     if version != PROTOCOL_VERSION {
         return Err(std::io::Error::other(format!("rank protocol {version}, expected {PROTOCOL_VERSION}")));
     }
-    Ok((rank as usize, pid))
+    Ok((ends, rank as usize, pid))
+}
+
+fn encrypted(
+    socket: TcpStream,
+    shake_hands: impl FnOnce(TcpStream) -> std::io::Result<(perigee_tls::Reader, perigee_tls::Writer)>,
+) -> std::io::Result<LinkEnds> {
+    socket.set_nodelay(true)?;
+    let (reader, writer) = shake_hands(socket.try_clone()?)?;
+    Ok(LinkEnds { socket, reader: Box::new(reader), writer: Box::new(writer) })
 }

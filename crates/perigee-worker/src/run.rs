@@ -48,7 +48,7 @@ pub fn run(config: &WorkerConfig) -> Result<()> {
     let shown = Shown { announcer: &announcer, front, tls };
     match &config.engine.device {
         Device::Cpu => {
-            let mut group = form(config, &identity)?;
+            let mut group = form(config, &identity, shown.tls.as_deref())?;
             let collective = std::mem::replace(&mut group.collective, Box::new(perigee_collectives::Solo));
             let backend = cpu_backend(config, collective);
             run_rank(config, opened, backend, group, shown)
@@ -70,7 +70,7 @@ fn run_cuda(config: &WorkerConfig, opened: Opened, identity: &str, shown: Shown<
     let card = config.engine.card(config.rank).unwrap_or(0);
     // Before the ranks meet: a machine without a usable card should say so at once.
     perigee_cuda::check(card)?;
-    let mut group = form(config, identity)?;
+    let mut group = form(config, identity, shown.tls.as_deref())?;
     let collective = std::mem::replace(&mut group.collective, Box::new(perigee_collectives::Solo));
     let options = perigee_cuda::Options { device: card, precision: config.engine.activation() };
     let backend = perigee_cuda::CudaBackend::open(options, collective)?;

@@ -78,7 +78,7 @@ containers:
       {{- with include "perigee.tlsArguments" $root }}
       {{- . | nindent 6 }}
       {{- end }}
-      {{- if or $spans (not $root.Values.tls.enabled) }}
+      {{- if or (not $root.Values.tls.enabled) (and $spans (ne (include "perigee.device" $root) "cpu")) }}
       - --insecure
       {{- end }}
       {{- with $worker.extraArgs }}

@@ -1,6 +1,7 @@
 //! Letting the ranks that belong here in and everybody else out, on one listener and without letting a silent stranger
 //! hold up the group. The gate only collects connections; what they are answered is decided by `rendezvous`.
 
+use std::borrow::Cow;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use rustix::event::{PollFd, PollFlags};
 use super::SocketConfig;
 use super::hello::{Answer, HELLO_MAX_BYTES, Hello, Parsed, Purpose, VERSION};
 use super::poll::poll;
+use super::wire::Wire;
 use crate::{CollectiveError, Refusal};
 
 /// How long a connection may take to say hello.
@@ -30,14 +32,14 @@ pub(super) struct Gate<'a> {
 
 /// A rank that was let in; its connection does not block.
 pub(super) struct Admitted {
-    pub(super) stream: TcpStream,
+    pub(super) wire: Wire,
     /// Where it listens for higher ranks.
     pub(super) listens_at: SocketAddr,
 }
 
 /// A connection that has not said hello yet.
 struct Pending {
-    stream: TcpStream,
+    wire: Wire,
     from: SocketAddr,
     since: Instant,
     bytes: Vec<u8>,
@@ -45,7 +47,7 @@ struct Pending {
 
 enum Step {
     Wait,
-    Drop(&'static str),
+    Drop(Cow<'static, str>),
     Refuse(Refusal),
     Admit(Hello),
 }
@@ -64,7 +66,7 @@ impl Gate<'_> {
         loop {
             // A rank that died, or spoke out of turn, makes room for its successor.
             for entry in &mut admitted {
-                if entry.as_ref().is_some_and(|rank| !is_quiet(&rank.stream)) {
+                if entry.as_ref().is_some_and(|rank| !is_quiet(&rank.wire.tcp)) {
                     *entry = None;
                 }
             }
@@ -84,8 +86,8 @@ impl Gate<'_> {
 
     fn wait(&self, pending: &[Pending], admitted: &[Option<Admitted>], left: Duration) -> Result<(), CollectiveError> {
         let mut sockets = vec![PollFd::new(self.listener, PollFlags::IN)];
-        sockets.extend(pending.iter().map(|connection| PollFd::new(&connection.stream, PollFlags::IN)));
-        sockets.extend(admitted.iter().flatten().map(|rank| PollFd::new(&rank.stream, PollFlags::IN)));
+        sockets.extend(pending.iter().map(|connection| PollFd::new(&connection.wire.tcp, PollFlags::IN)));
+        sockets.extend(admitted.iter().flatten().map(|rank| PollFd::new(&rank.wire.tcp, PollFlags::IN)));
         let oldest = pending.iter().map(|connection| HELLO_TIMEOUT.saturating_sub(connection.since.elapsed())).min();
         poll(&mut sockets, oldest.map_or(left, |oldest| oldest.min(left)))?;
         Ok(())
@@ -101,7 +103,10 @@ impl Gate<'_> {
                     if pending.len() == MAX_PENDING {
                         pending.remove(0);
                     }
-                    pending.push(Pending { stream, from, since: Instant::now(), bytes: Vec::new() });
+                    match Wire::accepted(stream, self.config.tls.as_ref()) {
+                        Ok(wire) => pending.push(Pending { wire, from, since: Instant::now(), bytes: Vec::new() }),
+                        Err(error) => tracing::warn!(%from, %error, "could not begin TLS with a rank"),
+                    }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {}
@@ -116,20 +121,20 @@ impl Gate<'_> {
         match self.judge(connection, admitted) {
             Step::Wait => return true,
             Step::Drop(reason) => {
-                tracing::warn!(%from, group = self.config.group, reason, "dropped a stranger at the rendezvous");
+                tracing::warn!(%from, group = self.config.group, %reason, "dropped a stranger at the rendezvous");
             }
             Step::Refuse(refusal) => {
                 tracing::warn!(%from, group = self.config.group, %refusal, "refused a rank at the rendezvous");
                 // Best effort: the connection closes in any case.
-                let _ = connection.stream.write(&Answer::Refused(refusal).encode());
+                let _ = connection.wire.write(&Answer::Refused(refusal).encode());
             }
-            Step::Admit(hello) => match connection.stream.try_clone() {
-                Ok(stream) => {
+            Step::Admit(hello) => match connection.wire.take_over() {
+                Ok(wire) => {
                     let mut listens_at = hello.listens_at;
                     if listens_at.ip().is_unspecified() {
                         listens_at.set_ip(from.ip());
                     }
-                    admitted[hello.rank] = Some(Admitted { stream, listens_at });
+                    admitted[hello.rank] = Some(Admitted { wire, listens_at });
                 }
                 Err(error) => tracing::warn!(%from, %error, "could not keep the connection of a rank"),
             },
@@ -139,18 +144,23 @@ impl Gate<'_> {
 
     fn judge(&self, connection: &mut Pending, admitted: &[Option<Admitted>]) -> Step {
         let mut buffer = [0; HELLO_MAX_BYTES + 1];
-        match connection.stream.read(&mut buffer) {
-            Ok(0) => return Step::Drop("it closed the connection before its hello was complete"),
+        match connection.wire.read(&mut buffer) {
+            Ok(0) => return Step::Drop("it closed the connection before its hello was complete".into()),
             Ok(count) => connection.bytes.extend_from_slice(&buffer[..count]),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-            Err(_) => return Step::Drop("its connection broke before its hello was complete"),
+            Err(error) if error.kind() == ErrorKind::InvalidData => {
+                return Step::Drop(format!("TLS with it failed: {error}").into());
+            }
+            Err(_) => return Step::Drop("its connection broke before its hello was complete".into()),
         }
         match Hello::parse(&connection.bytes) {
             Parsed::Incomplete if connection.since.elapsed() < HELLO_TIMEOUT => Step::Wait,
-            Parsed::Incomplete => Step::Drop("it did not say hello in time"),
-            Parsed::Garbage => Step::Drop("it does not speak the rank protocol"),
+            Parsed::Incomplete => Step::Drop("it did not say hello in time".into()),
+            Parsed::Garbage => Step::Drop("it does not speak the rank protocol".into()),
             Parsed::OtherVersion(found) => Step::Refuse(Refusal::Version { expected: VERSION, found }),
-            Parsed::Hello(hello) if hello.purpose != self.purpose => Step::Drop("it mistook this rank for another"),
+            Parsed::Hello(hello) if hello.purpose != self.purpose => {
+                Step::Drop("it mistook this rank for another".into())
+            }
             Parsed::Hello(hello) => match self.refusal(&hello, admitted) {
                 Some(refusal) => Step::Refuse(refusal),
                 None => Step::Admit(hello),
@@ -168,7 +178,7 @@ impl Gate<'_> {
             Some(Refusal::Size { expected: *size, found: hello.size })
         } else if !(self.first..*size).contains(&hello.rank) {
             Some(Refusal::RankOutOfRange { rank: hello.rank, size: *size })
-        } else if admitted[hello.rank].as_ref().is_some_and(|rank| is_quiet(&rank.stream)) {
+        } else if admitted[hello.rank].as_ref().is_some_and(|rank| is_quiet(&rank.wire.tcp)) {
             Some(Refusal::DuplicateRank { rank: hello.rank })
         } else {
             None

@@ -12,6 +12,7 @@ use socket2::SockRef;
 
 use super::inbox::{Arrival, Inbox};
 use super::poll::poll;
+use super::wire::{Ends, Session, Wire};
 use crate::CollectiveError;
 use crate::frame::{CHUNK_BYTES, HEADER_BYTES, Report};
 use crate::rounds::{Links, Round};
@@ -21,7 +22,7 @@ use crate::rounds::{Links, Round};
 /// writes and are as correct.
 const BUFFER_BYTES: usize = 4 * (HEADER_BYTES + CHUNK_BYTES);
 
-/// The connections of one rank, shared with its abort handles.
+/// The sockets of one rank, shared with its abort handles.
 #[derive(Debug)]
 pub(super) struct Wires {
     /// By rank; `None` at this rank's own place.
@@ -48,6 +49,8 @@ impl Wires {
 #[derive(Debug)]
 struct Peer {
     rank: usize,
+    /// None where the connection is plain.
+    session: Option<Session>,
     inbox: Inbox,
     /// Bytes of the outgoing frame that have been written, and its length.
     sent: usize,
@@ -58,7 +61,17 @@ struct Peer {
 
 impl Peer {
     fn is_sent(&self) -> bool {
-        self.sent == self.to_send
+        self.sent == self.to_send && self.session.as_ref().is_none_or(Session::is_flushed)
+    }
+
+    fn ends<'a>(&'a mut self, wires: &'a Wires) -> Result<Ends<'a>, CollectiveError> {
+        Ok(Ends { tcp: stream(wires, self.rank)?, session: self.session.as_mut() })
+    }
+
+    /// Reads once, without waiting.
+    fn receive(&mut self, wires: &Wires) -> Result<Arrival, CollectiveError> {
+        let ends = Ends { tcp: stream(wires, self.rank)?, session: self.session.as_mut() };
+        Ok(self.inbox.fill(ends))
     }
 }
 
@@ -74,16 +87,18 @@ pub(super) struct SocketLinks {
 
 impl SocketLinks {
     /// Takes one connection to every other rank; `timeout` bounds a round.
-    pub(super) fn new(
-        rank: usize,
-        streams: Vec<Option<TcpStream>>,
-        timeout: Duration,
-    ) -> Result<Self, CollectiveError> {
-        for stream in streams.iter().flatten() {
-            configure(stream).map_err(CollectiveError::socket("set up a connection between ranks"))?;
+    pub(super) fn new(rank: usize, wires: Vec<Option<Wire>>, timeout: Duration) -> Result<Self, CollectiveError> {
+        let (mut streams, mut peers) = (Vec::with_capacity(wires.len()), Vec::with_capacity(wires.len()));
+        for (other, wire) in wires.into_iter().enumerate() {
+            let (tcp, session) = wire.map_or((None, None), |wire| (Some(wire.tcp), wire.session));
+            if let Some(tcp) = &tcp {
+                configure(tcp).map_err(CollectiveError::socket("set up a connection between ranks"))?;
+            }
+            streams.push(tcp);
+            if other != rank {
+                peers.push(Peer { rank: other, session, inbox: Inbox::new(), sent: 0, to_send: 0, arrived: true });
+            }
         }
-        let peer = |rank| Peer { rank, inbox: Inbox::new(), sent: 0, to_send: 0, arrived: true };
-        let peers = (0..streams.len()).filter(|&other| other != rank).map(peer).collect();
         Ok(Self { rank, wires: Arc::new(Wires { streams, aborted: AtomicBool::new(false) }), peers, timeout })
     }
 
@@ -110,10 +125,10 @@ impl SocketLinks {
     /// Writes as much of the outgoing frames as the system takes without waiting.
     fn send(&mut self, round: &Round) -> Result<(), CollectiveError> {
         for peer in self.peers.iter_mut().filter(|peer| !peer.is_sent()) {
-            let stream = stream(&self.wires, peer.rank)?;
             while !peer.is_sent() {
-                let mut writer = stream;
-                match writer.write(&round.outgoing(peer.rank)[peer.sent..]) {
+                let rest = &round.outgoing(peer.rank)[peer.sent..];
+                let mut ends = peer.ends(&self.wires)?;
+                match if rest.is_empty() { ends.flush().map(|()| 0) } else { ends.write(rest) } {
                     Ok(count) => peer.sent += count,
                     Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -127,6 +142,9 @@ impl SocketLinks {
     /// Waits until a peer that the round still needs can be read or written, or has failed, then reads what is there.
     /// Peers whose part is done are not watched: one that has finished the last call may leave while others still talk.
     fn wait_and_receive(&mut self, round: &Round, started: Instant) -> Result<(), CollectiveError> {
+        if self.receive_decrypted(round)? {
+            return Ok(());
+        }
         let busy = self.peers.iter_mut().filter(|peer| !peer.arrived || !peer.is_sent());
         let mut sockets = Vec::with_capacity(round.expected.len());
         let mut waiting = Vec::with_capacity(round.expected.len());
@@ -145,7 +163,7 @@ impl SocketLinks {
         for (socket, peer) in sockets.iter().zip(waiting) {
             // The flags beyond OUT are data, end of stream and errors; a read tells them apart.
             if !peer.arrived && socket.revents().difference(PollFlags::OUT) != PollFlags::empty() {
-                match peer.inbox.fill(stream(&self.wires, peer.rank)?) {
+                match peer.receive(&self.wires)? {
                     Arrival::Bytes => take(peer, round)?,
                     Arrival::Nothing => {}
                     Arrival::Closed => return Err(lost(&self.wires, peer.rank)),
@@ -153,6 +171,21 @@ impl SocketLinks {
             }
         }
         Ok(())
+    }
+
+    /// Takes what came together with earlier bytes and was decrypted with them; says whether there was any.
+    fn receive_decrypted(&mut self, round: &Round) -> Result<bool, CollectiveError> {
+        let mut some = false;
+        for peer in self.peers.iter_mut().filter(|peer| !peer.arrived) {
+            while !peer.arrived
+                && peer.session.as_mut().is_some_and(Session::has_bytes)
+                && peer.receive(&self.wires)? == Arrival::Bytes
+            {
+                take(peer, round)?;
+                some = true;
+            }
+        }
+        Ok(some)
     }
 }
 
@@ -186,10 +219,10 @@ impl Links for SocketLinks {
 
     fn close(&mut self, error: &CollectiveError) {
         let report = Report::new(self.rank, error).frame();
-        for peer in &self.peers {
+        for peer in &mut self.peers {
             // In the middle of a frame a report could not be told from payload.
             let at_boundary = peer.sent == 0 || peer.is_sent();
-            if let (true, Ok(mut writer)) = (at_boundary, stream(&self.wires, peer.rank)) {
+            if let (true, Ok(mut writer)) = (at_boundary, peer.ends(&self.wires)) {
                 // Best effort: without it the peer sees this rank close, only not for whose sake.
                 let _ = writer.write(&report);
             }
@@ -221,9 +254,7 @@ fn take(peer: &mut Peer, round: &Round) -> Result<(), CollectiveError> {
 /// Why `peer` takes no more bytes: what it reported before it closed, else that it is gone.
 fn autopsy(wires: &Wires, peer: &mut Peer) -> CollectiveError {
     peer.inbox.release();
-    while let Ok(stream) = stream(wires, peer.rank)
-        && peer.inbox.fill(stream) == Arrival::Bytes
-    {}
+    while matches!(peer.receive(wires), Ok(Arrival::Bytes)) {}
     peer.inbox.find_report().map_or_else(|| lost(wires, peer.rank), |report| report.into_error(peer.rank))
 }
 

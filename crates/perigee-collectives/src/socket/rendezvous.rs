@@ -7,9 +7,10 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use super::SocketConfig;
 use super::gate::{Admitted, Gate};
 use super::hello::{ANSWER_FIXED_BYTES, Answer, Hello, Purpose};
+use super::wire::Wire;
+use super::{SocketConfig, SocketTls};
 use crate::CollectiveError;
 
 /// The longest single attempt to connect; an address that swallows packets must not use up the join timeout.
@@ -24,7 +25,7 @@ pub(super) fn form_mesh(
     config: &SocketConfig,
     listener: Option<TcpListener>,
     deadline: Instant,
-) -> Result<Vec<Option<TcpStream>>, CollectiveError> {
+) -> Result<Vec<Option<Wire>>, CollectiveError> {
     match listener {
         Some(listener) => lead(config, &listener, deadline),
         None => follow(config, deadline),
@@ -35,46 +36,47 @@ fn lead(
     config: &SocketConfig,
     listener: &TcpListener,
     deadline: Instant,
-) -> Result<Vec<Option<TcpStream>>, CollectiveError> {
+) -> Result<Vec<Option<Wire>>, CollectiveError> {
     let gate = Gate { listener, config, purpose: Purpose::Register, first: 1, deadline };
     let admitted = gate.admit_all()?;
     let table = admitted.iter().flatten().map(|rank| rank.listens_at).collect();
     welcome(admitted, &Answer::Welcome(table))
 }
 
-fn follow(config: &SocketConfig, deadline: Instant) -> Result<Vec<Option<TcpStream>>, CollectiveError> {
+fn follow(config: &SocketConfig, deadline: Instant) -> Result<Vec<Option<Wire>>, CollectiveError> {
     let action = || format!("listen for other ranks on {}", config.bind);
     let listener = TcpListener::bind((config.bind, 0)).map_err(CollectiveError::socket(action()))?;
     let listens_at = listener.local_addr().map_err(CollectiveError::socket(action()))?;
 
     let register = Hello::new(config, Purpose::Register, listens_at);
-    let (leader, table) = Caller { rank: 0, address: config.leader, hello: &register, deadline }.call()?;
-    let mut streams = vec![Some(leader)];
+    let (leader, table) =
+        Caller { rank: 0, address: config.leader, hello: &register, tls: config.tls.as_ref(), deadline }.call()?;
+    let mut wires = vec![Some(leader)];
     let link = Hello::new(config, Purpose::Link, listens_at);
     for (rank, &address) in (1..config.rank).zip(&table) {
-        let (stream, _) = Caller { rank, address, hello: &link, deadline }.call()?;
-        streams.push(Some(stream));
+        let (wire, _) = Caller { rank, address, hello: &link, tls: config.tls.as_ref(), deadline }.call()?;
+        wires.push(Some(wire));
     }
     // Rank r answers the ranks above it only after it was answered by all below, so nobody waits in a circle.
     let gate = Gate { listener: &listener, config, purpose: Purpose::Link, first: config.rank + 1, deadline };
     let higher = welcome(gate.admit_all()?, &Answer::Welcome(Vec::new()))?;
-    streams.extend(higher.into_iter().skip(config.rank));
-    Ok(streams)
+    wires.extend(higher.into_iter().skip(config.rank));
+    Ok(wires)
 }
 
 /// Answers everybody who was let in.
-fn welcome(admitted: Vec<Option<Admitted>>, answer: &Answer) -> Result<Vec<Option<TcpStream>>, CollectiveError> {
+fn welcome(admitted: Vec<Option<Admitted>>, answer: &Answer) -> Result<Vec<Option<Wire>>, CollectiveError> {
     let bytes = answer.encode();
-    let mut streams = Vec::with_capacity(admitted.len());
+    let mut wires = Vec::with_capacity(admitted.len());
     for (rank, entry) in admitted.into_iter().enumerate() {
-        let stream = entry.map(|entry| entry.stream);
-        if let Some(mut stream) = stream.as_ref() {
+        let mut wire = entry.map(|entry| entry.wire);
+        if let Some(wire) = &mut wire {
             // The answer is the first thing sent, so it fits into the socket's buffer unless the peer is gone.
-            stream.write_all(&bytes).map_err(|_| CollectiveError::PeerLost { rank })?;
+            wire.write_all(&bytes).and_then(|()| wire.flush()).map_err(|_| CollectiveError::PeerLost { rank })?;
         }
-        streams.push(stream);
+        wires.push(wire);
     }
-    Ok(streams)
+    Ok(wires)
 }
 
 /// One rank calling at another's listener.
@@ -83,17 +85,18 @@ struct Caller<'a> {
     rank: usize,
     address: SocketAddr,
     hello: &'a Hello,
+    tls: Option<&'a SocketTls>,
     deadline: Instant,
 }
 
 impl Caller<'_> {
     /// Tries until the other rank answers or the deadline has come. Returns the connection and the answer's table.
-    fn call(&self) -> Result<(TcpStream, Vec<SocketAddr>), CollectiveError> {
+    fn call(&self) -> Result<(Wire, Vec<SocketAddr>), CollectiveError> {
         let (rank, address, started) = (self.rank, self.address, Instant::now());
         let (mut pause, longest) = PAUSES;
         loop {
             let last = match self.attempt() {
-                Ok((stream, Answer::Welcome(table))) => return Ok((stream, table)),
+                Ok((wire, Answer::Welcome(table))) => return Ok((wire, table)),
                 Ok((_, Answer::Refused(refusal))) => {
                     return Err(CollectiveError::Refused { by: address, rank: self.hello.rank, refusal });
                 }
@@ -111,33 +114,34 @@ impl Caller<'_> {
         self.deadline.saturating_duration_since(Instant::now())
     }
 
-    fn attempt(&self) -> std::io::Result<(TcpStream, Answer)> {
+    fn attempt(&self) -> std::io::Result<(Wire, Answer)> {
         // The system's calls refuse a timeout of zero.
         let wait = self.left().min(CONNECT_TIMEOUT).max(Duration::from_millis(1));
-        let mut stream = TcpStream::connect_timeout(&self.address, wait)?;
+        let stream = TcpStream::connect_timeout(&self.address, wait)?;
         if stream.local_addr()? == stream.peer_addr()? {
             // TCP lets a connection to a free local port meet itself when the system picks that port for it.
             return Err(std::io::Error::other("nobody listens there yet"));
         }
         stream.set_nodelay(true)?;
-        stream.write_all(&self.hello.encode())?;
+        let mut wire = Wire::dialled(stream, self.address, self.tls)?;
+        wire.write_all(&self.hello.encode())?;
 
         let mut fixed = [0; ANSWER_FIXED_BYTES];
-        self.read_exact(&mut stream, &mut fixed)?;
+        self.read_exact(&mut wire, &mut fixed)?;
         let no_rank = || std::io::Error::other("what listens there is no rank of this group");
         let (answer, table_bytes) = Answer::parse(&fixed, self.hello).ok_or_else(no_rank)?;
         let mut table = vec![0; table_bytes];
-        self.read_exact(&mut stream, &mut table)?;
+        self.read_exact(&mut wire, &mut table)?;
         match answer {
-            Answer::Welcome(_) => Ok((stream, Answer::Welcome(Answer::parse_table(&table).ok_or_else(no_rank)?))),
-            refused => Ok((stream, refused)),
+            Answer::Welcome(_) => Ok((wire, Answer::Welcome(Answer::parse_table(&table).ok_or_else(no_rank)?))),
+            refused => Ok((wire, refused)),
         }
     }
 
-    fn read_exact(&self, stream: &mut TcpStream, mut buffer: &mut [u8]) -> std::io::Result<()> {
+    fn read_exact(&self, wire: &mut Wire, mut buffer: &mut [u8]) -> std::io::Result<()> {
         while !buffer.is_empty() {
-            stream.set_read_timeout(Some(self.left().max(Duration::from_millis(1))))?;
-            match stream.read(buffer) {
+            wire.tcp.set_read_timeout(Some(self.left().max(Duration::from_millis(1))))?;
+            match wire.read(buffer) {
                 Ok(0) => return Err(std::io::Error::other("it closed the connection without an answer")),
                 Ok(count) => buffer = &mut buffer[count..],
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}

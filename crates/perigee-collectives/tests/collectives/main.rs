@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
+mod encrypted;
+#[cfg(test)]
 mod processes;
 #[cfg(test)]
 mod rendezvous;

@@ -24,6 +24,7 @@ fn config(rank: usize, size: usize, leader: SocketAddr) -> SocketConfig {
         incarnation: 1,
         join_timeout: Duration::from_secs(60),
         step_timeout: Duration::from_secs(60),
+        tls: None,
     }
 }
 

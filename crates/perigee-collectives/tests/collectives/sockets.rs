@@ -21,6 +21,7 @@ pub(crate) fn config(rank: usize, size: usize, leader: SocketAddr) -> SocketConf
         incarnation: 7,
         join_timeout: Duration::from_secs(20),
         step_timeout: Duration::from_secs(20),
+        tls: None,
     }
 }
 
@@ -46,7 +47,7 @@ fn join(listener: TcpListener, configs: Vec<SocketConfig>) -> Vec<Joined> {
     threads.into_iter().map(|thread| thread.join().unwrap()).collect()
 }
 
-fn group_with(size: usize, adapt: impl Fn(&mut SocketConfig)) -> Vec<SocketCollective> {
+pub(crate) fn group_with(size: usize, adapt: impl Fn(&mut SocketConfig)) -> Vec<SocketCollective> {
     let (listener, leader) = bound();
     let configs = (0..size).map(|rank| {
         let mut config = config(rank, size, leader);

@@ -259,7 +259,7 @@ impl CudaBackend {
             DType::Bf16 => {
                 let narrow = self.scratch.take(count * element)?;
                 let input = partials.output.address();
-                let params = ElementParams { input, out: narrow, count: count as u64, width: 0, reserved: 0 };
+                let params = ElementParams { input, out: narrow, count: count as u64, width: 0, block: 0 };
                 let grid = Grid::new(count.div_ceil(256).min(1 << 16), 1, 256);
                 self.stream.launch(&self.kernels.convert_bf16, grid, &params)?;
                 narrow

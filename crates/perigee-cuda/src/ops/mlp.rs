@@ -21,6 +21,17 @@ pub struct Mlp {
     down: Matrix,
 }
 
+/// Device addresses of the weights of a gated MLP.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct GatedWeights {
+    /// [2 width, d]
+    pub(crate) gate_up: u64,
+    /// [d, width]
+    pub(crate) down: u64,
+    /// Gate rows and up rows alternate in blocks of this size; 0 for gate rows, then up rows.
+    pub(crate) block: u32,
+}
+
 impl CudaBackend {
     pub(crate) fn mlp_load(&mut self, shape: &MlpShape, weights: &MlpWeights<'_>) -> Result<Mlp> {
         weights.gate.expect(&[shape.width, shape.hidden])?;
@@ -44,17 +55,24 @@ impl CudaBackend {
 
     /// The MLP of the step's tokens, between two device addresses; takes working memory.
     pub(crate) fn mlp_rows(&mut self, layer: &Mlp, x: u64, out: u64) -> Result<()> {
-        let (tokens, hidden, width) = (self.tokens(), layer.shape.hidden, layer.shape.width);
+        let weights = GatedWeights { gate_up: layer.gate_up.address(), down: layer.down.address(), block: 0 };
+        self.mlp_products(layer.shape, weights, x, out)
+    }
+
+    /// The same with weights by address.
+    pub(crate) fn mlp_products(&mut self, shape: MlpShape, weights: GatedWeights, x: u64, out: u64) -> Result<()> {
+        let (tokens, hidden, width) = (self.tokens(), shape.hidden, shape.width);
         let element = self.precision.bytes();
         let both = self.scratch.take(tokens * 2 * width * element)?;
         let inner = self.scratch.take(tokens * width * element)?;
         let product = Product::dense(tokens, hidden, 2 * width, self.precision);
-        self.blas.run(&self.stream, &product, Operands { input: x, weight: layer.gate_up.address(), out: both })?;
+        self.blas.run(&self.stream, &product, Operands { input: x, weight: weights.gate_up, out: both })?;
         let count = tokens * width;
-        let params = ElementParams { input: both, out: inner, count: count as u64, width: width as u32, reserved: 0 };
+        let params =
+            ElementParams { input: both, out: inner, count: count as u64, width: width as u32, block: weights.block };
         let grid = Grid::new(count.div_ceil(256).min(1 << 16), 1, 256);
         self.stream.launch(&self.kernels.silu_mul, grid, &params)?;
         let product = Product::dense(tokens, width, hidden, self.precision);
-        self.blas.run(&self.stream, &product, Operands { input: inner, weight: layer.down.address(), out })
+        self.blas.run(&self.stream, &product, Operands { input: inner, weight: weights.down, out })
     }
 }

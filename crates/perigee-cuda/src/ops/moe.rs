@@ -10,7 +10,7 @@ use crate::formula::Fault;
 use crate::kernels::MoeTensor;
 use crate::loader::{Loader, Placement};
 use crate::needs::{self, EXPERT_BLOCK as BLOCK};
-use crate::ops::mlp::Mlp;
+use crate::ops::mlp::{GatedWeights, Mlp};
 use crate::params::{MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, MoeTile};
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
@@ -21,10 +21,14 @@ const TILE_ROWS: usize = 64;
 const TILE_COLUMNS: usize = 64;
 /// Weight rows of a block of the tensor-core products.
 const TENSOR_COLUMNS: usize = 128;
+/// Tokens up to which a shared expert is computed like a routed one: three launches fewer. Beyond, its many rows fill many tiles
+/// that each read its weights, and a dense product is faster.
+const MOST_SHARED: usize = 16;
 /// Rows of the smallest tile.
 const LEAST_TILE: usize = 16;
-/// Tokens that one warp of the router scores.
+/// Tokens that a block of the router scores, for this many experts.
 const ROUTER_TOKENS: usize = 4;
+const ROUTER_EXPERTS: usize = 4;
 /// Tokens from which the router is a tiled product, of tiles of this size.
 const ROUTER_TILE: usize = 64;
 /// Dynamic shared memory that any block may use without asking.
@@ -39,11 +43,40 @@ pub struct Moe {
     /// [E, d] float32
     router: Matrix,
     bias: Buffer,
-    /// [E][2 f][d]: blocks of 8 gate rows, then their 8 up rows.
+    /// Shared experts that are as wide as a routed one lie behind the others as one more expert: 1, else 0.
+    extra: usize,
+    /// [E + extra][2 f][d]: blocks of 8 gate rows, then their 8 up rows.
     gate_up: Matrix,
-    /// [E][d][f]
+    /// [E + extra][d][f]
     down: Matrix,
+    /// Shared experts of another width.
     shared: Option<Mlp>,
+}
+
+impl Moe {
+    /// 1 where a step of `tokens` tokens has the shared expert computed like the routed ones, which every token has then; else 0.
+    fn shared_choices(&self, tokens: usize) -> usize {
+        if tokens <= MOST_SHARED { self.extra } else { 0 }
+    }
+
+    /// Experts of a token.
+    fn choices(&self, tokens: usize) -> usize {
+        self.shape.top_k + self.shared_choices(tokens)
+    }
+
+    /// Experts that tokens choose from.
+    fn experts(&self, tokens: usize) -> usize {
+        self.shape.experts + self.shared_choices(tokens)
+    }
+
+    /// The shared expert as an MLP, where it lies behind the routed ones.
+    fn last_expert(&self) -> Option<GatedWeights> {
+        (self.extra == 1).then(|| GatedWeights {
+            gate_up: self.gate_up.row(self.shape.experts * 2 * self.width),
+            down: self.down.row(self.shape.experts * self.shape.hidden),
+            block: BLOCK as u32,
+        })
+    }
 }
 
 /// Where the last layer's own selection lies.
@@ -78,10 +111,13 @@ impl CudaBackend {
         if self.formula.has(Fault::UnbiasedSelection) {
             self.stream.fill(&bias, 0, bias.bytes(), 0)?;
         }
-        let gate_up_rows = shape.experts * 2 * width;
+        let extra = usize::from(shape.shared_width == shape.width);
+        let experts = shape.experts + extra;
+        let gate_up_rows = experts * 2 * width;
         let gate_up = Loader::matrix(&self.stream, gate_up_rows, shape.hidden, self.precision, "expert gate and up")?;
-        let down = Loader::matrix(&self.stream, shape.experts * shape.hidden, width, self.precision, "expert down")?;
-        for (index, expert) in weights.experts.iter().enumerate() {
+        let down = Loader::matrix(&self.stream, experts * shape.hidden, width, self.precision, "expert down")?;
+        let as_expert = weights.shared.as_ref().filter(|_| extra == 1);
+        for (index, expert) in weights.experts.iter().chain(as_expert).enumerate() {
             let first = index * 2 * width;
             let alternate = |offset| Placement { offset, group: BLOCK, group_pitch: 2 * BLOCK };
             self.loader.place(&self.stream, &self.kernels, &expert.gate, &gate_up, alternate(first))?;
@@ -90,12 +126,12 @@ impl CudaBackend {
             self.loader.place(&self.stream, &self.kernels, &expert.down, &down, rows)?;
         }
         let shared_shape = MlpShape { hidden: shape.hidden, width: shape.shared_width };
-        let shared = match &weights.shared {
+        let shared = match weights.shared.as_ref().filter(|_| extra == 0) {
             Some(shared) => Some(self.mlp_load(&shared_shape, shared)?),
             None => None,
         };
         self.scratch.require(needs::moe(shape, self.precision.bytes()));
-        Ok(Moe { shape: *shape, width, router, bias, gate_up, down, shared })
+        Ok(Moe { shape: *shape, width, router, bias, extra, gate_up, down, shared })
     }
 
     pub(crate) fn moe_run(&mut self, layer: &Moe, x: &Tensor, routing: Routing<'_>, out: &Tensor) -> Result<()> {
@@ -107,20 +143,26 @@ impl CudaBackend {
         let work = self.moe_work(layer)?;
         self.moe_route(layer, x, forced, &work)?;
         self.moe_products(layer, x, &work)?;
-        if let Some(shared) = &layer.shared {
-            self.mlp_rows(shared, x.address(), work.shared)?;
+        let mut is_apart = layer.shared_choices(tokens) == 0;
+        match (&layer.shared, layer.last_expert()) {
+            (Some(shared), _) => self.mlp_rows(shared, x.address(), work.shared)?,
+            (None, Some(weights)) if is_apart => {
+                let shape = MlpShape { hidden: shape.hidden, width: layer.width };
+                self.mlp_products(shape, weights, x.address(), work.shared)?;
+            }
+            (None, _) => is_apart = false,
         }
         let params = MoeCombineParams {
             rows: work.rows,
-            shared: if layer.shared.is_some() { work.shared } else { 0 },
+            shared: if is_apart { work.shared } else { 0 },
             position: work.position,
             weights: work.weights,
             out: out.address(),
             hidden: shape.hidden as u32,
-            top_k: shape.top_k as u32,
+            top_k: layer.choices(tokens) as u32,
         };
         let threads = shape.hidden.div_ceil(4).next_multiple_of(32).min(640) as u32;
-        let grid = Grid::new(tokens, 1, threads).shared(shape.top_k.next_multiple_of(8) * 8);
+        let grid = Grid::new(tokens, 1, threads).shared(layer.choices(tokens).next_multiple_of(8) * 8);
         self.stream.launch(&self.kernels.moe_combine, grid, &params)
     }
 
@@ -137,7 +179,8 @@ impl CudaBackend {
 
     fn moe_products(&self, layer: &Moe, x: &Tensor, work: &Work) -> Result<()> {
         let shape = layer.shape;
-        let entries = self.tokens() * shape.top_k;
+        let tokens = self.tokens();
+        let entries = tokens * layer.choices(tokens);
         let up = MoeProductParams {
             input: x.address(),
             weight: layer.gate_up.address(),
@@ -147,7 +190,7 @@ impl CudaBackend {
             tile_count: work.tile_count,
             depth: shape.hidden as u32,
             width: layer.width as u32,
-            top_k: shape.top_k as u32,
+            top_k: layer.choices(tokens) as u32,
             reserved: 0,
         };
         let down = MoeProductParams {
@@ -158,7 +201,7 @@ impl CudaBackend {
             width: shape.hidden as u32,
             ..up
         };
-        let tiles = |rows| entries.div_ceil(rows) + shape.experts.min(entries);
+        let tiles = |rows| entries.div_ceil(rows) + layer.experts(tokens).min(entries);
         if let Some(tensor) = self.moe_tensor(layer) {
             let grid = |weight_rows: usize| {
                 Grid::new(weight_rows.div_ceil(TENSOR_COLUMNS), tiles(tensor.rows), 256).shared(tensor.shared)
@@ -190,8 +233,8 @@ impl CudaBackend {
 
     fn moe_work(&mut self, layer: &Moe) -> Result<Work> {
         let (tokens, shape, element) = (self.tokens(), layer.shape, self.precision.bytes());
-        let entries = tokens * shape.top_k;
-        let tiles = entries.div_ceil(LEAST_TILE) + shape.experts;
+        let entries = tokens * layer.choices(tokens);
+        let tiles = entries.div_ceil(LEAST_TILE) + layer.experts(tokens);
         let scratch = &mut self.scratch;
         Ok(Work {
             scores: scratch.take(tokens * shape.experts * 4)?,
@@ -210,7 +253,7 @@ impl CudaBackend {
     /// Scores, selection, weights, and the sort by expert.
     fn moe_route(&mut self, layer: &Moe, x: &Tensor, forced: u64, work: &Work) -> Result<()> {
         let (tokens, shape) = (self.tokens(), layer.shape);
-        let entries = tokens * shape.top_k;
+        let entries = tokens * layer.choices(tokens);
         let params = MoeRouterParams {
             x: x.address(),
             weight: layer.router.address(),
@@ -224,14 +267,14 @@ impl CudaBackend {
             let grid = Grid::new(shape.experts.div_ceil(ROUTER_TILE), tokens.div_ceil(ROUTER_TILE), 256);
             self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?;
         } else {
-            let grid = Grid::new(shape.experts.div_ceil(8), tokens.div_ceil(ROUTER_TOKENS), 256);
+            let grid = Grid::new(shape.experts.div_ceil(ROUTER_EXPERTS), tokens.div_ceil(ROUTER_TOKENS), 256);
             self.stream.launch(&self.kernels.moe_router, grid, &params)?;
         }
         let params = MoeSelectParams {
             scores: work.scores,
             bias: layer.bias.address(),
             forced,
-            own: self.moe_selected(entries)?,
+            own: self.moe_selected(tokens * shape.top_k)?,
             live: self.step.live.address,
             chosen: work.chosen,
             weights: work.weights,
@@ -242,7 +285,7 @@ impl CudaBackend {
             top_groups: shape.top_groups as u32,
             renormalize: u32::from(shape.renormalize),
             scale: shape.scale,
-            reserved: 0,
+            shared: layer.shared_choices(tokens) as u32,
         };
         let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
         self.stream.launch(&self.kernels.moe_select, grid, &params)?;
@@ -254,11 +297,11 @@ impl CudaBackend {
             tile_count: work.tile_count,
             touched: self.touched.address(),
             entries: entries as u32,
-            experts: shape.experts as u32,
+            experts: layer.experts(tokens) as u32,
             tile_rows: self.moe_tensor(layer).map_or(TILE_ROWS, |tensor| tensor.rows) as u32,
-            reserved: 0,
+            routed: shape.experts as u32,
         };
-        let grid = Grid::new(1, 1, 1024).shared(shape.experts * 4);
+        let grid = Grid::new(1, 1, 1024).shared(layer.experts(tokens) * 4);
         self.stream.launch(&self.kernels.moe_sort, grid, &params)
     }
 

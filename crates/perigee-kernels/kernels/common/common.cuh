@@ -9,6 +9,15 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kWarp = 32;
 
+// First in every kernel that `Stream::launch` lets begin before the one ahead of it in the stream has ended: what that one, or any
+// before it, left in memory may be touched only behind this line. No thread may leave a kernel before it.
+__device__ __forceinline__ void grid_dependency() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Value of a stored element in float32, and the reverse with one rounding.
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }

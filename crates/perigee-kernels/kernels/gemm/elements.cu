@@ -5,6 +5,7 @@
 
 template <class T>
 __device__ __forceinline__ void convert(const ElementParams& p) {
+  grid_dependency();
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
     static_cast<T*>(p.out)[i] = narrow<T>(static_cast<const float*>(p.in)[i]);
@@ -13,11 +14,14 @@ __device__ __forceinline__ void convert(const ElementParams& p) {
 
 template <class T>
 __device__ __forceinline__ void silu_mul(const ElementParams& p) {
+  grid_dependency();
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
     const uint64_t row = i / p.width;
-    const T* gate = static_cast<const T*>(p.in) + row * 2 * p.width + (i - row * p.width);
-    static_cast<T*>(p.out)[i] = narrow<T>(silu(widen(gate[0])) * widen(gate[p.width]));
+    const uint32_t column = static_cast<uint32_t>(i - row * p.width);
+    const uint32_t at = p.block ? column / p.block * 2 * p.block + column % p.block : column;
+    const T* gate = static_cast<const T*>(p.in) + row * 2 * p.width + at;
+    static_cast<T*>(p.out)[i] = narrow<T>(silu(widen(gate[0])) * widen(gate[p.block ? p.block : p.width]));
   }
 }
 

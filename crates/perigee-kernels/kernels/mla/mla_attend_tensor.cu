@@ -77,6 +77,7 @@ __device__ __forceinline__ void attend(const MlaAttendParams& p) {
   constexpr int kTiles = kLatent / kParts / 8;   // of outputs of a warp
   constexpr int kPartKeys = kKeys / kParts;      // 16 or 8
   constexpr int kScoreTiles = kPartKeys / 8;
+  grid_dependency();
   const AttendItem item = p.items[blockIdx.x];
   const uint32_t first_row = blockIdx.y * kRows;
   const uint32_t all_rows = item.tokens * p.heads;

@@ -14,6 +14,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) mla_merge_splits(const __
   __shared__ float weights[kBatch];
   __shared__ float scratch[kWarp];
   __shared__ float sums[kGroups - 1][kSpan * kGroupThreads];
+  grid_dependency();
   const AttendMerge merge = p.merges[blockIdx.x];
   const uint32_t row = blockIdx.y;
   if (row >= merge.tokens * p.heads) return;

@@ -20,6 +20,7 @@ __device__ __forceinline__ float positioned(const MlaStoreParams& p, const T* x,
 template <class T, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void store(const MlaStoreParams& p) {
   __shared__ float scratch[kWarp];
+  grid_dependency();
   const uint64_t token = blockIdx.x;
   if (p.places[token] == kNoPlace) return;
   const T* source = static_cast<const T*>(p.projected) + token * p.pitch + p.kv_offset;

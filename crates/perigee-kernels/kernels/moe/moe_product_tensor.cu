@@ -27,6 +27,7 @@ __device__ __forceinline__ void product(const MoeProductParams& p) {
   constexpr int kChunks = kDepth / 8;               // 16-byte pieces of a row
   constexpr int kPass = kThreads / kChunks;         // rows copied at a time
   constexpr int kPasses = (kRows + kPass - 1) / kPass;
+  grid_dependency();
   if (blockIdx.y >= *p.tile_count) return;
   const MoeTile tile = p.tiles[blockIdx.y];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -4,42 +4,67 @@
 #include "common/faults.cuh"
 #include "moe/params.h"
 
-constexpr int kRouterTokens = 4;  // tokens of a warp: the weight row is read once for all of them
+constexpr int kRouterTokens = 4;    // tokens of a warp: the weight row is read once for all of them
+constexpr int kRouterExperts = 4;   // experts of a block
+constexpr int kRouterWarps = 2;     // warps that share an expert
+constexpr int kRouterReads = 9;     // 16-byte reads of weights that a thread has under way
 
-// One warp an expert, for kRouterTokens tokens: few tokens, for which reading the weights is the work.
+// Few tokens, for which reading the weights is the work: two warps an expert, for kRouterTokens tokens. The weights are asked for
+// before the kernel ahead has ended, since nothing writes them.
 template <class T>
 __device__ __forceinline__ void router(const MoeRouterParams& p) {
-  const uint32_t lane = threadIdx.x % kWarp;
-  const uint32_t expert = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  if (expert >= p.experts) return;
+  constexpr int kStep = kRouterWarps * kWarp * 4;
+  __shared__ float parts[kRouterExperts][kRouterTokens];
+  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint32_t place = warp / kRouterWarps, half = warp % kRouterWarps;
+  const uint32_t expert = blockIdx.x * kRouterExperts + place;
   const uint32_t first = blockIdx.y * kRouterTokens;
-  const float* weight = p.weight + static_cast<uint64_t>(expert) * p.hidden;
+  const float* weight = p.weight + static_cast<uint64_t>(min(expert, p.experts - 1)) * p.hidden;
+  const bool wide = p.hidden % 4 == 0;
+  Quad ahead[kRouterReads];
+#pragma unroll
+  for (int r = 0; r < kRouterReads; r++) {
+    const uint32_t i = (half * kWarp + lane) * 4 + r * kStep;
+    ahead[r] = wide && i < p.hidden ? read4(weight + i) : Quad{};
+  }
+  grid_dependency();
   // Rows beyond the last token are read as the last one again, and not written.
   const T* x[kRouterTokens];
 #pragma unroll
   for (int t = 0; t < kRouterTokens; t++) x[t] = static_cast<const T*>(p.x) + static_cast<uint64_t>(min(first + t, p.tokens - 1)) * p.hidden;
   float sums[kRouterTokens] = {};
-  if (p.hidden % 4 == 0) {
-#pragma unroll 3
-    for (uint32_t i = lane * 4; i < p.hidden; i += kWarp * 4) {
-      const Quad w = read4(weight + i);
+  auto add = [&](const Quad& w, uint32_t i) {
 #pragma unroll
-      for (int t = 0; t < kRouterTokens; t++) {
-        const Quad v = read4(x[t] + i);
+    for (int t = 0; t < kRouterTokens; t++) {
+      const Quad v = read4(x[t] + i);
 #pragma unroll
-        for (int e = 0; e < 4; e++) sums[t] += w.x[e] * v.x[e];
-      }
+      for (int e = 0; e < 4; e++) sums[t] += w.x[e] * v.x[e];
     }
+  };
+  if (wide) {
+#pragma unroll
+    for (int r = 0; r < kRouterReads; r++) {
+      const uint32_t i = (half * kWarp + lane) * 4 + r * kStep;
+      if (i < p.hidden) add(ahead[r], i);
+    }
+    for (uint32_t i = (half * kWarp + lane) * 4 + kRouterReads * kStep; i < p.hidden; i += kStep) add(read4(weight + i), i);
   } else {
-    for (uint32_t i = lane; i < p.hidden; i += kWarp) {
+    for (uint32_t i = half * kWarp + lane; i < p.hidden; i += kRouterWarps * kWarp) {
 #pragma unroll
       for (int t = 0; t < kRouterTokens; t++) sums[t] += weight[i] * widen(x[t][i]);
     }
   }
 #pragma unroll
   for (int t = 0; t < kRouterTokens; t++) {
-    const float sum = warp_sum(sums[t]);
-    if (lane == 0 && first + t < p.tokens) p.scores[static_cast<uint64_t>(first + t) * p.experts + expert] = sum;
+    sums[t] = warp_sum(sums[t]);
+    if (half == 1 && lane == 0) parts[place][t] = sums[t];
+  }
+  __syncthreads();
+  if (half == 0 && lane == 0 && expert < p.experts) {
+#pragma unroll
+    for (int t = 0; t < kRouterTokens; t++) {
+      if (first + t < p.tokens) p.scores[static_cast<uint64_t>(first + t) * p.experts + expert] = sums[t] + parts[place][t];
+    }
   }
 }
 
@@ -49,6 +74,7 @@ __device__ __forceinline__ void router_tile(const MoeRouterParams& p) {
   constexpr int kTile = 64, kDepth = 16;
   __shared__ float a[kDepth][kTile + 4];
   __shared__ float b[kDepth][kTile + 4];
+  grid_dependency();
   const uint32_t first_expert = blockIdx.x * kTile, first_token = blockIdx.y * kTile;
   const uint32_t tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   const uint32_t load_depth = threadIdx.x % kDepth, load_row = threadIdx.x / kDepth;
@@ -116,13 +142,20 @@ __device__ __forceinline__ void warp_argmax(float& value, uint32_t& index) {
 template <Fault kFault = Fault::kNone>
 __device__ __forceinline__ void select(const MoeSelectParams& p) {
   extern __shared__ float shared[];
+  grid_dependency();
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t token = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (token >= p.tokens) return;
-  if (token >= *p.live) {
-    for (uint32_t choice = lane; choice < p.top_k; choice += kWarp) p.chosen[static_cast<uint64_t>(token) * p.top_k + choice] = kNoExpert;
-    return;
+  const uint64_t entry = static_cast<uint64_t>(token) * (p.top_k + p.shared);
+  const bool is_live = token < *p.live;
+  for (uint32_t choice = lane; choice < p.top_k + p.shared; choice += kWarp) {
+    if (!is_live) p.chosen[entry + choice] = kNoExpert;
+    if (is_live && choice >= p.top_k) {
+      p.chosen[entry + choice] = p.experts + choice - p.top_k;
+      p.weights[entry + choice] = 1.0f;
+    }
   }
+  if (!is_live) return;
   float* scores = shared + static_cast<uint64_t>(threadIdx.x / kWarp) * (2 * p.experts + p.groups + 2 * p.top_k);
   float* biased = scores + p.experts;
   float* group_scores = biased + p.experts;
@@ -198,8 +231,8 @@ __device__ __forceinline__ void select(const MoeSelectParams& p) {
   for (uint32_t choice = 0; choice < p.top_k; choice++) sum += scores[chosen[choice]];
   const float factor = (p.renormalize ? 1.0f / (sum + 1e-20f) : 1.0f) * p.scale;
   for (uint32_t choice = lane; choice < p.top_k; choice += kWarp) {
-    p.chosen[to + choice] = chosen[choice];
-    p.weights[to + choice] = scores[chosen[choice]] * factor;
+    p.chosen[entry + choice] = chosen[choice];
+    p.weights[entry + choice] = scores[chosen[choice]] * factor;
   }
 }
 
@@ -212,6 +245,7 @@ extern "C" __global__ void __launch_bounds__(128) moe_select_biased_weights(cons
 // result depends on: rows are computed by themselves and summed by token in the order of choices.
 extern "C" __global__ void __launch_bounds__(1024) moe_sort(const __grid_constant__ MoeSortParams p) {
   extern __shared__ uint32_t counts[];  // [E] counts, then cursors
+  grid_dependency();
   for (uint32_t e = threadIdx.x; e < p.experts; e += blockDim.x) counts[e] = 0;
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < p.entries; i += blockDim.x) {
@@ -224,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(1024) moe_sort(const __grid_constan
       const uint32_t expert = base + threadIdx.x;
       const uint32_t count = expert < p.experts ? counts[expert] : 0;
       const uint32_t tiles = (count + p.tile_rows - 1) / p.tile_rows;
-      touched += __popc(__ballot_sync(~0u, count > 0));
+      touched += __popc(__ballot_sync(~0u, count > 0 && expert < p.routed));
       uint32_t rows_to = count, tiles_to = tiles;
 #pragma unroll
       for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -266,6 +300,7 @@ template <class T>
 __device__ __forceinline__ void combine(const MoeCombineParams& p) {
   // Sorted rows, then weights, each with room for k rounded up to 8: loads of whole vectors may run ahead.
   extern __shared__ uint4 vectors[];
+  grid_dependency();
   uint32_t* choices = reinterpret_cast<uint32_t*>(vectors);
   float* weights = reinterpret_cast<float*>(choices + (p.top_k + 7) / 8 * 8);
   const uint64_t token = blockIdx.x;

@@ -1,5 +1,6 @@
 // Parameters of the mixture-of-experts kernels. The Rust side mirrors this layout. T is the activation type, E experts,
-// k experts of a token, f inner width (padded to a multiple of 8), d hidden.
+// k experts of a token, f inner width (padded to a multiple of 8), d hidden. Shared experts that are as wide as routed ones are
+// experts E, E + 1, ... which every token has behind its k, with weight 1; "k + s" counts them.
 #pragma once
 #include <stdint.h>
 
@@ -28,8 +29,8 @@ struct MoeSelectParams {
   const uint32_t* forced;   // [tokens][k], or null
   uint32_t* own;            // [tokens][k], ascending: the layer's own selection
   const uint32_t* live;     // [1]: tokens behind these only pad the step
-  uint32_t* chosen;         // [tokens][k]: what is computed; kNoExpert for tokens that pad the step
-  float* weights;           // [tokens][k]
+  uint32_t* chosen;         // [tokens][k + s]: what is computed; kNoExpert for tokens that pad the step
+  float* weights;           // [tokens][k + s]
   uint32_t tokens;
   uint32_t experts;
   uint32_t top_k;
@@ -37,7 +38,7 @@ struct MoeSelectParams {
   uint32_t top_groups;
   uint32_t renormalize;
   float scale;
-  uint32_t reserved;
+  uint32_t shared;          // s
 };
 
 struct MoeSortParams {
@@ -46,11 +47,11 @@ struct MoeSortParams {
   uint32_t* position;       // [entries]: sorted row of every entry, kNoExpert where it has no expert
   MoeTile* tiles;
   uint32_t* tile_count;     // [1]
-  unsigned long long* touched;  // [1]: experts with entries are added to it
+  unsigned long long* touched;  // [1]: routed experts with entries are added to it
   uint32_t entries;
-  uint32_t experts;
+  uint32_t experts;         // E + s
   uint32_t tile_rows;
-  uint32_t reserved;
+  uint32_t routed;          // E
 };
 
 struct MoeProductParams {
@@ -62,16 +63,16 @@ struct MoeProductParams {
   const uint32_t* tile_count;
   uint32_t depth;           // summed length: d, or f
   uint32_t width;           // columns of `out`: f, or d
-  uint32_t top_k;
+  uint32_t top_k;           // k + s
   uint32_t reserved;
 };
 
 struct MoeCombineParams {
   const void* rows;         // [entries][d] T, sorted
-  const void* shared;       // [tokens][d] T, or null
+  const void* shared;       // [tokens][d] T of shared experts that are an MLP of their own, or null
   const uint32_t* position; // [entries]
   const float* weights;     // [entries]
   void* out;                // [tokens][d] T
   uint32_t hidden;
-  uint32_t top_k;
+  uint32_t top_k;           // k + s
 };

@@ -6,6 +6,7 @@
 template <class R, class T>
 __device__ __forceinline__ void rms_norm(const NormParams& p) {
   __shared__ float scratch[kWarp];
+  grid_dependency();
   R* residual = static_cast<R*>(p.residual) + static_cast<uint64_t>(blockIdx.x) * p.residual_pitch;
   const T* delta = p.delta ? static_cast<const T*>(p.delta) + static_cast<uint64_t>(blockIdx.x) * p.width : nullptr;
   T* out = static_cast<T*>(p.out) + static_cast<uint64_t>(blockIdx.x) * p.out_pitch;

@@ -39,7 +39,8 @@ pub(crate) struct ClientArgs {
 }
 
 impl ClientArgs {
-    async fn channel(&self) -> anyhow::Result<Channel> {
+    /// A connection to the router.
+    pub(crate) async fn channel(&self) -> anyhow::Result<Channel> {
         let (address, asks_for_tls) = match self.router.strip_prefix("https://") {
             Some(address) => (address, true),
             None => (self.router.strip_prefix("http://").unwrap_or(&self.router), false),

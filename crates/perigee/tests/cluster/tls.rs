@@ -1,15 +1,19 @@
 //! A cluster in which everybody must show a certificate of its authority, etcd included; and what the binary says to who
 //! has none.
 
+use std::io::Read;
+use std::net::TcpListener;
 use std::process::Output;
 
 use perigee_proto::v1::ListReplicasRequest;
 use perigee_testkit::certificates::{Authority, Identity as Issued};
 use perigee_testkit::etcd::Etcd;
-use perigee_testkit::sandbox::Clients;
+use perigee_testkit::processes::signal;
+use perigee_testkit::sandbox::{Clients, Started};
 use perigee_tls::{ClientTlsOptions, Dialer};
 use tonic::Code;
 
+use crate::PATIENCE;
 use crate::parts::{Cluster, Identity, MODEL, perigee};
 use crate::streams::ask;
 
@@ -110,6 +114,24 @@ fn up_serves_itself_with_one_certificate_for_any_name() {
 }
 
 #[test]
+fn a_rank_with_a_certificate_meets_its_leader_over_tls() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new(folder.path(), "authority").unwrap();
+    let identity = authority.issue("rank", &HERE).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut command = perigee();
+    command.args(["worker", "--rank=1", "--tp=2", "--threads=1", &format!("--model={MODEL}")]);
+    command.arg(format!("--leader={}", listener.local_addr().unwrap())).args(authority.options(&identity));
+    let mut rank = Started::spawn("rank", command, folder.path()).unwrap();
+    let mut first = [0];
+    listener.accept().unwrap().0.read_exact(&mut first).unwrap();
+    // The beginning of a handshake, and not of the ranks' protocol.
+    assert_eq!(first, [22]);
+    signal("KILL", rank.pid()).unwrap();
+    rank.wait(PATIENCE).unwrap();
+}
+
+#[test]
 fn what_is_neither_secure_nor_on_this_machine_is_refused_as_a_usage() {
     let folder = tempfile::tempdir().unwrap();
     let authority = Authority::new(folder.path(), "authority").unwrap();
@@ -121,6 +143,7 @@ fn what_is_neither_secure_nor_on_this_machine_is_refused_as_a_usage() {
         ("worker --internal 0.0.0.0:0", None, "--internal"),
         ("worker --listen 0.0.0.0:0", Some(&cert), "--tls-key"),
         ("worker --tp 2 --leader 10.0.0.1:7000", None, "--leader"),
+        ("worker --tp 2 --leader 10.0.0.1:7000 --device cuda", Some(&cert), "NCCL"),
         ("worker --insecure --internal 0.0.0.0:0 --registry etcd://127.0.0.1:1", None, "--advertise"),
         ("worker --etcd-user perigee", None, "--etcd-password-file"),
         ("router --registry etcd://127.0.0.1:1 --tls-ca ca.pem", None, "--tls-cert"),

@@ -68,7 +68,11 @@ pub(crate) fn group(seed: u64, sizes: Sizes) -> Group {
             _ => request(&mut numbers, prompt.clone(), sizes),
         };
         let request = GenerateRequest { request_id: format!("move-{seed}-{number}"), ..request };
-        let moves = moves(&mut numbers, &request, sizes.replicas);
+        let mut moves = moves(&mut numbers, &request, sizes.replicas);
+        if number == 0 {
+            // Every group has one that moves before its first token.
+            moves[0].after = None;
+        }
         schedules.push(Schedule { request, moves });
     }
     Group { seed, schedules }

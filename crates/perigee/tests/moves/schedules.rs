@@ -253,7 +253,8 @@ async fn wide_heads_equal_undisturbed_runs() {
     let groups = (0..4).map(|number| group(first + number, sizes)).collect();
     let fleet = FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &DEGREES)
         .model("random:wide")
-        .worker("--token-budget=64")
+        // Prompts take many steps, so that a session that moves as soon as it is known does so before its first token.
+        .worker("--token-budget=16")
         .worker("--latent-pages=256")
         .worker("--state-slots=32")
         .start()

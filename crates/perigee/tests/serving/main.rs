@@ -5,6 +5,8 @@
 #[cfg(test)]
 mod answer;
 #[cfg(test)]
+mod bench;
+#[cfg(test)]
 mod cluster;
 #[cfg(test)]
 mod deaths;

@@ -1,0 +1,6 @@
+//! Whole runs against servers whose times are known, most of them under a virtual clock.
+
+mod grpc;
+mod runs;
+mod stub;
+mod wire;

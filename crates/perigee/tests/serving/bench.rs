@@ -1,0 +1,86 @@
+//! `perigee bench serve` and `bench router` as people run them. What they measure is judged under virtual clocks, beside the
+//! code; here it counts that every request arrives and that a missed threshold is told.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use perigee_testkit::sandbox::Sandbox;
+use serde_json::Value;
+
+use super::up;
+
+const SMOKE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/load/smoke.toml");
+
+fn bench(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_perigee")).arg("bench").args(arguments).output().expect("started")
+}
+
+fn report(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+fn smoke(cluster: &Sandbox, more: &[&str]) -> Output {
+    let router = cluster.grpc.to_string();
+    let common = ["serve", "--scenario", SMOKE, "--conversations=20", "--json", "--router", &router];
+    bench(&[&common, more].concat())
+}
+
+#[test]
+fn every_request_of_a_scenario_is_answered_over_both_protocols() {
+    let cluster = up(2, 1).start().expect("a cluster");
+    let folder = tempfile::tempdir().expect("a folder");
+    let page = folder.path().join("report.html");
+    let grpc = report(&smoke(&cluster, &["--html", &page.display().to_string()]));
+    let counted = &grpc["counted"];
+    assert_eq!((counted["completed"].as_u64(), grpc["lost"].as_u64()), (Some(20), Some(0)), "{counted}");
+    assert!(counted["output_tokens"].as_u64() > Some(20 * 8) && counted["prompt_tokens"].as_u64() > Some(20 * 8));
+    assert!(grpc["ttft_ms"]["p99"].as_f64() >= grpc["ttft_ms"]["p50"].as_f64(), "{}", grpc["ttft_ms"]);
+    assert!(std::fs::read_to_string(page).expect("a page").contains("<svg"));
+
+    let http = format!("http://{}", cluster.http);
+    for api in ["completions", "chat"] {
+        let openai = ["--openai", &http, "--model", "random:tiny@0", "--api", api];
+        let counted = report(&smoke(&cluster, &openai))["counted"].clone();
+        assert_eq!(counted["completed"].as_u64(), Some(20), "{api}: {counted}");
+        // Drawn by the same seed: the same lengths.
+        assert_eq!(counted["output_tokens"], grpc["counted"]["output_tokens"], "{api}");
+    }
+}
+
+#[test]
+fn missed_thresholds_end_with_1_and_bad_scenarios_with_2() {
+    let cluster = up(1, 1).start().expect("a cluster");
+    let folder = tempfile::tempdir().expect("a folder");
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).expect("written");
+        path.display().to_string()
+    };
+    let smoke = std::fs::read_to_string(Path::new(SMOKE)).expect("a scenario");
+    let strict = write("strict.toml", &format!("{smoke}output_tok_s = 1e9\n"));
+    let router = cluster.grpc.to_string();
+    let output = bench(&["serve", "--scenario", &strict, "--conversations=3", "--router", &router]);
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && told.contains("output_tok_s"), "{told}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("3 completed"), "the report comes first");
+
+    let wrong = write("wrong.toml", &smoke.replace("rate = 20.0", "rate = -1.0"));
+    let output = bench(&["serve", "--scenario", &wrong, "--router", &router]);
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(2) && told.contains("arrivals.rate"), "{told}");
+}
+
+#[test]
+fn the_router_is_measured_between_stubs() {
+    let output =
+        bench(&["router", "--replicas=1,7", "--streams=10", "--requests=30", "--output=20", "--step-ms=2", "--json"]);
+    let rows = report(&output);
+    let rows = rows.as_array().expect("rows");
+    assert_eq!(rows.iter().map(|row| row["replicas"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(7)]);
+    for row in rows {
+        assert_eq!((row["requests"].as_u64(), row["failed"].as_u64()), (Some(30), Some(0)), "{row}");
+        assert_eq!(row["transit_ms"]["count"].as_u64(), Some(600), "{row}");
+        assert!(row["transit_ms"]["p50"].as_f64() > Some(0.0), "{row}");
+    }
+}
