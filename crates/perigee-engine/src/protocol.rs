@@ -42,7 +42,7 @@ pub enum RankCommand {
     /// Run a step.
     Step {
         /// The plan.
-        plan: StepPlan,
+        plan: Box<StepPlan>,
         /// (layer, top_k experts for each token); layers not listed route freely.
         forced: ForcedExperts,
     },
@@ -171,7 +171,7 @@ mod tests {
         let context = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".parse().unwrap();
         for command in [
             RankCommand::Step {
-                plan: StepPlan { remote: remote(), ..StepPlan::default() },
+                plan: StepPlan { remote: remote(), ..StepPlan::default() }.into(),
                 forced: vec![(1, vec![2])],
             },
             RankCommand::ExportSlot { from: StateSource::Parked(5) },

@@ -105,7 +105,7 @@ impl<B: Backend> Ranks<B> {
         forced: &ForcedExperts,
         trace: Option<&mut Trace>,
     ) -> Result<StepReport, ExecutorError> {
-        self.send(&RankCommand::Step { plan: plan.clone(), forced: forced.clone() })?;
+        self.send(&RankCommand::Step { plan: plan.clone().into(), forced: forced.clone() })?;
         let mut hooks = LeaderHooks { forced, trace };
         let mut own = self.own.step(plan, &mut hooks);
         if !self.others.is_empty()

@@ -34,7 +34,7 @@ enum Command {
     /// Works on configuration files.
     Config(commands::config::ConfigArgs),
     /// Runs a router.
-    Router(commands::router::RouterArgs),
+    Router(Box<commands::router::RouterArgs>),
     /// Runs one rank of a replica.
     Worker(Box<perigee_worker::WorkerConfig>),
     /// Sends a prompt to a router and prints the answer.
@@ -85,7 +85,7 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Config(args) => commands::config::run(&args),
         Command::Up(args) => commands::up::run(*args),
-        Command::Router(args) => commands::router::run(args),
+        Command::Router(args) => commands::router::run(*args),
         Command::Worker(config) => {
             commands::without_faults(&config.faults())?;
             perigee_worker::run(&config).map_err(anyhow::Error::from)
