@@ -184,6 +184,8 @@ pub struct Load {
     pub steps: u64,
     /// Sessions that run elsewhere and have latents here.
     pub homes: u32,
+    /// Tokens in the contexts of running sessions.
+    pub context_tokens: u64,
 }
 
 /// A session as operators see it.

@@ -150,6 +150,13 @@ impl EngineCore {
 
     /// Takes the commands that came, ends what is due, runs one step, and sends its events.
     pub fn turn(&mut self) -> Turn {
+        let turn = self.work();
+        self.tell();
+        if self.ended { Turn::Stopped } else { turn }
+    }
+
+    /// A turn whose events wait for [`Self::tell`]: in a simulation the time that the step takes passes between the two.
+    pub fn work(&mut self) -> Turn {
         let worked = match self.take_commands().and_then(|()| self.try_turn()) {
             Ok(worked) => worked,
             Err(fatal) => {
@@ -157,7 +164,6 @@ impl EngineCore {
                 false
             }
         };
-        self.send_events();
         match (self.ended, worked) {
             (true, _) => Turn::Stopped,
             (false, true) => Turn::Stepped,
@@ -190,6 +196,7 @@ impl EngineCore {
             homes: count(occupancy.homes),
             step_ms: self.step_ms,
             steps: self.steps,
+            context_tokens: occupancy.context_tokens,
         }
     }
 
@@ -369,7 +376,7 @@ impl EngineCore {
     }
 
     /// Sends what the turn did, and ends the sessions of routers that are gone.
-    fn send_events(&mut self) {
+    pub fn tell(&mut self) {
         let load = self.load();
         self.shared.load.send_replace(load);
         loop {

@@ -43,10 +43,12 @@ pub struct LogOptions {
     pub filter: String,
 }
 
+/// What is logged where nothing else is said: warnings, and the balancer's moves. A person at a terminal came for the answer.
+pub const DEFAULT_FILTER: &str = "warn,perigee_router::balance=info";
+
 impl Default for LogOptions {
-    /// Only warnings: a person at a terminal came for the answer.
     fn default() -> Self {
-        Self { format: LogFormat::default(), filter: "warn".to_owned() }
+        Self { format: LogFormat::default(), filter: DEFAULT_FILTER.to_owned() }
     }
 }
 

@@ -2,13 +2,13 @@
 
 use std::str::FromStr;
 
-use crate::logs::{LogFormat, LogOptions};
+use crate::logs::{DEFAULT_FILTER, LogFormat, LogOptions};
 
 /// Options of a process's logs and traces.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
 pub struct TelemetryOptions {
     /// What is logged to standard error: a level, or levels by module such as info,perigee_router=debug.
-    #[arg(long, value_name = "FILTER", default_value = "warn")]
+    #[arg(long, value_name = "FILTER", default_value = DEFAULT_FILTER)]
     pub log: String,
     /// How a log line looks: text, or json (one object a line).
     #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = LogFormat::from_str)]
@@ -81,7 +81,7 @@ mod tests {
         let options = Command::parse_from(words).telemetry;
         let again = ["x".to_owned()].into_iter().chain(options.to_arguments());
         assert_eq!(Command::parse_from(again).telemetry, options);
-        assert_eq!(Command::parse_from(["x"]).telemetry, TelemetryOptions { log: "warn".into(), ..Default::default() });
+        assert_eq!(Command::parse_from(["x"]).telemetry, TelemetryOptions::default());
         assert!(options.faults().is_empty());
     }
 

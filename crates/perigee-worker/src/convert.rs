@@ -138,6 +138,7 @@ pub(crate) fn load(load: Load, draining: bool) -> internal::Load {
         step_ms: load.step_ms,
         steps: load.steps,
         homes: load.homes,
+        context_tokens: load.context_tokens,
         draining,
         // Known beside the engine; set where the batch is sent.
         decode_ms: 0.0,

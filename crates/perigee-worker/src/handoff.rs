@@ -13,6 +13,7 @@ use perigee_proto::status::{ErrorKind, WireError};
 use perigee_trace::{TRACEPARENT, TraceContext, Traced};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
@@ -95,15 +96,19 @@ async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Optio
     let answer = {
         tokio::pin!(call);
         let early = tokio::select! {
-            answer = &mut call => Some(answer),
-            sent = send(outgoing, &chunks) => {
-                sent?;
-                None
-            }
+            answer = &mut call => Err(answer),
+            sent = send(outgoing, &chunks) => Ok(sent?),
         };
         match early {
-            Some(answer) => answer,
-            None => call.await,
+            Err(answer) => answer,
+            Ok(Sent { bytes, time }) => {
+                let waits = Instant::now();
+                let answer = call.await;
+                if answer.is_ok() {
+                    peers.links().carried(&target.replica, bytes, time + waits.elapsed());
+                }
+                answer
+            }
         }
     };
     Some(answer.and_then(|result| match result.session == session {
@@ -112,16 +117,28 @@ async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Optio
     }))
 }
 
+/// What a handoff came to on its way out.
+#[derive(Default)]
+struct Sent {
+    bytes: u64,
+    /// How long the connection took; not how long the engine took to hand it in.
+    time: Duration,
+}
+
 /// Everything that is to be sent, then the mark of a good end. None if it was called off.
-async fn send(outgoing: &mut Outgoing, chunks: &mpsc::Sender<Option<HandoffChunk>>) -> Option<()> {
+async fn send(outgoing: &mut Outgoing, chunks: &mpsc::Sender<Option<HandoffChunk>>) -> Option<Sent> {
+    let mut sent = Sent::default();
     while let Some(data) = outgoing.next_chunk().await {
+        let began = Instant::now();
+        sent.bytes += data.len() as u64;
         room(outgoing, chunks).await?.send(Some(HandoffChunk { data }));
+        sent.time += began.elapsed();
     }
     if outgoing.is_cancelled() {
         return None;
     }
     room(outgoing, chunks).await?.send(None);
-    Some(())
+    Some(sent)
 }
 
 /// Waits until the connection takes another chunk.
