@@ -193,6 +193,7 @@ impl EngineCore {
             text: false,
             grammar: None,
             resumable: false,
+            trace: None,
         };
         match self.sequence(&prompt_only, 0, name) {
             Ok((sequence, _)) if sequence.length() == 1 => {
@@ -278,6 +279,7 @@ impl EngineCore {
         let session = self.sessions.remove(&id);
         if let Some(session) = &session {
             self.names.remove(&session.sequence.session);
+            self.note_left(id, session);
         }
         if let Some(key) = removed.parked {
             self.drop_parked(key)?;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use perigee_sampling::SamplingParams;
 use perigee_text::grammar::{Grammar, GrammarSource};
+use perigee_trace::TraceContext;
 use serde::{Deserialize, Serialize};
 
 use crate::moves::Reported;
@@ -50,6 +51,8 @@ pub struct Request {
     pub grammar: Option<StartGrammar>,
     /// Whether it is to outlive its router: its sessions wait a while for another one.
     pub resumable: bool,
+    /// Where it is in its trace, if it has one.
+    pub trace: Option<TraceContext>,
 }
 
 /// A grammar that was compiled before its request came to the engine, since that may take a while.

@@ -4,6 +4,7 @@
 use perigee_sampling::{SampleError, Sampled, SamplingParams, TokenCounts};
 use perigee_text::grammar::GrammarSource;
 use perigee_text::{DetokenizeStream, StopError, StopMatcher, TextError, Tokenizer};
+use perigee_trace::TraceContext;
 use serde::{Deserialize, Serialize};
 
 use crate::request::{FinishReason, PositionLogprobs, Request, SessionId, StopRule, TokenLogprob, Usage};
@@ -47,6 +48,8 @@ pub struct Sequence {
     pub grammar: Option<GrammarSource>,
     /// Whether it waits for another router where its own is lost.
     pub resumable: bool,
+    /// The router's place in the request's trace, which sessions go on from on every replica.
+    pub trace: Option<TraceContext>,
 }
 
 /// Text of a session: a detokeniser and a stop matcher, one after the other.
@@ -153,6 +156,7 @@ impl Sequence {
             cached: 0,
             grammar: request.grammar.as_ref().map(|grammar| grammar.source.clone()),
             resumable: request.resumable,
+            trace: request.trace,
             sampling,
         };
         let mut finish = None;

@@ -17,6 +17,7 @@ use crate::outbox::{LOAD_INTERVAL, Outbox};
 use crate::request::{FinishReason, Load, RouterId, SessionId};
 use crate::scheduler::{Limits, Plan, PlannedRow, Scheduler, TaskId};
 use crate::sequence::Sequence;
+use crate::traces::{SessionSpan, TraceNotes};
 
 /// What a turn did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +64,7 @@ pub(crate) struct Session {
     pub(crate) retry_at: Option<Instant>,
     /// What another router may still want to hear, where it may come to have one.
     pub(crate) kept: Option<KeptEvents>,
+    pub(crate) span: SessionSpan,
 }
 
 impl Session {
@@ -74,18 +76,9 @@ impl Session {
         permit: Arc<QueuePermit>,
     ) -> Self {
         let kept = sequence.resumable.then(|| KeptEvents::from(sequence.completion()));
-        Self {
-            sequence,
-            grammar: None,
-            sink,
-            deadline,
-            arrived,
-            last_token: None,
-            permit,
-            misses: 0,
-            retry_at: None,
-            kept,
-        }
+        let span = SessionSpan::open(&sequence, arrived);
+        let (grammar, last_token, retry_at) = (None, None, None);
+        Self { sequence, grammar, sink, deadline, arrived, last_token, permit, misses: 0, retry_at, kept, span }
     }
 }
 
@@ -106,6 +99,8 @@ pub struct EngineCore {
     pub(crate) follows: Follows,
     /// What homes and this replica have to tell each other.
     pub(crate) home_words: Homes,
+    /// What ranks have not been told of traces yet.
+    pub(crate) notes: TraceNotes,
     /// The handoff that is being offered, until its party takes it.
     pub(crate) offered: Option<Box<Arriving>>,
     /// The way in for tasks that carry handoffs.
@@ -136,6 +131,7 @@ impl EngineCore {
             seats: Seats::new(),
             follows: Follows::default(),
             home_words: Homes::default(),
+            notes: TraceNotes::default(),
             offered: None,
             commands,
             inbox,
@@ -246,7 +242,11 @@ impl EngineCore {
         self.end_what_is_due(now)?;
         self.mind_moves(now)?;
         self.end_pauses(now);
-        self.step()
+        let worked = self.step()?;
+        if !worked {
+            self.tell_notes()?;
+        }
+        Ok(worked)
     }
 
     /// Plans a step and runs it; false if there was nothing to do.
@@ -287,6 +287,7 @@ impl EngineCore {
         let now = self.config.clock.now();
         for id in &plan.admitted {
             let Some(session) = self.sessions.get(id) else { continue };
+            session.span.note_slot(now);
             if session.permit.release() {
                 self.config.observer.queued(now.saturating_duration_since(session.arrived));
             }

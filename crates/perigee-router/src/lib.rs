@@ -43,6 +43,7 @@ mod serve;
 mod service;
 mod text;
 mod timers;
+mod trace;
 mod transit;
 mod validate;
 mod wire;

@@ -12,6 +12,7 @@ use perigee_proto::internal::{
     HandoffAnswer, HandoffChunk, HandoffDemand, HandoffResult, HandoffRoom, ReplicaRun, handoff_answer,
 };
 use perigee_proto::status::{ErrorKind, WireError};
+use perigee_trace::{TRACEPARENT, TraceContext, Traced};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -19,6 +20,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use tonic::{Code, Request, Status, Streaming};
+use tracing::field::Empty;
 
 use crate::identity::ReplicaIdentity;
 use crate::peers::Peers;
@@ -86,11 +88,15 @@ async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Optio
     // the target can take half a handoff for a whole one under no circumstances.
     let (chunks, body) = mpsc::channel::<Option<HandoffChunk>>(CHUNKS_IN_FLIGHT);
     let mut on_room = outgoing.on_room();
+    let trace = outgoing.trace().map(ToString::to_string).and_then(|trace| trace.parse().ok());
     let body = ReceiverStream::new(body).chain(tokio_stream::pending()).map_while(|chunk| chunk);
     let call = async {
         let mut client = peers.connect(&target.endpoint).await?;
         let mut request = Request::new(body);
         address(request.metadata_mut(), target)?;
+        if let Some(trace) = trace {
+            request.metadata_mut().insert(TRACEPARENT, trace);
+        }
         let refused = |status: Status| refusal(target, &status);
         let mut answers = client.handoff(request).await.map_err(refused)?.into_inner();
         while let Some(answer) = answers.message().await.map_err(refused)? {
@@ -203,6 +209,7 @@ pub(crate) fn receive(
     request: Request<Streaming<HandoffChunk>>,
 ) -> Result<AnswerStream, Status> {
     check_address(identity, request.metadata())?;
+    let traced = receiving(request.metadata());
     let mut chunks = request.into_inner();
     let mut incoming = engine.incoming();
     let (answers, out) = mpsc::channel(ANSWERS);
@@ -213,9 +220,13 @@ pub(crate) fn receive(
             () = answers.closed() => return,
         };
         let answer = match answer {
-            Ok(()) => finish(incoming).await,
+            Ok(()) => finish(incoming, &traced).await,
             Err(refused) => Err(refused),
         };
+        if let Err(status) = &answer {
+            traced.fail(status.message());
+            tracing::warn!(parent: traced.span(), code = ?status.code(), message = status.message(), "a handoff was refused");
+        }
         // A source that is gone hears of it by its own router.
         let _ = answers.send(answer).await;
     });
@@ -244,17 +255,30 @@ async fn take(
     Ok(())
 }
 
-async fn finish(incoming: Incoming) -> Result<HandoffAnswer, Status> {
+async fn finish(incoming: Incoming, traced: &Traced) -> Result<HandoffAnswer, Status> {
     let prepared = incoming.finish().await.map_err(refused)?;
-    tracing::debug!(session = prepared.session, epoch = prepared.epoch, "a session is held, prepared");
+    tracing::debug!(parent: traced.span(), session = prepared.session, epoch = prepared.epoch, "a session is held, prepared");
     let result = HandoffResult { session: prepared.session, epoch: prepared.epoch, digests: prepared.digests };
     Ok(HandoffAnswer { body: Some(handoff_answer::Body::Result(result)) })
 }
 
 fn refused(error: HandoffRefused) -> Status {
-    let status = Status::from(move_report::refused(&error));
-    tracing::warn!(code = ?status.code(), %error, "a handoff was refused");
-    status
+    move_report::refused(&error).into()
+}
+
+/// The span of a handoff's arrival, which goes on from its source's.
+fn receiving(metadata: &MetadataMap) -> Traced {
+    let text = metadata.get(TRACEPARENT).and_then(|value| value.to_str().ok());
+    let parent: Option<TraceContext> = text.and_then(|text| text.parse().ok());
+    let span = tracing::error_span!(
+        parent: None,
+        "receive",
+        otel.kind = "server",
+        otel.status_code = Empty,
+        otel.status_description = Empty,
+        trace_id = Empty,
+    );
+    Traced::open(span, parent.as_ref())
 }
 
 async fn within<T>(next: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {

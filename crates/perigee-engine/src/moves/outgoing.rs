@@ -5,6 +5,7 @@ use std::sync::mpsc;
 
 use perigee_migration::handoff::{CHUNK_BYTES, Frozen, Summary, Totals};
 use perigee_migration::{HandoffEncoder, HandoffError, Header, PageSlice, SegmentTable, StateSlice, TensorDigests};
+use perigee_trace::{TraceContext, Traced};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
 use super::Demand;
@@ -42,6 +43,8 @@ pub struct Outgoing {
     summary: Option<Summary>,
     stage: Stage,
     failure: Option<String>,
+    /// Its span, where the session is in a trace.
+    traced: Option<Traced>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +69,7 @@ impl Outgoing {
         header: Header,
         demand: Demand,
         commands: mpsc::Sender<Command>,
+        traced: Option<Traced>,
     ) -> Result<(Self, async_mpsc::UnboundedSender<SourcePart>), HandoffError> {
         let (sender, parts) = async_mpsc::unbounded_channel();
         let (session, next) = (SessionId(header.session.clone()), header.next_epoch);
@@ -83,6 +87,7 @@ impl Outgoing {
             summary: None,
             stage: Stage::Opening,
             failure: None,
+            traced,
         };
         Ok((outgoing, sender))
     }
@@ -100,6 +105,11 @@ impl Outgoing {
     /// The way to say that the target has room: the session stands still only then. It is given out once.
     pub fn on_room(&mut self) -> Option<oneshot::Sender<()>> {
         self.tell_room.take()
+    }
+
+    /// The place in the request's trace that the target goes on from.
+    pub fn trace(&self) -> Option<&TraceContext> {
+        self.traced.as_ref().and_then(Traced::parent)
     }
 
     /// The next bytes for the target. None when that was all, or when the handoff is off: see [`Self::is_cancelled`].
@@ -174,6 +184,9 @@ impl Outgoing {
         self.stage = Stage::Answered;
         // Why it could not be sent says more than what the target makes of half a handoff.
         let result = result.map_err(|message| self.failure.take().unwrap_or(message));
+        if let (Some(traced), Err(message)) = (&self.traced, &result) {
+            traced.fail(message);
+        }
         let (session, next) = (self.session.clone(), self.next);
         self.send(Command::HandoffDone { session, next, result });
     }

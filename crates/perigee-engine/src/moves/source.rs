@@ -17,6 +17,7 @@ use crate::executor::{ExecutorError, PageSpan, StateSource, StepPlan};
 use crate::request::{FinishReason, SessionId};
 use crate::scheduler::{StateAt, Status, TaskId};
 use crate::step::{EngineCore, Fatal};
+use crate::traces::handoff_span;
 
 /// Steps that a session is expected to make until its target has said that it has room.
 const STEPS_MEANWHILE: u64 = 8;
@@ -43,8 +44,9 @@ impl EngineCore {
             source: config.place,
             mode,
         };
+        let traced = handoff_span(&held.sequence, &target.replica);
         let (outgoing, parts) =
-            Outgoing::new(header, demand, self.commands.clone()).map_err(|error| error.to_string())?;
+            Outgoing::new(header, demand, self.commands.clone(), traced).map_err(|error| error.to_string())?;
         let tokens = held.sequence.tokens.clone();
         let seat = self.seats.get_mut(session).ok_or("nobody asked for it")?;
         seat.course = Course { mode: Some(mode), ..Course::default() };
@@ -108,7 +110,9 @@ impl EngineCore {
                 PartyEvent::HandoffVerified { next }
             }
             Err(message) => {
-                tracing::warn!(session = session.0, next, message, "a handoff failed");
+                let held = self.names.get(session).and_then(|id| self.sessions.get(id));
+                let span = held.and_then(|held| held.span.id());
+                tracing::warn!(parent: span, session = session.0, next, message, "a handoff failed");
                 seat.error = message;
                 PartyEvent::HandoffFailed { next }
             }
@@ -235,7 +239,9 @@ impl EngineCore {
             return self.drop_session(id).map(drop);
         };
         self.names.remove(session);
-        self.sessions.remove(&id);
+        if let Some(held) = self.sessions.remove(&id) {
+            self.note_left(id, &held);
+        }
         if let Some(key) = released.parked {
             self.drop_parked(key)?;
         }

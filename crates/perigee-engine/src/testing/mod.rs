@@ -62,6 +62,7 @@ pub fn greedy_request(session: &str, prompt: Vec<u32>, max_tokens: u32) -> Reque
         cache_salt: String::new(),
         grammar: None,
         resumable: false,
+        trace: None,
         text: false,
     }
 }

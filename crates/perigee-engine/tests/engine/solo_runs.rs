@@ -58,6 +58,7 @@ fn request(numbers: &mut Numbers, name: usize) -> Request {
         cache_salt: String::new(),
         grammar: None,
         resumable: false,
+        trace: None,
         text: numbers.one_in(2),
     }
 }

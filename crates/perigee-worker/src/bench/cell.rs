@@ -125,6 +125,7 @@ impl<B: Backend + 'static> Driver<B> {
         Request {
             grammar: None,
             resumable: false,
+            trace: None,
             request_id: name.clone(),
             sessions: vec![SessionId(name)],
             first_choice: 0,

@@ -30,6 +30,7 @@ fn request(name: &str, length: usize, tokens: u32, sampling: SamplingParams) -> 
     Request {
         grammar: None,
         resumable: false,
+        trace: None,
         request_id: name.to_owned(),
         sessions: vec![SessionId(name.to_owned())],
         first_choice: 0,

@@ -35,6 +35,7 @@ fn request() -> Request {
     Request {
         grammar: None,
         resumable: false,
+        trace: None,
         request_id: "a captured request".into(),
         sessions: vec![SessionId(SESSION.into())],
         first_choice: 0,

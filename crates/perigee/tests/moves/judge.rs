@@ -152,6 +152,7 @@ pub(crate) fn engine_request(asked: &GenerateRequest) -> Request {
     Request {
         grammar: None,
         resumable: false,
+        trace: None,
         request_id: asked.request_id.clone(),
         sessions: vec![SessionId(asked.request_id.clone())],
         first_choice: 0,
