@@ -7,14 +7,14 @@ use anyhow::{Context, bail};
 use perigee_proto::v1::{GetModelInfoRequest, MigrateMode, MigrateResponse};
 
 use super::cluster::Cluster;
-use super::numbers::{gap_of_move, gaps, median, milliseconds};
+use super::numbers::{Change, change, gaps, median, milliseconds};
 use super::stream::Stream;
 use super::{Beside, MigrateArgs, Remote, Row};
 
 /// Positions of a latent page.
 const PAGE_TOKENS: usize = 64;
-/// Tokens that a session has to itself after a move before the next one.
-const REST: usize = 8;
+/// Tokens that a session has to itself after a move before the next one; what they take is what its stall is held against.
+const REST: usize = 16;
 /// Tokens that the long session may draw: the course is over long before.
 const TOKENS: usize = 32_768;
 /// Longest wait for anything, a prompt of the longest context on a slow machine among it.
@@ -76,14 +76,14 @@ pub(super) async fn run(args: &MigrateArgs, context: usize) -> anyhow::Result<Ve
     let mut whole = Moves::default();
     for round in 0..args.whole + args.whole % 2 {
         let to = if round % 2 == 0 { &away } else { &home };
-        let (stall_ms, moved) = change(&cluster, &mut long, to, MigrateMode::Whole, local_ms).await?;
+        let (stall_ms, moved) = migrate(&cluster, &mut long, to, MigrateMode::Whole).await?;
         whole.add(stall_ms, &moved);
     }
 
     let mut short = Stream::open(inference.clone(), prompt(32, 1), TOKENS).await?;
     let beside_local_ms = beside(&cluster, &mut short, &home, args.window).await?;
     let mut split = Moves::default();
-    let (stall_ms, moved) = change(&cluster, &mut long, &away, MigrateMode::Split, local_ms).await?;
+    let (stall_ms, moved) = migrate(&cluster, &mut long, &away, MigrateMode::Split).await?;
     split.add(stall_ms, &moved);
     let beside_remote_ms = beside(&cluster, &mut short, &away, args.window).await?;
     drop(short);
@@ -91,17 +91,18 @@ pub(super) async fn run(args: &MigrateArgs, context: usize) -> anyhow::Result<Ve
     let (tpot_remote_ms, remote) = distance(&cluster, &mut long, &away, args.window).await?;
     for round in 1..args.moves {
         let to = if round % 2 == 0 { &away } else { &home };
-        let (stall_ms, moved) = change(&cluster, &mut long, to, MigrateMode::Split, local_ms).await?;
+        let (stall_ms, moved) = migrate(&cluster, &mut long, to, MigrateMode::Split).await?;
         split.add(stall_ms, &moved);
     }
 
     let before = long.len();
     cluster.kill(&long.owner())?;
-    let moved = |pieces: &[super::numbers::Piece]| gap_of_move(pieces, before.saturating_sub(1));
-    while moved(&long.pieces()).is_none() {
+    // Tokens that were on their way may still come from the replica that is gone.
+    while change(&long.pieces(), before.saturating_sub(1), REST).is_none() {
         long.next(1, PATIENCE).await.context("the session was not replayed")?;
     }
-    let gap_ms = moved(&long.pieces()).context("it was replayed")?;
+    let Change { gap: gap_ms, .. } =
+        change(&long.pieces(), before.saturating_sub(1), REST).context("it was replayed")?;
     let mut replay = Moves::default();
     let token_bytes = 4 * (context + long.len()) as u64;
     replay.add(gap_ms - local_ms, &MigrateResponse { token_bytes, ..MigrateResponse::default() });
@@ -140,12 +141,11 @@ fn arguments(args: &MigrateArgs, context: usize) -> Vec<String> {
 }
 
 /// Moves the session, and waits until it has had some tokens there; the client's stall, and what moved.
-async fn change(
+async fn migrate(
     cluster: &Cluster,
     stream: &mut Stream,
     to: &str,
     mode: MigrateMode,
-    local_ms: f64,
 ) -> anyhow::Result<(f64, MigrateResponse)> {
     let before = stream.len().saturating_sub(1);
     let moved = cluster.migrate(&stream.session, to, mode).await?;
@@ -153,8 +153,8 @@ async fn change(
         bail!("the session moved as {:?}, not {mode:?}", moved.mode());
     }
     stream.next(REST, PATIENCE).await?;
-    let gap_ms = gap_of_move(&stream.pieces(), before).context("the stream shows no change of replicas")?;
-    Ok((gap_ms - local_ms, moved))
+    let change = change(&stream.pieces(), before, REST).context("the stream shows no change of replicas")?;
+    Ok((change.stall, moved))
 }
 
 /// The median gap of a short session beside the long one at a replica.

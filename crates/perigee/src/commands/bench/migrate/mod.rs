@@ -57,9 +57,10 @@ struct Row {
     state_bytes: u64,
     page_bytes: u64,
     token_bytes: u64,
-    /// Gap in the client's stream beyond the median gap before any move, the median over the moves.
+    /// Gap in the client's stream beyond the median gap of the tokens behind it, the median over the moves. Of a replay: beyond
+    /// the median gap before any move.
     stall_ms: f64,
-    /// The same in such gaps.
+    /// The same in median gaps before any move.
     stall_steps: f64,
     /// Median gap of the client's tokens while all latents are local.
     tpot_local_ms: f64,

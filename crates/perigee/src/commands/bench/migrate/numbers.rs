@@ -25,11 +25,22 @@ pub(super) fn gaps(pieces: &[Piece]) -> Vec<f64> {
     pieces.windows(2).map(|pair| milliseconds(pair[1].at - pair[0].at)).collect()
 }
 
-/// Milliseconds between the last token of an owner and the first of the next one, from token `from` on; none where the owner
-/// does not change.
-pub(super) fn gap_of_move(pieces: &[Piece], from: usize) -> Option<f64> {
-    let pair = pieces.get(from..)?.windows(2).find(|pair| pair[0].replica != pair[1].replica)?;
-    Some(milliseconds(pair[1].at - pair[0].at))
+/// A change of owners in a stream, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Change {
+    /// Between the last token of the old owner and the first of the new one.
+    pub(super) gap: f64,
+    /// What it is beyond the median of the `after` gaps behind it: the new owner's first token takes a step of its own as well.
+    pub(super) stall: f64,
+}
+
+/// The first change of owners from token `from` on; none where there is none.
+pub(super) fn change(pieces: &[Piece], from: usize, after: usize) -> Option<Change> {
+    let is_change = |pair: &[Piece]| pair[0].replica != pair[1].replica;
+    let last = from + pieces.get(from..)?.windows(2).position(is_change)?;
+    let gap = milliseconds(pieces[last + 1].at - pieces[last].at);
+    let there = gaps(&pieces[last + 1..pieces.len().min(last + 2 + after)]);
+    Some(Change { gap, stall: gap - median(&there) })
 }
 
 pub(super) fn milliseconds(time: Duration) -> f64 {
@@ -47,10 +58,11 @@ mod tests {
         let piece = |at, replica: &str| Piece { at: start + Duration::from_millis(at), replica: replica.to_owned() };
         let pieces = [piece(0, "a"), piece(10, "a"), piece(50, "b"), piece(62, "b"), piece(99, "a")];
         assert_eq!(gaps(&pieces), [10.0, 40.0, 12.0, 37.0]);
+        let found = |from, after| change(&pieces, from, after).map(|change| (change.gap, change.stall));
         assert_eq!(
-            [gap_of_move(&pieces, 0), gap_of_move(&pieces, 2), gap_of_move(&pieces, 3)],
-            [Some(40.0), Some(37.0), Some(37.0)]
+            [found(0, 1), found(0, 9), found(2, 9)],
+            [Some((40.0, 28.0)), Some((40.0, 15.5)), Some((37.0, 37.0))]
         );
-        assert_eq!([gap_of_move(&pieces[..2], 0), gap_of_move(&pieces, 9)], [None, None]);
+        assert_eq!([change(&pieces[..2], 0, 9), change(&pieces, 9, 9)], [None, None]);
     }
 }
