@@ -17,6 +17,7 @@ use crate::outbox::{LOAD_INTERVAL, Outbox};
 use crate::request::{FinishReason, Load, RouterId, SessionId};
 use crate::scheduler::{Limits, Plan, PlannedRow, Scheduler, TaskId};
 use crate::sequence::Sequence;
+use crate::traces::{SessionSpan, TraceNotes};
 
 /// What a turn did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +62,7 @@ pub(crate) struct Session {
     pub(crate) misses: u32,
     /// When it steps again after that.
     pub(crate) retry_at: Option<Instant>,
+    pub(crate) span: SessionSpan,
 }
 
 impl Session {
@@ -71,7 +73,9 @@ impl Session {
         arrived: Instant,
         permit: Arc<QueuePermit>,
     ) -> Self {
-        Self { sequence, grammar: None, sink, deadline, arrived, last_token: None, permit, misses: 0, retry_at: None }
+        let span = SessionSpan::open(&sequence, arrived);
+        let (grammar, last_token, retry_at) = (None, None, None);
+        Self { sequence, grammar, sink, deadline, arrived, last_token, permit, misses: 0, retry_at, span }
     }
 }
 
@@ -92,6 +96,8 @@ pub struct EngineCore {
     pub(crate) follows: Follows,
     /// What homes and this replica have to tell each other.
     pub(crate) home_words: Homes,
+    /// What ranks have not been told of traces yet.
+    pub(crate) notes: TraceNotes,
     /// The handoff that is being offered, until its party takes it.
     pub(crate) offered: Option<Box<Arriving>>,
     /// The way in for tasks that carry handoffs.
@@ -122,6 +128,7 @@ impl EngineCore {
             seats: Seats::new(),
             follows: Follows::default(),
             home_words: Homes::default(),
+            notes: TraceNotes::default(),
             offered: None,
             commands,
             inbox,
@@ -232,7 +239,11 @@ impl EngineCore {
         self.end_what_is_due(now)?;
         self.mind_moves(now)?;
         self.end_pauses(now);
-        self.step()
+        let worked = self.step()?;
+        if !worked {
+            self.tell_notes()?;
+        }
+        Ok(worked)
     }
 
     /// Plans a step and runs it; false if there was nothing to do.
@@ -273,6 +284,7 @@ impl EngineCore {
         let now = self.config.clock.now();
         for id in &plan.admitted {
             let Some(session) = self.sessions.get(id) else { continue };
+            session.span.note_slot(now);
             if session.permit.release() {
                 self.config.observer.queued(now.saturating_duration_since(session.arrived));
             }

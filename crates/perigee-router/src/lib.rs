@@ -42,6 +42,7 @@ mod serve;
 mod service;
 mod text;
 mod timers;
+mod trace;
 mod transit;
 mod validate;
 mod wire;

@@ -273,6 +273,9 @@ pub struct Submit {
     /// What the text must be; absent where it may be anything.
     #[prost(message, optional, tag = "18")]
     pub grammar: ::core::option::Option<Grammar>,
+    /// The router's place in the request's trace, as the header of W3C Trace Context; empty where there is none.
+    #[prost(string, tag = "19")]
+    pub traceparent: ::prost::alloc::string::String,
 }
 /// What a text must be, as in perigee.v1.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use perigee_registry::EtcdOptions;
 use perigee_router::{Balance, MoveTimes, ResumeKey, RouterConfig, RouterListeners, RouterParts};
+use perigee_telemetry::TelemetryOptions;
 use perigee_tls::ServerTlsOptions;
 use tokio::net::TcpListener;
 
@@ -90,6 +91,9 @@ pub(crate) struct RouterArgs {
     /// can only go on at the router that began it.
     #[arg(long, value_name = "FILE")]
     resume_key_file: Option<PathBuf>,
+    /// Logs and traces.
+    #[command(flatten)]
+    pub(crate) telemetry: TelemetryOptions,
     /// TLS of both listeners, and towards replicas.
     #[command(flatten)]
     tls: ServerTlsOptions,
