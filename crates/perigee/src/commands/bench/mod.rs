@@ -2,6 +2,7 @@
 
 mod child;
 mod engine;
+mod migrate;
 mod router;
 mod serve;
 
@@ -18,6 +19,8 @@ pub(crate) struct BenchArgs {
 enum Bench {
     /// Times prefill and decode steps of the engine in this process, and holds them against the bytes that they move.
     Engine(Box<engine::EngineArgs>),
+    /// Moves a session between two replicas of this machine, by context, and tells what it cost its stream.
+    Migrate(Box<migrate::MigrateArgs>),
     /// Puts a scenario's load on a router, or on any OpenAI-compatible server, and reports how long answers took.
     Serve(Box<serve::ServeArgs>),
     /// Measures the router between stub replicas and a load client: its processor time, and how long tokens take.
@@ -27,6 +30,7 @@ enum Bench {
 pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.what {
         Bench::Engine(args) => engine::run(*args),
+        Bench::Migrate(args) => migrate::run(*args),
         Bench::Serve(args) => serve::run(*args),
         Bench::Router(args) => router::run(*args),
     }
