@@ -6,13 +6,15 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
 use tokio::process::{Child, ChildStdout, Command};
 
 /// A running router.
 pub(super) struct RouterProcess {
     /// Its gRPC address.
     pub(super) grpc: String,
+    http: String,
     pid: u32,
     registry: PathBuf,
     /// Killed when dropped.
@@ -37,8 +39,9 @@ impl RouterProcess {
         let mut output = BufReader::new(output);
         let mut line = String::new();
         output.read_line(&mut line).await.context("reading what the router says")?;
-        let grpc = grpc_address(&line).context("the router ended before it listened; its own message is above")?;
-        Ok(Self { grpc, pid, registry: path, _child: child, _output: output })
+        let told = addresses(&line).context("the router ended before it listened; its own message is above");
+        let (grpc, http) = told?;
+        Ok(Self { grpc, http, pid, registry: path, _child: child, _output: output })
     }
 
     /// Processor time that it has used, in steps of the kernel's clock (10 ms mostly).
@@ -50,6 +53,23 @@ impl RouterProcess {
     }
 }
 
+impl RouterProcess {
+    /// Mean time of its choices of replicas so far, in microseconds, where its listeners are without TLS.
+    pub(super) async fn placement_us(&self) -> anyhow::Result<f64> {
+        let exchange = async {
+            let mut stream = TcpStream::connect(&self.http).await?;
+            stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await?;
+            Ok::<_, std::io::Error>(answer)
+        };
+        let answer = exchange.await.with_context(|| format!("reading http://{}/metrics", self.http))?;
+        let name = perigee_telemetry::metrics::PLACEMENT_SECONDS.name;
+        let seconds = mean(&answer, name).with_context(|| format!("the router's metrics have no {name}"))?;
+        Ok(seconds * 1e6)
+    }
+}
+
 impl Drop for RouterProcess {
     fn drop(&mut self) {
         // A file left in the temporary directory harms nobody.
@@ -57,9 +77,19 @@ impl Drop for RouterProcess {
     }
 }
 
-/// The address in `perigee router: gRPC ADDRESS, HTTP ADDRESS`.
-fn grpc_address(line: &str) -> Option<String> {
-    Some(line.split_once("gRPC ")?.1.split_once(',')?.0.to_owned())
+/// Both addresses in `perigee router: gRPC ADDRESS, HTTP ADDRESS`.
+fn addresses(line: &str) -> Option<(String, String)> {
+    let (grpc, http) = line.trim_end().split_once("gRPC ")?.1.split_once(", HTTP ")?;
+    Some((grpc.to_owned(), http.to_owned()))
+}
+
+/// The mean of a histogram in metrics as Prometheus reads them; none before anything was observed.
+fn mean(metrics: &str, name: &str) -> Option<f64> {
+    let value = |suffix: &str| {
+        let start = format!("{name}_{suffix} ");
+        metrics.lines().find_map(|line| line.strip_prefix(&start))?.trim().parse::<f64>().ok()
+    };
+    value("count").filter(|count| *count > 0.0).and_then(|count| Some(value("sum")? / count))
 }
 
 /// User and system time out of a stat file. The process's name comes before, and may have spaces and parentheses.
@@ -82,10 +112,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_the_address_that_the_router_prints() {
+    fn reads_the_addresses_that_the_router_prints() {
         let line = "perigee router: gRPC 127.0.0.1:4711, HTTP 127.0.0.1:4712\n";
-        assert_eq!(grpc_address(line).as_deref(), Some("127.0.0.1:4711"));
-        assert_eq!(grpc_address(""), None);
+        assert_eq!(addresses(line), Some(("127.0.0.1:4711".to_owned(), "127.0.0.1:4712".to_owned())));
+        assert_eq!(addresses(""), None);
+    }
+
+    #[test]
+    fn reads_means_of_histograms() {
+        let metrics = "# HELP a_seconds x\na_seconds_bucket{le=\"1\"} 4\na_seconds_sum 2\na_seconds_count 4\n";
+        assert_eq!((mean(metrics, "a_seconds"), mean(metrics, "b_seconds")), (Some(0.5), None));
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod child;
 mod engine;
 mod router;
 mod serve;
+mod stubs;
 
 use clap::Subcommand;
 
