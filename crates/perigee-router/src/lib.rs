@@ -22,6 +22,7 @@ mod driver;
 mod error;
 mod evacuate;
 mod flight;
+mod gather;
 mod http;
 mod membership;
 mod metrics;

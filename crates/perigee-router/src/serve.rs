@@ -19,6 +19,7 @@ use perigee_tls::{Dialer, Listening, Purpose, Tls, require_certificate};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio_stream::StreamExt;
 use tonic::Code;
 use tonic::service::interceptor::InterceptedService;
 use tonic::service::{Routes, RoutesBuilder};
@@ -29,6 +30,7 @@ use crate::admission::Admission;
 use crate::cluster_service::ClusterService;
 use crate::config::RouterConfig;
 use crate::error::RouterError;
+use crate::gather::Gathered;
 use crate::http;
 use crate::membership;
 use crate::metrics::RouterMetrics;
@@ -241,6 +243,7 @@ impl Router {
                 relay.until_idle().await;
             }
         });
+        let incoming = incoming.map(|stream| stream.map(Gathered::new));
         let grpc = self.grpc()?.serve_with_incoming_shutdown(incoming, until_stopped());
         let failed = |what, reason: String| RouterError::Listener { what, reason };
         let both = async {

@@ -6,9 +6,18 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use serde::Serialize;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::process::{Child, ChildStdout, Command};
+
+/// How long choices of replicas take: bounds that so many of them keep, in microseconds. Means would have the time in which
+/// others had the processor.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Placement {
+    p50: f64,
+    pub(super) p99: f64,
+}
 
 /// A running router.
 pub(super) struct RouterProcess {
@@ -31,6 +40,9 @@ impl RouterProcess {
         let mut command = Command::new(std::env::current_exe().context("finding this program's file")?);
         command.arg("router").arg(format!("--registry=file:{}", path.display()));
         command.args(["--listen=127.0.0.1:0", "--http=127.0.0.1:0"]).args(arguments);
+        if std::env::var_os("PERIGEE_LOG").is_none() {
+            command.env("PERIGEE_LOG", "error");
+        }
         if let Some(threads) = threads {
             command.env("TOKIO_WORKER_THREADS", threads.to_string());
         }
@@ -54,8 +66,8 @@ impl RouterProcess {
 }
 
 impl RouterProcess {
-    /// Mean time of its choices of replicas so far, in microseconds, where its listeners are without TLS.
-    pub(super) async fn placement_us(&self) -> anyhow::Result<f64> {
+    /// How long its choices of replicas took so far, where its listeners are without TLS.
+    pub(super) async fn placement(&self) -> anyhow::Result<Placement> {
         let exchange = async {
             let mut stream = TcpStream::connect(&self.http).await?;
             stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await?;
@@ -65,8 +77,11 @@ impl RouterProcess {
         };
         let answer = exchange.await.with_context(|| format!("reading http://{}/metrics", self.http))?;
         let name = perigee_telemetry::metrics::PLACEMENT_SECONDS.name;
-        let seconds = mean(&answer, name).with_context(|| format!("the router's metrics have no {name}"))?;
-        Ok(seconds * 1e6)
+        let bound = |share: f64| {
+            let seconds = quantile(&answer, name, share);
+            seconds.map(|seconds| seconds * 1e6).with_context(|| format!("the router's metrics have no {name}"))
+        };
+        Ok(Placement { p50: bound(0.5)?, p99: bound(0.99)? })
     }
 }
 
@@ -83,13 +98,17 @@ fn addresses(line: &str) -> Option<(String, String)> {
     Some((grpc.to_owned(), http.to_owned()))
 }
 
-/// The mean of a histogram in metrics as Prometheus reads them; none before anything was observed.
-fn mean(metrics: &str, name: &str) -> Option<f64> {
-    let value = |suffix: &str| {
-        let start = format!("{name}_{suffix} ");
-        metrics.lines().find_map(|line| line.strip_prefix(&start))?.trim().parse::<f64>().ok()
-    };
-    value("count").filter(|count| *count > 0.0).and_then(|count| Some(value("sum")? / count))
+/// The least bound of a histogram below which a share of what was observed lies, in metrics as Prometheus reads them; none
+/// before anything was observed.
+fn quantile(metrics: &str, name: &str, share: f64) -> Option<f64> {
+    let number = |text: &str| text.trim().parse::<f64>().ok();
+    let start = format!("{name}_count ");
+    let count = number(metrics.lines().find_map(|line| line.strip_prefix(&start))?).filter(|count| *count > 0.0)?;
+    let start = format!("{name}_bucket{{le=\"");
+    metrics.lines().filter_map(|line| line.strip_prefix(&start)?.split_once("\"} ")).find_map(|(bound, below)| {
+        let is_enough = number(below)? >= share * count;
+        if is_enough { number(bound) } else { None }
+    })
 }
 
 /// User and system time out of a stat file. The process's name comes before, and may have spaces and parentheses.
@@ -97,14 +116,6 @@ fn cpu_ticks(stat: &str) -> Option<u64> {
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
     let mut field = || fields.next()?.parse::<u64>().ok();
     Some(field()? + field()?)
-}
-
-/// Lets this process and its children open as many files as they may: a connection is one on each side.
-pub(super) fn raise_file_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    // Where it cannot be raised, too many replicas fail by a message of their own.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 #[cfg(test)]
@@ -119,9 +130,11 @@ mod tests {
     }
 
     #[test]
-    fn reads_means_of_histograms() {
-        let metrics = "# HELP a_seconds x\na_seconds_bucket{le=\"1\"} 4\na_seconds_sum 2\na_seconds_count 4\n";
-        assert_eq!((mean(metrics, "a_seconds"), mean(metrics, "b_seconds")), (Some(0.5), None));
+    fn reads_quantiles_of_histograms() {
+        let metrics =
+            "# HELP a x\na_bucket{le=\"0.1\"} 3\na_bucket{le=\"0.5\"} 6\na_bucket{le=\"+Inf\"} 6\na_sum 2\na_count 6\n";
+        assert_eq!((quantile(metrics, "a", 0.5), quantile(metrics, "a", 0.99)), (Some(0.1), Some(0.5)));
+        assert_eq!(quantile(metrics, "b", 0.5), None);
     }
 
     #[test]
