@@ -128,14 +128,17 @@ mod tests {
             }
         };
         write(0).await.expect("written");
+        let flush = {
+            let gathered = gathered.clone();
+            async move { std::future::poll_fn(|context| Pin::new(&mut *gathered.lock()).poll_flush(context)).await }
+        };
+        // It has its turn before any of those that write.
+        let flush = tokio::spawn(flush);
         let tasks: Vec<_> = (1..100).map(|number| tokio::spawn(write(number))).collect();
-        // The tasks are ready and have not run: this one has not given up its turn.
-        std::future::poll_fn(|context| Pin::new(&mut *gathered.lock()).poll_flush(context)).await.expect("flushed");
-        assert_eq!(gathered.lock().stream.1, 1);
+        flush.await.expect("no panic").expect("flushed");
         let mut read = [0; 100];
         theirs.read_exact(&mut read).await.expect("all bytes");
-        read.sort_unstable();
-        assert_eq!(read.to_vec(), (0..100).collect::<Vec<u8>>());
+        assert_eq!((read.to_vec(), gathered.lock().stream.1), ((0..100).collect::<Vec<u8>>(), 1));
         for task in tasks {
             task.await.expect("no panic").expect("written");
         }
