@@ -9,12 +9,13 @@ import sys
 import pytest
 import yaml
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "helm"))
+for folder in ("helm", "tools"):
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / folder))
 
-import render  # noqa: E402  (the path above comes first)
+import metrics  # noqa: E402  (the paths above come first)
+import render  # noqa: E402
 from test_serving import ROOT, binary  # noqa: E402
 
-METRICS = ROOT / "crates" / "perigee-telemetry" / "src" / "metrics.rs"
 FILES = render.CHART / "files"
 # Labels that Prometheus and the operator put on every series.
 TARGET_LABELS = {"job", "instance", "namespace"}
@@ -71,31 +72,6 @@ def test_the_example_configuration_is_good():
     assert result.returncode == 0, result.stderr
 
 
-def table():
-    """Labels and their values by the name of each series, out of the source of the program."""
-    text = METRICS.read_text().split("pub const ALL")[0]
-    series = {}
-    for definition in re.findall(r"pub const \w+: Metric = (.*?);\n", text, re.DOTALL):
-        name = re.search(r'"(perigee_\w+)"', definition).group(1)
-        pairs = re.findall(r'\("(\w+)", &\[(.*?)\]\)', definition)
-        labels = {label: set(re.findall(r'"(\w+)"', values)) for label, values in pairs}
-        if "MetricKind::Histogram" in definition:
-            series[f"{name}_bucket"] = {**labels, "le": None}
-            series.update({f"{name}_{part}": labels for part in ("sum", "count")})
-        else:
-            series[name] = labels
-    return series
-
-
-def expressions():
-    for group in yaml.safe_load((FILES / "alerts.yaml").read_text())["groups"]:
-        for rule in group["rules"]:
-            yield rule["alert"], rule["expr"]
-    for panel in json.loads((FILES / "dashboard.json").read_text())["panels"]:
-        for target in panel["targets"]:
-            yield panel["title"], target["expr"]
-
-
 def faults(expression, series):
     """Series, labels and values of a query that the program does not have."""
     found, grouping = [], set(TARGET_LABELS)
@@ -118,8 +94,8 @@ def faults(expression, series):
 
 
 def test_every_query_asks_for_what_the_program_measures():
-    series = table()
-    asked = list(expressions())
+    series = metrics.series()
+    asked = [(title, expression) for _, title, expression in metrics.expressions()]
     assert len(asked) > 25
     for title, expression in asked:
         assert faults(expression, series) == [], title
@@ -127,10 +103,10 @@ def test_every_query_asks_for_what_the_program_measures():
 
 
 def test_every_metric_is_on_the_dashboard_or_in_an_alert():
-    used = " ".join(expression for _, expression in expressions())
-    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in table()}
+    families = metrics.metrics()
     assert len(families) >= 15
-    assert {name for name in families if name not in used} == set()
+    places = ("alert", "dashboard")
+    assert [metric.name for metric in families if not any(metrics.uses(metric, place) for place in places)] == []
 
 
 @pytest.mark.parametrize("expression", [
@@ -138,7 +114,7 @@ def test_every_metric_is_on_the_dashboard_or_in_an_alert():
     "sum by (rank) (perigee_requests_running)", "perigee_ttft_seconds > 1",
 ])
 def test_a_query_for_what_is_not_there_would_be_found(expression):
-    assert faults(expression, table())
+    assert faults(expression, metrics.series())
 
 
 def test_alerts_point_into_the_runbook():

@@ -17,6 +17,7 @@ use crate::step::{EngineCore, Fatal, Sink};
 impl EngineCore {
     /// Runs rows, those that draw first, as the plan has them.
     pub(crate) fn execute(&mut self, plan: &Plan, rows: &[&PlannedRow]) -> Result<StepOutput, ExecutorError> {
+        let traces = self.rank_notes(rows);
         let mut batch = StepBatch::default();
         let mut draws = Vec::new();
         let mut wants_logits = false;
@@ -53,6 +54,7 @@ impl EngineCore {
             copy_slots: plan.copy_slots.clone(),
             copy_pages: plan.copy_pages.clone(),
             remote: self.remote_plan(rows),
+            traces,
             batch,
         };
         let vocab = self.executor.limits().vocab;
@@ -100,7 +102,10 @@ impl EngineCore {
         let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
         let observer = &self.config.observer;
         match session.last_token.replace(now) {
-            None => observer.first_token(now.saturating_duration_since(session.arrived)),
+            None => {
+                observer.first_token(now.saturating_duration_since(session.arrived));
+                session.span.note_first_token(now);
+            }
             Some(last) => observer.next_token(now.saturating_duration_since(last)),
         }
         let completes = match follow(session, sampled.token) {

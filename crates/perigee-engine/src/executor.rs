@@ -8,6 +8,7 @@ use perigee_sampling::{Draw, Sampled};
 use serde::{Deserialize, Serialize};
 
 use crate::remote::{RemoteCounts, RemotePlan};
+use crate::traces::TraceNotes;
 
 /// One step as the leader tells it to every rank: cache work first, in field order, then the forward pass.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +23,8 @@ pub struct StepPlan {
     pub batch: StepBatch,
     /// The rows of the pass whose older keys are at other replicas.
     pub remote: RemotePlan,
+    /// Traced sessions that begin with this step, and those that ended before it.
+    pub traces: TraceNotes,
 }
 
 /// What a step gave.
@@ -129,6 +132,10 @@ pub trait Executor: Send {
     fn export_state(&mut self, slot: u32, part: &StatePart) -> Result<Vec<u8>, ExecutorError>;
     /// Weight bytes of every rank, in rank order.
     fn weight_bytes(&self) -> Vec<u64>;
+    /// Tells every rank what is to be told of traces, where no step takes it along. As provided nobody traces.
+    fn note(&mut self, _notes: TraceNotes) -> Result<(), ExecutorError> {
+        Ok(())
+    }
 
     // Moves. As provided, an executor moves nothing; none of these errors is fatal.
 

@@ -187,6 +187,7 @@ impl EngineCore {
             cache_salt: String::new(),
             text: false,
             grammar: None,
+            trace: None,
         };
         match self.sequence(&prompt_only, 0, name) {
             Ok((sequence, _)) if sequence.length() == 1 => {
@@ -272,6 +273,7 @@ impl EngineCore {
         let session = self.sessions.remove(&id);
         if let Some(session) = &session {
             self.names.remove(&session.sequence.session);
+            self.note_left(id, session);
         }
         if let Some(key) = removed.parked {
             self.drop_parked(key)?;

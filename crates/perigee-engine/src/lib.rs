@@ -23,6 +23,7 @@ pub mod scheduler;
 pub mod sequence;
 pub mod step;
 pub mod testing;
+pub mod traces;
 
 pub use config::{Clock, EngineConfig, StartError, SystemClock};
 pub use handle::{Engine, EngineHandle, EngineHealth, ScoreError, ScoreRequest, Scores};

@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::executor::{PageSpan, StateSource, StepPlan};
 use crate::remote::StepReport;
+use crate::traces::TraceNotes;
 
 /// Version of this protocol; ranks of different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Experts that the mixture-of-experts layers use in a step instead of their own selection.
 pub type ForcedExperts = Vec<(u32, Vec<u32>)>;
@@ -41,7 +42,7 @@ pub enum RankCommand {
     /// Run a step.
     Step {
         /// The plan.
-        plan: StepPlan,
+        plan: Box<StepPlan>,
         /// (layer, top_k experts for each token); layers not listed route freely.
         forced: ForcedExperts,
     },
@@ -109,6 +110,11 @@ pub enum RankCommand {
         /// Pages.
         pages: Vec<u32>,
     },
+    /// Note which traced sessions step here, while no step says so.
+    Note {
+        /// Which.
+        notes: TraceNotes,
+    },
     /// Answer with the bytes of weights that this rank holds, as a little-endian u64.
     WeightBytes,
     /// End cleanly, without an answer: the leader does not wait for one.
@@ -162,14 +168,16 @@ mod tests {
     #[test]
     fn commands_arrive_as_they_were_sent() {
         let pages = vec![PageSpan { page: 3, first: 64, positions: 9 }];
+        let context = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".parse().unwrap();
         for command in [
             RankCommand::Step {
-                plan: StepPlan { remote: remote(), ..StepPlan::default() },
+                plan: StepPlan { remote: remote(), ..StepPlan::default() }.into(),
                 forced: vec![(1, vec![2])],
             },
             RankCommand::ExportSlot { from: StateSource::Parked(5) },
             RankCommand::ImportState { slot: 1, parts: vec![state(), state()] },
             RankCommand::DigestSlot { slot: 2 },
+            RankCommand::Note { notes: TraceNotes { begun: vec![(u64::MAX, context)], ended: vec![7] } },
             RankCommand::ImportPages { pages: vec![PageBytes { page: 1, layer: 2, bytes: vec![1; 300] }] },
             RankCommand::DigestPages { pages },
             RankCommand::Poison { slots: vec![1], pages: vec![2, 3] },

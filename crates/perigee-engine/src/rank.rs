@@ -2,6 +2,7 @@
 //! the other, the same ones as every other rank of its replica, and decides nothing.
 
 mod caches;
+mod traces;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use perigee_model::{LayerKind, ModelError};
 use perigee_sampling::{Draw, Sampled, Scratch};
 
 use self::caches::{Parked, storage_type};
+use self::traces::RankTraces;
 use crate::executor::{CacheBytes, ExecutorLimits, StepPlan};
 use crate::homes::AnswerModel;
 use crate::link::{FollowerLink, LinkError};
@@ -34,6 +36,7 @@ pub struct Rank<B: Backend> {
     /// In which latents and tails are kept, where that is known.
     dtype: Option<DType>,
     attention: Option<RemoteAttention>,
+    traces: RankTraces,
 }
 
 /// Sizes of a rank that is about to run.
@@ -56,7 +59,8 @@ impl<B: Backend> Rank<B> {
         let RankShape { rank, cache, limits } = shape;
         backend.reserve_cache(&cache)?;
         let dtype = storage_type(&mut backend, &cache)?;
-        Ok(Self { backend, model, cache, limits, rank, parked: HashMap::new(), dtype, attention: None })
+        let traces = RankTraces::default();
+        Ok(Self { backend, model, cache, limits, rank, parked: HashMap::new(), dtype, attention: None, traces })
     }
 
     /// Sizes that all ranks share.
@@ -109,6 +113,8 @@ impl<B: Backend> Rank<B> {
             pages: self.limits.pages,
         })?;
         plan.remote.validate(&plan.batch)?;
+        self.traces.take(&plan.traces);
+        self.traces.stepped();
         self.backend.clear_slots(&plan.clear_slots)?;
         for &(from, to) in &plan.copy_slots {
             self.backend.copy_slot(from, to)?;
@@ -172,6 +178,10 @@ impl<B: Backend> Rank<B> {
             RankCommand::ImportPages { pages } => self.import_pages(pages),
             RankCommand::DigestPages { pages } => self.digest_pages(pages),
             RankCommand::Poison { slots, pages } => self.poison(slots, pages),
+            RankCommand::Note { notes } => {
+                self.traces.take(notes);
+                Ok(RankReply::Done)
+            }
             RankCommand::WeightBytes => Ok(RankReply::Bytes(self.weight_bytes().to_le_bytes().to_vec())),
             RankCommand::Shutdown => Ok(RankReply::Done),
         };

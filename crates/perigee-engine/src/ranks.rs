@@ -20,6 +20,7 @@ use crate::link::{LeaderLink, LinkError};
 use crate::protocol::{ForcedExperts, RankCommand, RankReply};
 use crate::rank::{Rank, is_fatal};
 use crate::remote::{Refusal, StepReport};
+use crate::traces::TraceNotes;
 
 /// What a traced step shows: values that are the same on every rank.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -104,7 +105,7 @@ impl<B: Backend> Ranks<B> {
         forced: &ForcedExperts,
         trace: Option<&mut Trace>,
     ) -> Result<StepReport, ExecutorError> {
-        self.send(&RankCommand::Step { plan: plan.clone(), forced: forced.clone() })?;
+        self.send(&RankCommand::Step { plan: plan.clone().into(), forced: forced.clone() })?;
         let mut hooks = LeaderHooks { forced, trace };
         let mut own = self.own.step(plan, &mut hooks);
         if !self.others.is_empty()
@@ -257,6 +258,10 @@ impl<B: Backend> Executor for Ranks<B> {
 
     fn weight_bytes(&self) -> Vec<u64> {
         self.weight_bytes.clone()
+    }
+
+    fn note(&mut self, notes: TraceNotes) -> Result<(), ExecutorError> {
+        self.tell(&RankCommand::Note { notes }).map(drop)
     }
 
     fn geometry(&self) -> Option<Geometry> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use perigee_sampling::SamplingParams;
 use perigee_text::grammar::{Grammar, GrammarSource};
+use perigee_trace::TraceContext;
 use serde::{Deserialize, Serialize};
 
 use crate::moves::Reported;
@@ -48,6 +49,8 @@ pub struct Request {
     pub text: bool,
     /// What the text must be.
     pub grammar: Option<StartGrammar>,
+    /// Where it is in its trace, if it has one.
+    pub trace: Option<TraceContext>,
 }
 
 /// A grammar that was compiled before its request came to the engine, since that may take a while.
@@ -181,6 +184,8 @@ pub struct Load {
     pub steps: u64,
     /// Sessions that run elsewhere and have latents here.
     pub homes: u32,
+    /// Tokens in the contexts of running sessions.
+    pub context_tokens: u64,
 }
 
 /// A session as operators see it.

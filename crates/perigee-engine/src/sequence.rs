@@ -4,6 +4,7 @@
 use perigee_sampling::{SampleError, Sampled, SamplingParams, TokenCounts};
 use perigee_text::grammar::GrammarSource;
 use perigee_text::{DetokenizeStream, StopError, StopMatcher, TextError, Tokenizer};
+use perigee_trace::TraceContext;
 use serde::{Deserialize, Serialize};
 
 use crate::request::{FinishReason, PositionLogprobs, Request, SessionId, StopRule, TokenLogprob, Usage};
@@ -45,6 +46,8 @@ pub struct Sequence {
     pub cached: u64,
     /// What the text must be. Where it is in it follows from the tokens.
     pub grammar: Option<GrammarSource>,
+    /// The router's place in the request's trace, which sessions go on from on every replica.
+    pub trace: Option<TraceContext>,
 }
 
 /// Text of a session: a detokeniser and a stop matcher, one after the other.
@@ -150,6 +153,7 @@ impl Sequence {
             prompt_logprobs: top.filter(|_| request.delivered.is_empty()).map(PromptLogprobs::new),
             cached: 0,
             grammar: request.grammar.as_ref().map(|grammar| grammar.source.clone()),
+            trace: request.trace,
             sampling,
         };
         let mut finish = None;

@@ -17,6 +17,7 @@ use crate::outbox::{LOAD_INTERVAL, Outbox};
 use crate::request::{FinishReason, Load, RouterId, SessionId};
 use crate::scheduler::{Limits, Plan, PlannedRow, Scheduler, TaskId};
 use crate::sequence::Sequence;
+use crate::traces::{SessionSpan, TraceNotes};
 
 /// What a turn did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +62,7 @@ pub(crate) struct Session {
     pub(crate) misses: u32,
     /// When it steps again after that.
     pub(crate) retry_at: Option<Instant>,
+    pub(crate) span: SessionSpan,
 }
 
 impl Session {
@@ -71,7 +73,9 @@ impl Session {
         arrived: Instant,
         permit: Arc<QueuePermit>,
     ) -> Self {
-        Self { sequence, grammar: None, sink, deadline, arrived, last_token: None, permit, misses: 0, retry_at: None }
+        let span = SessionSpan::open(&sequence, arrived);
+        let (grammar, last_token, retry_at) = (None, None, None);
+        Self { sequence, grammar, sink, deadline, arrived, last_token, permit, misses: 0, retry_at, span }
     }
 }
 
@@ -92,6 +96,8 @@ pub struct EngineCore {
     pub(crate) follows: Follows,
     /// What homes and this replica have to tell each other.
     pub(crate) home_words: Homes,
+    /// What ranks have not been told of traces yet.
+    pub(crate) notes: TraceNotes,
     /// The handoff that is being offered, until its party takes it.
     pub(crate) offered: Option<Box<Arriving>>,
     /// The way in for tasks that carry handoffs.
@@ -122,6 +128,7 @@ impl EngineCore {
             seats: Seats::new(),
             follows: Follows::default(),
             home_words: Homes::default(),
+            notes: TraceNotes::default(),
             offered: None,
             commands,
             inbox,
@@ -143,6 +150,13 @@ impl EngineCore {
 
     /// Takes the commands that came, ends what is due, runs one step, and sends its events.
     pub fn turn(&mut self) -> Turn {
+        let turn = self.work();
+        self.tell();
+        if self.ended { Turn::Stopped } else { turn }
+    }
+
+    /// A turn whose events wait for [`Self::tell`]: in a simulation the time that the step takes passes between the two.
+    pub fn work(&mut self) -> Turn {
         let worked = match self.take_commands().and_then(|()| self.try_turn()) {
             Ok(worked) => worked,
             Err(fatal) => {
@@ -150,7 +164,6 @@ impl EngineCore {
                 false
             }
         };
-        self.send_events();
         match (self.ended, worked) {
             (true, _) => Turn::Stopped,
             (false, true) => Turn::Stepped,
@@ -183,6 +196,7 @@ impl EngineCore {
             homes: count(occupancy.homes),
             step_ms: self.step_ms,
             steps: self.steps,
+            context_tokens: occupancy.context_tokens,
         }
     }
 
@@ -225,7 +239,11 @@ impl EngineCore {
         self.end_what_is_due(now)?;
         self.mind_moves(now)?;
         self.end_pauses(now);
-        self.step()
+        let worked = self.step()?;
+        if !worked {
+            self.tell_notes()?;
+        }
+        Ok(worked)
     }
 
     /// Plans a step and runs it; false if there was nothing to do.
@@ -266,6 +284,7 @@ impl EngineCore {
         let now = self.config.clock.now();
         for id in &plan.admitted {
             let Some(session) = self.sessions.get(id) else { continue };
+            session.span.note_slot(now);
             if session.permit.release() {
                 self.config.observer.queued(now.saturating_duration_since(session.arrived));
             }
@@ -357,7 +376,7 @@ impl EngineCore {
     }
 
     /// Sends what the turn did, and ends the sessions of routers that are gone.
-    fn send_events(&mut self) {
+    pub fn tell(&mut self) {
         let load = self.load();
         self.shared.load.send_replace(load);
         loop {

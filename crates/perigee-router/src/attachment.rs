@@ -5,9 +5,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use perigee_proto::internal::{Flush, ListSessions, Load, RouterMessage, Session, Submit, router_message::Body};
+use perigee_proto::internal::{
+    Flush, Link, ListSessions, Load, MoveCosts, RouterMessage, Session, Submit, router_message::Body,
+};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::balance::Way;
 use crate::model::Model;
 use crate::route::Report;
 
@@ -22,6 +25,8 @@ pub(crate) struct Identity {
     pub(crate) pids: Vec<u32>,
     pub(crate) weight_bytes: Vec<u64>,
     pub(crate) step_tokens: u32,
+    /// What a session's move takes; none where none leaves it.
+    pub(crate) move_costs: Option<MoveCosts>,
 }
 
 impl Identity {
@@ -45,6 +50,8 @@ struct State {
     /// None once the stream is lost.
     outbox: Option<mpsc::UnboundedSender<RouterMessage>>,
     load: Load,
+    /// What the leader measured of its ways to other replicas, by name.
+    links: HashMap<String, Way>,
     /// Sent since the load was reported, and so not in it.
     sent_sessions: u64,
     sent_tokens: u64,
@@ -67,6 +74,7 @@ impl Attachment {
         let state = State {
             outbox: Some(outbox),
             load: Load::default(),
+            links: HashMap::new(),
             sent_sessions: 0,
             sent_tokens: 0,
             next_call: 0,
@@ -127,6 +135,16 @@ impl Attachment {
         state.sent_sessions = 0;
         state.sent_tokens = 0;
         begins_to_drain
+    }
+
+    /// Takes over what the leader measured of its ways to other replicas.
+    pub(crate) fn set_links(&self, links: Vec<Link>) {
+        self.state.lock().links = links.into_iter().map(|link| (link.replica.clone(), Way::measured(&link))).collect();
+    }
+
+    /// The way to another replica, as far as the leader measured it.
+    pub(crate) fn way_to(&self, replica: &str) -> Way {
+        self.state.lock().links.get(replica).copied().unwrap_or_default()
     }
 
     /// Asks for the replica's sessions.

@@ -46,6 +46,8 @@ pub(crate) struct Choice {
     pub(crate) replay: Option<Replay>,
     /// When it is to be looked at again, if nothing happens before.
     pub(crate) alarm: Option<Alarm>,
+    /// When its last move began, whoever wanted it and whatever became of it.
+    pub(crate) last_move: Option<Instant>,
     /// Attempts to have it leave a replica that drains.
     pub(crate) leaving: Option<Leaving>,
     /// Engine failures since its last token.
@@ -104,6 +106,7 @@ impl Choice {
             transit: None,
             replay: None,
             alarm: None,
+            last_move: None,
             leaving: None,
             failures: 0,
             strays: Vec::new(),

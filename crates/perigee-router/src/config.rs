@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use perigee_text::stop::{MAX_STOP_BYTES, MAX_STOP_STRINGS};
 
+use crate::balance::Balance;
+
 /// Limits on requests and connections. A request beyond one is INVALID_ARGUMENT or RESOURCE_EXHAUSTED, never an attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
@@ -97,6 +99,8 @@ pub struct RouterConfig {
     pub grace: Duration,
     /// Patience in moves and replays of sessions.
     pub moves: MoveTimes,
+    /// Whether sessions move by themselves to even out loads.
+    pub balance: Balance,
     /// Digest of the only model to route to. Without one it is that of the first replica attached.
     pub model_digest: Option<String>,
 }
@@ -108,6 +112,7 @@ impl Default for RouterConfig {
             lease: Duration::from_secs(2),
             grace: Duration::from_secs(30),
             moves: MoveTimes::default(),
+            balance: Balance::default(),
             model_digest: None,
         }
     }

@@ -103,6 +103,7 @@ impl Relay {
         if let Some(replay) = choice.replay.take() {
             self.metrics.migrations.with_label_values(&["replay", "done"]).inc();
             tracing::info!(
+                parent: flight.traced.span(),
                 session = choice.session,
                 request_id = flight.request_id(),
                 from = &*replay.from,
@@ -323,6 +324,7 @@ impl Relay {
         let Some(transit) = choice.transit.take() else { return };
         let owner = choice.owner.as_ref().map(|owner| owner.identity.replica.clone()).unwrap_or_default();
         let (session, epoch) = (choice.session.as_str(), choice.coordinator.epoch());
-        transit.conclude(&Told { session, request_id: flight.request_id(), owner: &owner, epoch }, &self.metrics, now);
+        let (request_id, span) = (flight.request_id(), flight.traced.span());
+        transit.conclude(&Told { session, request_id, span, owner: &owner, epoch }, &self.metrics, now);
     }
 }

@@ -7,6 +7,7 @@ use std::task::Waker;
 use parking_lot::Mutex;
 use perigee_proto::internal::{Counts, Finish, SessionEvent, Submit};
 use perigee_proto::status::{ErrorKind, WireError};
+use perigee_trace::Traced;
 use tokio::time::Instant;
 
 use crate::buffer::{EventBuffer, Full};
@@ -20,11 +21,13 @@ pub(crate) type End = Result<(), WireError>;
 /// One request in flight.
 #[derive(Debug)]
 pub(crate) struct Flight {
-    /// What was asked for, kept for replays. Its sessions are the choices' in order; epoch, deadline and delivered tokens
-    /// are set anew whenever it is sent.
+    /// What was asked for, kept for replays. Its sessions are the choices' in order; epoch, deadline, delivered tokens and
+    /// trace are set anew whenever it is sent.
     pub(crate) submit: Submit,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
+    /// Its span, which ends with it.
+    pub(crate) traced: Traced,
     pub(crate) state: Mutex<FlightState>,
 }
 
@@ -84,6 +87,7 @@ impl Flight {
             first_choice: first as u32,
             delivered: group.first().map(|choice| choice.tokens.clone()).unwrap_or_default(),
             deadline_ms: left.map(|left| left.as_millis() as u64),
+            traceparent: self.traced.context().to_string(),
             ..self.submit.clone()
         }
     }

@@ -9,10 +9,12 @@
 //! HTTP's handlers (`http`) stand beside `service` and go the same way from `validate` on.
 //!
 //! A session's way to another replica: `cluster_service` → `migrate` (may it) → `driver` (perigee-migration's coordinator,
-//! one for each `choice`; reports come back by `relay`, time by `timers`) → `transit` (what it came to).
+//! one for each `choice`; reports come back by `relay`, time by `timers`) → `transit` (what it came to). Beside operators,
+//! `evacuate` and `balance` have sessions moved.
 
 mod admission;
 mod attachment;
+mod balance;
 mod buffer;
 mod choice;
 mod cluster_service;
@@ -41,10 +43,12 @@ mod serve;
 mod service;
 mod text;
 mod timers;
+mod trace;
 mod transit;
 mod validate;
 mod wire;
 
+pub use balance::Balance;
 pub use config::{Limits, MoveTimes, RouterConfig};
 pub use error::RouterError;
 pub use random::Random;

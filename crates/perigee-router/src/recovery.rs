@@ -97,7 +97,7 @@ impl Relay {
                 continue;
             }
             tracing::debug!(
-                request_id = flight.request_id(),
+                parent: flight.traced.span(),
                 replica = &*attachment.identity.replica,
                 epoch = submit.epoch,
                 delivered = submit.delivered.len(),
@@ -132,7 +132,7 @@ impl Relay {
         // One submission is of one request.
         let Some((flight, _)) = refused.sessions.first().and_then(|session| self.find(session)) else { return };
         tracing::debug!(
-            request_id = flight.request_id(),
+            parent: flight.traced.span(),
             replica = &*attachment.identity.replica,
             reason = ?refused.reason(),
             message = refused.message,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use perigee_proto::internal::{Abort, EventBatch, MoveReport, Submit, router_message::Body};
 use perigee_proto::status::{ErrorKind, WireError};
+use perigee_trace::Traced;
 use tokio::time::Instant;
 
 use crate::admission::{self, Place};
@@ -25,6 +26,7 @@ use crate::replicas::Replicas;
 use crate::reply::Reply;
 use crate::resume::{ResumeKey, Resumed, Seal};
 use crate::timers::Timers;
+use crate::trace;
 
 /// How often a router that ends looks whether requests still run.
 const IDLE_LOOK: Duration = Duration::from_millis(20);
@@ -51,6 +53,8 @@ pub(crate) struct NewFlight {
     pub(crate) arrived: Instant,
     pub(crate) deadline: Option<Instant>,
     pub(crate) place: Place,
+    /// Its span.
+    pub(crate) traced: Traced,
     /// Where it goes on, if another router began it.
     pub(crate) resumed: Option<Resumed>,
     /// Signs its resume tokens, where it is to have some.
@@ -109,6 +113,7 @@ impl Relay {
             submit: new.submit,
             arrived: new.arrived,
             deadline: new.deadline,
+            traced: new.traced,
             state: Mutex::new(state),
         });
         // Known before it is sent: an event or the loss of the replica must find it.
@@ -144,7 +149,7 @@ impl Relay {
             };
             match accepted {
                 Accepted::Ignored => {
-                    tracing::debug!(request_id = flight.request_id(), "event of another epoch or index dropped");
+                    tracing::debug!(parent: flight.traced.span(), "event of another epoch or index dropped");
                 }
                 Accepted::Buffered(milestones) => self.count(&flight, milestones, now),
                 Accepted::Failed(error) => self.end(&flight, Err(error)),
@@ -357,6 +362,7 @@ impl Relay {
             if state.end.is_none() || std::mem::replace(&mut state.is_forgotten, true) {
                 return;
             }
+            note_end(flight, &state);
             if state.has_token() { &self.metrics.running } else { &self.metrics.waiting }
         };
         gauge.dec();
@@ -371,4 +377,27 @@ impl Relay {
     pub(crate) fn session_count(&self) -> usize {
         self.sessions.lock().len()
     }
+}
+
+/// The one line of a request that ended.
+fn note_end(flight: &Flight, state: &FlightState) {
+    let failure = match &state.end {
+        Some(Err(error)) => Some(error),
+        _ => None,
+    };
+    if let Some(error) = failure {
+        trace::note_failure(&flight.traced, error);
+    }
+    let first_token = state.choices.iter().filter_map(|choice| choice.first_token).min();
+    tracing::info!(
+        parent: flight.traced.span(),
+        request_id = flight.request_id(),
+        choices = state.choices.len() as i64,
+        prompt_tokens = flight.submit.prompt.len() as i64,
+        completion_tokens = state.choices.iter().map(Choice::due).sum::<u64>() as i64,
+        ttft_ms = first_token.map(|first| (first - flight.arrived).as_secs_f64() * 1e3),
+        seconds = flight.arrived.elapsed().as_secs_f64(),
+        error = failure.map(|error| error.message.as_str()),
+        "request ended"
+    );
 }

@@ -164,6 +164,7 @@ fn identify(welcome: Welcome, record: &ReplicaRecord) -> Result<Identity, String
         pids: welcome.pids,
         weight_bytes: welcome.weight_bytes,
         step_tokens: welcome.step_tokens,
+        move_costs: welcome.move_costs,
     })
 }
 
@@ -232,6 +233,7 @@ impl LiveStream {
             Some(Body::Sessions(sessions)) => self.attachment.answer_sessions(sessions.call, sessions.sessions),
             Some(Body::Flushed(flushed)) => self.attachment.answer_flush(flushed.call),
             Some(Body::MoveReport(report)) => context.relay.reported(&self.attachment, &report, now),
+            Some(Body::Links(links)) => self.attachment.set_links(links.links),
             Some(Body::Welcome(_)) | None => {
                 tracing::debug!(replica = &*self.attachment.identity.replica, "message that nothing waits for");
             }

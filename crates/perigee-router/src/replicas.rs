@@ -225,6 +225,11 @@ impl Replicas {
         inner.candidates(&[]).any(|(attachment, _)| attachment.identity.replica != than.identity.replica)
     }
 
+    /// Every replica that takes requests, by name.
+    pub(crate) fn members(&self) -> Vec<Arc<Attachment>> {
+        self.inner.lock().candidates(&[]).map(|(attachment, _)| attachment.clone()).collect()
+    }
+
     /// All live streams, or that of one replica. `None` where no replica of that name is known.
     pub(crate) fn attachments(&self, replica: &str) -> Option<Vec<Arc<Attachment>>> {
         let inner = self.inner.lock();
@@ -359,6 +364,7 @@ mod tests {
             pids: vec![5, 6],
             weight_bytes: vec![1, 2],
             step_tokens: 512,
+            move_costs: None,
         };
         let (outbox, inbox) = mpsc::unbounded_channel();
         let attachment = Attachment::new(id, identity, outbox);

@@ -16,17 +16,20 @@ use perigee_registry::Registry;
 use perigee_telemetry::{Metrics, Readiness, probes};
 use perigee_text::{ChatTemplate, Tokenizer};
 use perigee_tls::{Dialer, Listening, Purpose, Tls, require_certificate};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio_stream::StreamExt;
+use tokio_stream::{Stream, StreamExt};
 use tonic::Code;
 use tonic::service::interceptor::InterceptedService;
 use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
+use tonic::transport::server::Connected;
 use tonic::transport::server::Router as GrpcRouter;
 
 use crate::admission::Admission;
+use crate::balance::Balance;
 use crate::cluster_service::ClusterService;
 use crate::config::RouterConfig;
 use crate::error::RouterError;
@@ -155,6 +158,9 @@ impl Router {
         tasks.spawn(membership::follow(parts.registry.watch(), Arc::new(context)));
         tasks.spawn(relay.clone().keep_time());
         tasks.spawn(relay.clone().evacuate());
+        if config.balance != Balance::Off {
+            tasks.spawn(relay.clone().balance(config.balance, parts.random.clone()));
+        }
         let inference = InferenceService {
             relay,
             replicas: replicas.clone(),
@@ -200,6 +206,19 @@ impl Router {
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_keepalive_timeout(Some(Duration::from_secs(5)))
             .add_routes(with_told_sizes(routes.routes())))
+    }
+
+    /// Serves gRPC alone, over connections of any kind, which a simulation opens in its own way.
+    ///
+    /// # Errors
+    /// [`RouterError`] for descriptors that do not load and connections that fail to come.
+    pub async fn serve_over<C>(mut self, incoming: impl Stream<Item = std::io::Result<C>>) -> Result<(), RouterError>
+    where
+        C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    {
+        let failed = |error: tonic::transport::Error| RouterError::Listener { what: "gRPC", reason: error.to_string() };
+        let incoming = incoming.map(|stream| stream.map(Gathered::new));
+        self.grpc()?.serve_with_incoming(incoming).await.map_err(failed)
     }
 
     /// Serves until `shutdown` completes; then takes no more calls and gives running ones the grace time.

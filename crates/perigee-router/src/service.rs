@@ -7,6 +7,7 @@ use perigee_proto::ids::{RequestId, SessionId};
 use perigee_proto::internal::{Abort, Submit, router_message::Body};
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_proto::v1::{self, inference_server::Inference};
+use perigee_trace::Traced;
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status};
@@ -22,6 +23,7 @@ use crate::replicas::Replicas;
 use crate::reply::Reply;
 use crate::resume::{ResumeKey, Resumed};
 use crate::text::Text;
+use crate::trace;
 use crate::validate::{self, Plan, Prompt};
 
 /// The front door.
@@ -55,17 +57,33 @@ impl InferenceService {
     /// Encodes, names and starts what a plan asks for. `check` makes the plan once it is known what is served.
     pub(crate) async fn start(
         &self,
+        traced: &Traced,
         deadline: Option<Instant>,
         prompt_logprobs: Option<u64>,
         check: impl FnOnce(&Model) -> Result<Plan, WireError>,
     ) -> Result<Reply, WireError> {
         let check = |model: &Model| Ok((check(model)?, Lasting::No));
-        self.start_lasting(deadline, prompt_logprobs, check).await
+        self.start_lasting(traced, deadline, prompt_logprobs, check).await
     }
 
     /// The same for requests that may outlive their router.
     async fn start_lasting(
         &self,
+        traced: &Traced,
+        deadline: Option<Instant>,
+        prompt_logprobs: Option<u64>,
+        check: impl FnOnce(&Model) -> Result<(Plan, Lasting), WireError>,
+    ) -> Result<Reply, WireError> {
+        let started = self.try_start(traced, deadline, prompt_logprobs, check).await;
+        if let Err(error) = &started {
+            trace::note_failure(traced, error);
+        }
+        started
+    }
+
+    async fn try_start(
+        &self,
+        traced: &Traced,
         deadline: Option<Instant>,
         prompt_logprobs: Option<u64>,
         check: impl FnOnce(&Model) -> Result<(Plan, Lasting), WireError>,
@@ -97,6 +115,7 @@ impl InferenceService {
         let submit = plan.submission(prompt, seed, &model, prompt_logprobs)?;
         self.metrics.prompt_tokens.inc_by(submit.prompt.len() as u64);
         let submit = Submit { request_id: request_id.to_string(), sessions, ..submit };
+        traced.span().record("request_id", &submit.request_id);
         let (key, resumed) = match lasting {
             Lasting::No => (None, None),
             Lasting::Begins => (Some(self.resume_key.clone()), None),
@@ -105,7 +124,7 @@ impl InferenceService {
                 (Some(self.resume_key.clone()), Some(resumed))
             }
         };
-        self.relay.start(NewFlight { submit, arrived, deadline, place, resumed, key })
+        self.relay.start(NewFlight { submit, arrived, deadline, place, traced: traced.clone(), resumed, key })
     }
 
     /// The tokens of a prompt, which is taken out of its place.
@@ -157,14 +176,16 @@ impl Inference for InferenceService {
         let (metadata, _, message) = request.into_parts();
         let limit = Some(self.limits.prompt_logprobs);
         let deadline = admission::deadline(&metadata)?;
+        let traced = trace::of_call("perigee.v1.Inference/Generate", &metadata);
         let lasting = if message.resumable { Lasting::Begins } else { Lasting::No };
         let check = |model: &Model| Ok((validate::generate(message, model, &self.limits)?, lasting));
-        Ok(Response::new(self.start_lasting(deadline, limit, check).await?))
+        Ok(Response::new(self.start_lasting(&traced, deadline, limit, check).await?))
     }
 
     async fn resume(&self, request: Request<v1::ResumeRequest>) -> Result<Response<Reply>, Status> {
         let (metadata, _, message) = request.into_parts();
         let v1::ResumeRequest { request, resume_token, received } = message;
+        let traced = trace::of_call("perigee.v1.Inference/Resume", &metadata);
         let deadline = admission::deadline(&metadata)?;
         let mut request = request.ok_or_else(|| WireError::invalid("request", "it must be there"))?;
         let point = self.resume_key.open(&resume_token)?;
@@ -177,14 +198,16 @@ impl Inference for InferenceService {
             let plan = validate::generate(request, model, &self.limits)?;
             Ok((plan, Lasting::GoesOn(Resumed::new(point, received, model)?)))
         };
-        Ok(Response::new(self.start_lasting(deadline, Some(self.limits.prompt_logprobs), check).await?))
+        Ok(Response::new(self.start_lasting(&traced, deadline, Some(self.limits.prompt_logprobs), check).await?))
     }
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
         let (metadata, _, message) = request.into_parts();
         let tokens = message.token_ids.len();
         let deadline = admission::deadline(&metadata)?;
-        let mut reply = self.start(deadline, None, |model| validate::score(message, model, &self.limits)).await?;
+        let traced = trace::of_call("perigee.v1.Inference/Score", &metadata);
+        let check = |model: &Model| validate::score(message, model, &self.limits);
+        let mut reply = self.start(&traced, deadline, None, check).await?;
         let mut answer = v1::ScoreResponse::default();
         while let Some(response) = reply.next().await {
             let response = response?;

@@ -199,6 +199,7 @@ impl Transit {
         }
         let phases = self.phases();
         tracing::info!(
+            parent: told.span,
             session = told.session,
             request_id = told.request_id,
             from = &*self.source.identity.replica,
@@ -270,6 +271,8 @@ impl Transit {
 pub(crate) struct Told<'a> {
     pub(crate) session: &'a str,
     pub(crate) request_id: &'a str,
+    /// Its request's span.
+    pub(crate) span: &'a tracing::Span,
     /// Who has it now; empty where nobody does.
     pub(crate) owner: &'a str,
     pub(crate) epoch: u64,

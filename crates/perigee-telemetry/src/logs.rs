@@ -1,7 +1,7 @@
-//! Log lines on standard error, as text or JSON, filtered by level and module. Standard output belongs to commands'
-//! results. Log texts are lower case, values are fields, and one request id goes from the client to the ranks.
+//! What is logged, and how a line looks. Lines go to standard error; standard output belongs to commands' results. Log texts
+//! are lower case, values are fields, and one trace id goes from the client to the ranks.
 
-use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::EnvFilter;
 
 /// How a log line looks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -25,13 +25,31 @@ impl std::str::FromStr for LogFormat {
     }
 }
 
+impl std::fmt::Display for LogFormat {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        })
+    }
+}
+
 /// What to log, and how.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogOptions {
     /// How a line looks.
     pub format: LogFormat,
-    /// Levels by module, such as `info,perigee_router=debug`; empty is `info`.
+    /// Levels by module, such as `info,perigee_router=debug`.
     pub filter: String,
+}
+
+/// What is logged where nothing else is said: warnings, and the balancer's moves. A person at a terminal came for the answer.
+pub const DEFAULT_FILTER: &str = "warn,perigee_router::balance=info";
+
+impl Default for LogOptions {
+    fn default() -> Self {
+        Self { format: LogFormat::default(), filter: DEFAULT_FILTER.to_owned() }
+    }
 }
 
 /// Logs that cannot be set up.
@@ -51,39 +69,13 @@ pub enum LogsError {
         /// What is wrong with it.
         reason: String,
     },
-    /// Logs were set up before.
-    #[error("logs are set up twice: {reason}")]
-    Twice {
-        /// What the library said.
-        reason: String,
-    },
 }
 
 impl LogOptions {
-    fn env_filter(&self) -> Result<EnvFilter, LogsError> {
-        let directives = if self.filter.is_empty() { "info" } else { &self.filter };
-        EnvFilter::try_new(directives)
+    pub(crate) fn env_filter(&self) -> Result<EnvFilter, LogsError> {
+        EnvFilter::try_new(&self.filter)
             .map_err(|error| LogsError::Filter { found: self.filter.clone(), reason: error.to_string() })
     }
-
-    /// Sends the logs of this process to standard error. Once a process.
-    ///
-    /// # Errors
-    /// [`LogsError::Filter`] for a filter that does not parse, [`LogsError::Twice`] for a second call.
-    pub fn install(&self) -> Result<(), LogsError> {
-        let registry = tracing_subscriber::registry().with(self.env_filter()?);
-        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-        let installed = match self.format {
-            LogFormat::Text => registry.with(lines.with_ansi(false)).try_init(),
-            LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init(),
-        };
-        installed.map_err(|error| LogsError::Twice { reason: error.to_string() })
-    }
-}
-
-/// The span that puts a request's id on every log line about it.
-pub fn request_span(request_id: &str) -> tracing::Span {
-    tracing::info_span!("request", request_id)
 }
 
 #[cfg(test)]
@@ -92,10 +84,11 @@ mod tests {
 
     #[test]
     fn formats_and_filters_are_checked() {
-        assert_eq!("json".parse::<LogFormat>().ok(), Some(LogFormat::Json));
-        assert_eq!("text".parse::<LogFormat>().ok(), Some(LogFormat::Text));
+        for format in [LogFormat::Text, LogFormat::Json] {
+            assert_eq!(format.to_string().parse::<LogFormat>().ok(), Some(format));
+        }
         assert!("xml".parse::<LogFormat>().is_err());
-        for filter in ["", "debug", "info,perigee_router=trace"] {
+        for filter in ["debug", "info,perigee_router=trace"] {
             assert!(LogOptions { filter: filter.to_owned(), ..LogOptions::default() }.env_filter().is_ok());
         }
         let bad = LogOptions { filter: "perigee=loud".to_owned(), ..LogOptions::default() };

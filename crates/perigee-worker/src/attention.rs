@@ -2,7 +2,7 @@
 //! thread of their own. It carries encoded messages and keeps account of answers; what is asked, and what a missing answer
 //! means, is the rank's and the engine's business.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
 
+use crate::links::Links;
 use crate::peers::Peers;
 
 /// How long a home may take to accept a stream.
@@ -39,6 +40,8 @@ struct Link {
 #[derive(Default)]
 struct Board {
     state: Mutex<State>,
+    /// Where the time that answers take is noted.
+    links: Links,
     /// Nothing more is awaited.
     settled: Condvar,
 }
@@ -64,8 +67,10 @@ enum Slot {
 /// What is known of a home.
 struct Home {
     questions: mpsc::UnboundedSender<AttendQuery>,
-    /// Calls without an answer.
-    open: BTreeSet<u64>,
+    /// Calls without an answer, and when they were made.
+    open: BTreeMap<u64, Instant>,
+    /// The replica that was last asked there.
+    replica: String,
     /// It was lost or could not be reached, and has not been reached since.
     is_down: bool,
     /// When a step was last interested in it.
@@ -79,7 +84,7 @@ impl GrpcAttention {
     /// The operating system gave no thread.
     pub fn start(peers: Peers) -> std::io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let board = Arc::new(Board::default());
+        let board = Arc::new(Board { links: peers.links().clone(), ..Board::default() });
         let (opened, mut links) = mpsc::unbounded_channel();
         let shared = Arc::clone(&board);
         let work = move || {
@@ -104,13 +109,18 @@ impl AttentionClient for GrpcAttention {
             let link = Link { endpoint: home.endpoint.clone(), questions };
             // Without its thread the home stays unreached: the channel's other end is gone with the link.
             let is_down = self.opened.send(link).is_err();
-            Home { questions: sender, open: BTreeSet::new(), is_down, used: Instant::now() }
+            let (open, replica) = (BTreeMap::new(), home.replica.clone());
+            Home { questions: sender, open, replica, is_down, used: Instant::now() }
         });
-        known.used = Instant::now();
+        let now = Instant::now();
+        known.used = now;
+        if known.replica != home.replica {
+            known.replica.clone_from(&home.replica);
+        }
         let question = AttendQuery { call, data: message };
         let is_sent = !known.is_overdue(first) && known.questions.send(question).is_ok();
         if is_sent {
-            known.open.insert(call);
+            known.open.insert(call, now);
             state.waiting += 1;
         }
         state.slots.push(if is_sent { Slot::Awaited } else { Slot::Failed });
@@ -153,7 +163,7 @@ impl std::fmt::Debug for GrpcAttention {
 impl Home {
     /// Whether asking it would only cost time, where calls before `first` are late.
     fn is_overdue(&self, first: u64) -> bool {
-        self.is_down || self.open.first().is_some_and(|call| *call < first)
+        self.is_down || self.open.first_key_value().is_some_and(|(call, _)| *call < first)
     }
 }
 
@@ -161,10 +171,12 @@ impl Board {
     /// A call is over.
     fn settle(&self, endpoint: &str, call: u64, outcome: Slot) {
         let mut state = self.state.lock();
-        let is_open = state.homes.get_mut(endpoint).is_some_and(|home| home.open.remove(&call));
-        if is_open {
-            self.put(&mut state, call, outcome);
+        let Some(home) = state.homes.get_mut(endpoint) else { return };
+        let Some(asked) = home.open.remove(&call) else { return };
+        if matches!(outcome, Slot::Answered(_)) {
+            self.links.answered(&home.replica, asked.elapsed());
         }
+        self.put(&mut state, call, outcome);
     }
 
     /// The home is not there: whatever it was asked fails at once.
@@ -172,7 +184,7 @@ impl Board {
         let mut state = self.state.lock();
         let Some(home) = state.homes.get_mut(endpoint) else { return };
         home.is_down = true;
-        for call in std::mem::take(&mut home.open) {
+        for call in std::mem::take(&mut home.open).into_keys() {
             self.put(&mut state, call, Slot::Failed);
         }
     }

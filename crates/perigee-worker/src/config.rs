@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use perigee_backend::DType;
 use perigee_registry::EtcdOptions;
+use perigee_telemetry::{Service, TelemetryOptions};
 use perigee_tls::ServerTlsOptions;
 
 use crate::addresses;
@@ -237,6 +238,9 @@ pub struct WorkerConfig {
     /// TLS of the three listeners, among the ranks, and towards other replicas.
     #[command(flatten)]
     pub tls: ServerTlsOptions,
+    /// Logs and traces.
+    #[command(flatten)]
+    pub telemetry: TelemetryOptions,
     /// Report events as JSON lines on standard output and end when standard input closes: for a parent process.
     #[arg(long, hide = true)]
     pub supervised: bool,
@@ -260,6 +264,7 @@ impl WorkerConfig {
     pub fn faults(&self) -> Vec<String> {
         let mut faults = self.engine.faults();
         faults.extend(self.moves.faults(self.step_timeout()));
+        faults.extend(self.telemetry.faults());
         if self.tp == 0 || self.rank >= self.tp {
             faults.push(format!("--rank: expected below --tp ({}), found {}", self.tp, self.rank));
         }
@@ -298,6 +303,12 @@ impl WorkerConfig {
         let listeners = [("--listen", self.listen), ("--internal", self.internal), ("--http", self.http)];
         faults.extend(self.tls.faults(&listeners));
         faults
+    }
+
+    /// Who sends this process's traces.
+    pub fn service(&self) -> Service {
+        let facts = vec![("perigee.replica", self.replica.clone()), ("perigee.rank", self.rank.to_string())];
+        Service { name: "perigee-worker", facts }
     }
 
     /// How long to wait for ranks to join.

@@ -62,6 +62,7 @@ pub(crate) fn request(submit: internal::Submit, now: Instant) -> Result<Request,
         text: submit.text,
         // Made where that holds nobody up.
         grammar: None,
+        trace: submit.traceparent.parse().ok(),
     })
 }
 
@@ -137,6 +138,7 @@ pub(crate) fn load(load: Load, draining: bool) -> internal::Load {
         step_ms: load.step_ms,
         steps: load.steps,
         homes: load.homes,
+        context_tokens: load.context_tokens,
         draining,
         // Known beside the engine; set where the batch is sent.
         decode_ms: 0.0,
@@ -238,6 +240,7 @@ mod tests {
             first_choice: 6,
             delivered: vec![],
             grammar: None,
+            traceparent: "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned(),
         }
     }
 
@@ -250,6 +253,7 @@ mod tests {
         assert_eq!((request.prompt, request.cache_salt.as_str(), request.text), (vec![1, 2], "salt", true));
         assert_eq!(request.deadline, Some(now + Duration::from_millis(1500)));
         assert_eq!((request.sampling.seed, request.sampling.logprobs), (11, Some(2)));
+        assert_eq!(request.trace.map(|trace| trace.to_string()), Some(submit().traceparent));
         assert_eq!(request.sampling.logit_bias, [(7, 1.0), (9, -1.0)]);
         assert_eq!((request.prompt_logprobs, request.sampling.prompt_logprobs), (Some(1), Some(1)));
         let stop = StopRule {

@@ -10,12 +10,15 @@ use perigee_engine::moves::{Fetching, HandoffConnector, HandoffRefused, HomeNote
 use perigee_engine::remote::RemoteHome;
 use perigee_proto::internal::{HandoffChunk, HandoffResult, ReplicaRun};
 use perigee_proto::status::{ErrorKind, WireError};
+use perigee_trace::{TRACEPARENT, TraceContext, Traced};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use tonic::{Code, Request, Status, Streaming};
+use tracing::field::Empty;
 
 use crate::identity::ReplicaIdentity;
 use crate::peers::Peers;
@@ -77,11 +80,15 @@ async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Optio
     // The call ends with the body's None only. If this task gives up before, the body waits until the call is reset, so that
     // the target can take half a handoff for a whole one under no circumstances.
     let (chunks, body) = mpsc::channel::<Option<HandoffChunk>>(CHUNKS_IN_FLIGHT);
+    let trace = outgoing.trace().map(ToString::to_string).and_then(|trace| trace.parse().ok());
     let body = ReceiverStream::new(body).chain(tokio_stream::pending()).map_while(|chunk| chunk);
     let call = async {
         let mut client = peers.connect(&target.endpoint).await?;
         let mut request = Request::new(body);
         address(request.metadata_mut(), target)?;
+        if let Some(trace) = trace {
+            request.metadata_mut().insert(TRACEPARENT, trace);
+        }
         let answered = client.handoff(request).await;
         answered.map(|result| result.into_inner()).map_err(|status| refusal(target, &status))
     };
@@ -89,15 +96,19 @@ async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Optio
     let answer = {
         tokio::pin!(call);
         let early = tokio::select! {
-            answer = &mut call => Some(answer),
-            sent = send(outgoing, &chunks) => {
-                sent?;
-                None
-            }
+            answer = &mut call => Err(answer),
+            sent = send(outgoing, &chunks) => Ok(sent?),
         };
         match early {
-            Some(answer) => answer,
-            None => call.await,
+            Err(answer) => answer,
+            Ok(Sent { bytes, time }) => {
+                let waits = Instant::now();
+                let answer = call.await;
+                if answer.is_ok() {
+                    peers.links().carried(&target.replica, bytes, time + waits.elapsed());
+                }
+                answer
+            }
         }
     };
     Some(answer.and_then(|result| match result.session == session {
@@ -106,16 +117,28 @@ async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Optio
     }))
 }
 
+/// What a handoff came to on its way out.
+#[derive(Default)]
+struct Sent {
+    bytes: u64,
+    /// How long the connection took; not how long the engine took to hand it in.
+    time: Duration,
+}
+
 /// Everything that is to be sent, then the mark of a good end. None if it was called off.
-async fn send(outgoing: &mut Outgoing, chunks: &mpsc::Sender<Option<HandoffChunk>>) -> Option<()> {
+async fn send(outgoing: &mut Outgoing, chunks: &mpsc::Sender<Option<HandoffChunk>>) -> Option<Sent> {
+    let mut sent = Sent::default();
     while let Some(data) = outgoing.next_chunk().await {
+        let began = Instant::now();
+        sent.bytes += data.len() as u64;
         room(outgoing, chunks).await?.send(Some(HandoffChunk { data }));
+        sent.time += began.elapsed();
     }
     if outgoing.is_cancelled() {
         return None;
     }
     room(outgoing, chunks).await?.send(None);
-    Some(())
+    Some(sent)
 }
 
 /// Waits until the connection takes another chunk.
@@ -166,20 +189,37 @@ pub(crate) async fn receive(
     request: Request<Streaming<HandoffChunk>>,
 ) -> Result<HandoffResult, Status> {
     check_address(identity, request.metadata())?;
+    let traced = receiving(request.metadata());
     let mut chunks = request.into_inner();
     let mut incoming = engine.incoming();
     let refused = |error: HandoffRefused| {
         let status = Status::from(move_report::refused(&error));
-        tracing::warn!(code = ?status.code(), %error, "a handoff was refused");
+        traced.fail(status.message());
+        tracing::warn!(parent: traced.span(), code = ?status.code(), %error, "a handoff was refused");
         status
     };
     while let Some(chunk) = within(chunks.message()).await? {
         incoming.push(&chunk.data).await.map_err(refused)?;
     }
     let prepared = incoming.finish().await.map_err(refused)?;
-    tracing::debug!(session = prepared.session, epoch = prepared.epoch, "a session is held, prepared");
+    tracing::debug!(parent: traced.span(), session = prepared.session, epoch = prepared.epoch, "a session is held, prepared");
     let digests = prepared.digests;
     Ok(HandoffResult { session: prepared.session, epoch: prepared.epoch, digests })
+}
+
+/// The span of a handoff's arrival, which goes on from its source's.
+fn receiving(metadata: &MetadataMap) -> Traced {
+    let text = metadata.get(TRACEPARENT).and_then(|value| value.to_str().ok());
+    let parent: Option<TraceContext> = text.and_then(|text| text.parse().ok());
+    let span = tracing::error_span!(
+        parent: None,
+        "receive",
+        otel.kind = "server",
+        otel.status_code = Empty,
+        otel.status_description = Empty,
+        trace_id = Empty,
+    );
+    Traced::open(span, parent.as_ref())
 }
 
 async fn within<T>(next: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {

@@ -35,6 +35,8 @@ pub struct ReplicaIdentity {
     pub weight_bytes: Vec<u64>,
     /// Most tokens in one step.
     pub step_tokens: u32,
+    /// What a session's move takes; none where sessions do not move.
+    pub move_costs: Option<internal::MoveCosts>,
 }
 
 impl ReplicaIdentity {
@@ -65,6 +67,7 @@ impl ReplicaIdentity {
             weight_bytes: self.weight_bytes.clone(),
             device: self.device.clone(),
             step_tokens: self.step_tokens,
+            move_costs: self.move_costs,
         }
     }
 

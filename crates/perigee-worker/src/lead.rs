@@ -61,11 +61,11 @@ pub(crate) fn run<B: Backend + 'static>(
 ) -> Result<()> {
     shown.announcer.tell(ReplicaStatus::Warming)?;
     warm(&mut ranks, &config.engine.device)?;
-    let Shown { announcer, front, tls } = shown;
+    let Shown { announcer, front, tls, peers } = shown;
     let Some(OpenFront { front, http, public: Some(public), runtime }) = front else {
         return Err(WorkerError::Serve("a leader without its ports".to_owned()));
     };
-    let place = Place { announcer, front, http, public, tls };
+    let place = Place { announcer, front, http, public, tls, peers };
     runtime.block_on(lead(config, opened, ranks, members, place))
 }
 
@@ -76,6 +76,7 @@ struct Place<'a> {
     http: SocketAddr,
     public: SocketAddr,
     tls: Option<Arc<Tls>>,
+    peers: Peers,
 }
 
 async fn lead<B: Backend + 'static>(
@@ -85,7 +86,7 @@ async fn lead<B: Backend + 'static>(
     members: Members,
     place: Place<'_>,
 ) -> Result<()> {
-    let Place { announcer, front, http, public, tls } = place;
+    let Place { announcer, front, http, public, tls, peers } = place;
     let internal = listen(config.internal, "--internal").await?;
     let tokenizer = tokenizer(&opened.spec)?;
     let weight_bytes = ranks.weight_bytes();
@@ -115,7 +116,8 @@ async fn lead<B: Backend + 'static>(
         digest: ready.digest.clone(),
     };
     let model = opened.source.config();
-    let connector = GrpcConnector::new(Handle::current(), Peers::new(tls.clone()), &own.replica, &own.incarnation);
+    let connector = GrpcConnector::new(Handle::current(), peers.clone(), &own.replica, &own.incarnation);
+    let move_costs = ranks.geometry().map(|geometry| moving::move_costs(model, &geometry));
     let latents = (ranks.latent_reader(), ranks.geometry());
     let (moves, homes) = moving::set_up(own, model, &config.moves, Arc::new(connector), latents);
     let engine = Engine::start(
@@ -149,6 +151,7 @@ async fn lead<B: Backend + 'static>(
         pids: members.pids.clone(),
         weight_bytes,
         step_tokens: opened.limits.step_tokens as u32,
+        move_costs,
     };
     let lost = watch_ranks(members.lost, members.abort)?;
     tokio::pin!(lost);
@@ -161,7 +164,8 @@ async fn lead<B: Backend + 'static>(
 
     let grace = Duration::from_secs(config.grace);
     let (drain, mut ordered) = watch::channel(false);
-    let parts = LeaderParts { engine, identity, front, worker_metrics, drain, grace, homes, tls };
+    let links = peers.links().clone();
+    let parts = LeaderParts { engine, identity, front, worker_metrics, drain, grace, homes, tls, links };
     let shutdown = async {
         tokio::select! {
             () = told_to_end() => {}

@@ -11,6 +11,7 @@ use perigee_engine::request::SessionId;
 use perigee_migration::AnswerStatus;
 use perigee_proto::internal::{KeepHomesAnswer, KeepHomesRequest, KeptSession, ReplicaRun};
 use perigee_proto::status::{ErrorKind, WireError};
+use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use crate::identity::ReplicaIdentity;
@@ -73,8 +74,10 @@ async fn call(peers: &Peers, owner: ReplicaRun, home: &RemoteHome, note: &HomeNo
         given_up: kept(&note.given_up),
     };
     let mut client = peers.connect(&home.endpoint).await?;
+    let asked = Instant::now();
     match client.keep_homes(request).await {
         Ok(answer) => {
+            peers.links().answered(&home.replica, asked.elapsed());
             let KeepHomesAnswer { missing, call_back } = answer.into_inner();
             let missing = missing.into_iter().map(|kept| (kept.session, kept.epoch)).collect();
             Ok(HomeAnswer { missing, call_back })

@@ -18,6 +18,7 @@ pub mod identity;
 mod lead;
 mod lease;
 mod leases;
+pub mod links;
 pub mod load;
 pub mod memory;
 pub mod metrics;

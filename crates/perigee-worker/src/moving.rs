@@ -7,8 +7,10 @@ use perigee_backend::{Backend, LatentReader};
 use perigee_engine::homes::{AnswerModel, HomeDirectory};
 use perigee_engine::moves::{HandoffConnector, MoveConfig};
 use perigee_engine::rank::Rank;
+use perigee_migration::attend::attention_bytes;
 use perigee_migration::{AttendShape, Geometry, Layout, Place};
 use perigee_model::{LayerKind, ModelConfig};
+use perigee_proto::internal::MoveCosts;
 
 use crate::attend::HomeParts;
 use crate::attention::GrpcAttention;
@@ -27,6 +29,17 @@ pub fn attend_shape(config: &ModelConfig) -> AttendShape {
         latent: config.mla.latent as u32,
         rope: config.mla.rope as u32,
         tokens: QUESTION_TOKENS,
+    }
+}
+
+/// What a session's move takes, for routers that weigh it.
+pub fn move_costs(model: &ModelConfig, geometry: &Geometry) -> MoveCosts {
+    let shape = attend_shape(model);
+    MoveCosts {
+        state_bytes: geometry.recurrent_bytes() + geometry.tail_bytes(),
+        token_bytes: geometry.token_bytes(),
+        ask_bytes: attention_bytes(&shape, geometry.latent_dtype, 1),
+        ask_rounds: shape.layers,
     }
 }
 

@@ -10,6 +10,7 @@ use perigee_migration::{AnswerStatus, Digest, Geometry, PAGE_POSITIONS, PageSlic
 use perigee_proto::internal::{FetchPagesRequest, LatentPage, PageChunk, ReplicaRun};
 use perigee_proto::status::{ErrorKind, WireError};
 use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
 use tonic::Status;
 
 use crate::attend::HomeParts;
@@ -123,6 +124,7 @@ pub(crate) async fn fetch(peers: &Peers, owner: ReplicaRun, home: &RemoteHome, m
 
 async fn bring(peers: &Peers, owner: ReplicaRun, home: &RemoteHome, fetching: &mut Fetching) -> Result<(), String> {
     let mut client = peers.connect(&home.endpoint).await?;
+    let (began, mut bytes) = (Instant::now(), 0);
     let positions = fetching.positions();
     let request = FetchPagesRequest {
         home: Some(ReplicaRun { replica: home.replica.clone(), incarnation: home.incarnation.clone() }),
@@ -139,6 +141,7 @@ async fn bring(peers: &Peers, owner: ReplicaRun, home: &RemoteHome, fetching: &m
     while !fetching.is_complete() {
         let chunk = tokio::time::timeout(CHUNK_PATIENCE, chunks.message()).await.map_err(silent)?.map_err(told)?;
         let chunk = chunk.ok_or("the home ended the stream early")?;
+        bytes += chunk.pages.iter().map(|page| page.data.len() as u64).sum::<u64>();
         let slices = chunk.pages.into_iter().map(|page| PageSlice {
             layer: page.layer,
             first: page.first,
@@ -148,5 +151,6 @@ async fn bring(peers: &Peers, owner: ReplicaRun, home: &RemoteHome, fetching: &m
         });
         fetching.push(slices.collect()).await.map_err(|error| error.to_string())?;
     }
+    peers.links().carried(&home.replica, bytes, began.elapsed());
     Ok(())
 }

@@ -45,7 +45,8 @@ pub fn run(config: &WorkerConfig) -> Result<()> {
     let identity = opened.identity(config);
     let probes = front.as_ref().map(|open| open.front.readiness());
     let announcer = Announcer::begin(config, &opened, probes)?;
-    let shown = Shown { announcer: &announcer, front, tls };
+    let peers = Peers::new(tls.clone());
+    let shown = Shown { announcer: &announcer, front, tls, peers };
     match &config.engine.device {
         Device::Cpu => {
             let mut group = form(config, &identity, shown.tls.as_deref())?;
@@ -63,6 +64,8 @@ pub(crate) struct Shown<'a> {
     /// None on a rank that shows nothing.
     pub(crate) front: Option<OpenFront>,
     pub(crate) tls: Option<Arc<Tls>>,
+    /// How it reaches other replicas.
+    pub(crate) peers: Peers,
 }
 
 #[cfg(feature = "cuda")]
@@ -92,7 +95,7 @@ fn run_rank<B: Backend + 'static>(
 ) -> Result<()> {
     shown.announcer.tell(ReplicaStatus::Loading)?;
     let mut rank = opened.load(config, backend)?;
-    moving::let_ask(&mut rank, opened.source.config(), Peers::new(shown.tls.clone()))?;
+    moving::let_ask(&mut rank, opened.source.config(), shown.peers.clone())?;
     match group.control {
         Control::Follower(mut link) => {
             shown.announcer.tell(ReplicaStatus::Ready)?;

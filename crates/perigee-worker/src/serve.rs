@@ -11,18 +11,22 @@ use perigee_proto::standard;
 use perigee_registry::ReplicaStatus;
 use perigee_telemetry::Readiness;
 use perigee_tls::{Listening, Purpose, Tls};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio_stream::Stream;
 use tonic::service::RoutesBuilder;
 use tonic::transport::Server;
+use tonic::transport::server::Connected;
 
 use crate::attend::{HomeParts, HomeServices};
 use crate::error::{Result, WorkerError};
 use crate::front::{Front, readiness};
 use crate::identity::ReplicaIdentity;
+use crate::links::Links;
 use crate::metrics::WorkerMetrics;
-use crate::service::ReplicaService;
+use crate::service::{Measures, ReplicaService};
 
 /// Largest message from a router or a replica: the longest prompt, or a layer's queries of a whole batch.
 const MAX_INTERNAL_BYTES: usize = 64 << 20;
@@ -49,6 +53,8 @@ pub struct LeaderParts {
     pub homes: Option<HomeParts>,
     /// TLS of the internal port; none where it is plain TCP.
     pub tls: Option<Arc<Tls>>,
+    /// What is measured of the ways to other replicas.
+    pub links: Links,
 }
 
 /// Serves routers and replicas at `internal` until `shutdown` completes, then drains: no new requests, and the grace time
@@ -57,7 +63,23 @@ pub struct LeaderParts {
 /// # Errors
 /// [`WorkerError::Serve`] where a listener fails, or the engine does: the replica must be started anew.
 pub async fn serve(parts: LeaderParts, internal: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
-    let LeaderParts { engine, identity, mut front, worker_metrics, drain, grace, homes, tls } = parts;
+    let incoming = Listening::new(internal, parts.tls.clone(), Purpose::Internal).incoming();
+    serve_over(parts, incoming, shutdown).await
+}
+
+/// The same over connections of any kind, which a simulation opens in its own way.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_over<C>(
+    parts: LeaderParts,
+    incoming: impl Stream<Item = std::io::Result<C>>,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<()>
+where
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
+    let LeaderParts { engine, identity, mut front, worker_metrics, drain, grace, homes, tls: _, links } = parts;
     let identity = Arc::new(identity);
     let refresh = {
         let (engine, metrics) = (engine.clone(), worker_metrics.clone());
@@ -71,7 +93,8 @@ pub async fn serve(parts: LeaderParts, internal: TcpListener, shutdown: impl Fut
     let mut routes = RoutesBuilder::default();
     let homes = homes.map(HomeServices::start).transpose();
     let homes = homes.map_err(WorkerError::io("starting the threads that answer other replicas"))?;
-    let replica = ReplicaService::new(engine.clone(), identity, homes, worker_metrics, drain);
+    let measures = Measures { metrics: worker_metrics, links };
+    let replica = ReplicaService::new(engine.clone(), identity, homes, measures, drain);
     routes.add_service(ReplicaServer::new(replica).max_decoding_message_size(MAX_INTERNAL_BYTES));
     let reporter = standard::add_services(&mut routes).map_err(|error| WorkerError::Serve(error.to_string()))?;
     let health = front.readiness().subscribe();
@@ -81,7 +104,6 @@ pub async fn serve(parts: LeaderParts, internal: TcpListener, shutdown: impl Fut
         // An error would mean that the front is gone, and this with it.
         let _ = closed.wait_for(|closed| *closed).await;
     };
-    let incoming = Listening::new(internal, tls, Purpose::Internal).incoming();
     // One stream carries all of a router's prompts.
     let mut server = Server::builder().initial_stream_window_size(1 << 20).initial_connection_window_size(1 << 20);
     let internal = server.add_routes(routes.routes()).serve_with_incoming_shutdown(incoming, until_closed);

@@ -11,8 +11,8 @@ use perigee_engine::{EngineHandle, EngineHealth};
 use perigee_proto::internal::replica_server::Replica;
 use perigee_proto::internal::{
     AttendAnswer, AttendQuery, EventBatch, FetchPagesRequest, Flushed, HandoffChunk, HandoffResult, Hello,
-    KeepHomesAnswer, KeepHomesRequest, PageChunk, Prepare, ReplicaMessage, RouterMessage, Sessions, Submit,
-    replica_message, router_message,
+    KeepHomesAnswer, KeepHomesRequest, Links as LinksMessage, PageChunk, Prepare, ReplicaMessage, RouterMessage,
+    Sessions, Submit, replica_message, router_message,
 };
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_proto::{PROTOCOL_VERSION, ids};
@@ -25,6 +25,7 @@ use crate::attend::{HomeServices, answer_channel};
 use crate::compile::{Compiling, Ready, Turns};
 use crate::identity::ReplicaIdentity;
 use crate::lease::Lease;
+use crate::links::Links;
 use crate::metrics::WorkerMetrics;
 use crate::{convert, handoff, leases, move_report};
 
@@ -32,6 +33,8 @@ use crate::{convert, handoff, leases, move_report};
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 /// Load goes out at least this often; routers are promised twice a second.
 const LOAD_INTERVAL: Duration = Duration::from_millis(400);
+/// What is measured of ways to other replicas goes out at most this often.
+const LINKS_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages that may wait for a router to read them, some seconds of steps; one that is slower is cut off.
 const OUTBOX_MESSAGES: usize = 1024;
 /// Leases that routers may ask for.
@@ -45,8 +48,7 @@ pub(crate) struct ReplicaService {
     identity: Arc<ReplicaIdentity>,
     /// None where this replica keeps nothing for others.
     homes: Option<HomeServices>,
-    /// Knows how long steps take.
-    metrics: WorkerMetrics,
+    measures: Measures,
     /// Where the order to drain is passed on.
     drain: watch::Sender<bool>,
     next_stream: Arc<AtomicU64>,
@@ -54,15 +56,24 @@ pub(crate) struct ReplicaService {
     turns: Turns,
 }
 
+/// What routers are told of beside the engine's own load.
+#[derive(Clone)]
+pub(crate) struct Measures {
+    /// Knows how long steps take.
+    pub(crate) metrics: WorkerMetrics,
+    /// Ways to other replicas.
+    pub(crate) links: Links,
+}
+
 impl ReplicaService {
     pub(crate) fn new(
         engine: EngineHandle,
         identity: Arc<ReplicaIdentity>,
         homes: Option<HomeServices>,
-        metrics: WorkerMetrics,
+        measures: Measures,
         drain: watch::Sender<bool>,
     ) -> Self {
-        Self { engine, identity, homes, metrics, drain, next_stream: Arc::default(), turns: Turns::default() }
+        Self { engine, identity, homes, measures, drain, next_stream: Arc::default(), turns: Turns::default() }
     }
 }
 
@@ -79,7 +90,8 @@ impl Replica for ReplicaService {
         let lease_ms = hello.lease_ms.clamp(SHORTEST_LEASE_MS, LONGEST_LEASE_MS);
         let stream = RouterStream {
             engine: self.engine.clone(),
-            metrics: self.metrics.clone(),
+            measures: self.measures.clone(),
+            links_told: (0, Instant::now()),
             drain: self.drain.clone(),
             // Not the router's own id: a second stream of the same router must not end with the first.
             id: RouterId(self.next_stream.fetch_add(1, Ordering::Relaxed)),
@@ -159,7 +171,9 @@ async fn read_hello(messages: &mut Streaming<RouterMessage>) -> Result<Hello, St
 /// One router's stream.
 struct RouterStream {
     engine: EngineHandle,
-    metrics: WorkerMetrics,
+    measures: Measures,
+    /// How many measurements of ways to other replicas the router knows, and when they may be told again.
+    links_told: (u64, Instant),
     drain: watch::Sender<bool>,
     id: RouterId,
     outbox: mpsc::Sender<Result<ReplicaMessage, Status>>,
@@ -211,7 +225,7 @@ impl RouterStream {
                 () = self.outbox.closed() => Err("the router closed the stream"),
                 () = tokio::time::sleep_until(self.lease.until()) => Err("its lease ran out"),
             };
-            if let Err(ended) = result {
+            if let Err(ended) = result.and_then(|()| self.tell_links()) {
                 return ended;
             }
         }
@@ -225,11 +239,23 @@ impl RouterStream {
         if let replica_message::Body::Batch(batch) = &mut body {
             batch.clock = self.lease.clock(Instant::now());
             if let Some(load) = &mut batch.load {
-                let pace = self.metrics.pace();
+                let pace = self.measures.metrics.pace();
                 (load.decode_ms, load.prompt_token_ms) = (pace.decode_ms(), pace.prompt_token_ms());
             }
         }
         send(&self.outbox, body)
+    }
+
+    /// Tells what is new of the ways to other replicas, now and then.
+    fn tell_links(&mut self) -> Result<(), Ended> {
+        let (known, again) = self.links_told;
+        let (links, now) = (&self.measures.links, Instant::now());
+        let count = links.count();
+        if count == known || now < again {
+            return Ok(());
+        }
+        self.links_told = (count, now + LINKS_INTERVAL);
+        self.send(replica_message::Body::Links(LinksMessage { links: links.told() }))
     }
 
     fn take(&mut self, message: RouterMessage) -> Result<(), Ended> {

@@ -11,6 +11,8 @@ use anyhow::{Context, bail};
 use perigee_worker::EngineOptions;
 use perigee_worker::events::WorkerEvent;
 
+use crate::settings;
+
 /// How long the ranks of a failed replica are given to end, to see which one began.
 const FOLLOWING_ENDS: Duration = Duration::from_millis(100);
 
@@ -53,7 +55,15 @@ impl ReplicaProcesses {
         let mut processes =
             Self { replica: launch.replica.clone(), children: Vec::new(), lifelines: Vec::new(), notices };
         let spawn = |rank: usize, more: &[String]| -> anyhow::Result<Child> {
-            let mut child = Command::new(&program)
+            let mut command = Command::new(&program);
+            // Children are told all by their arguments: what is set for workers that are started by hand is not for them.
+            for (name, _) in settings::variables() {
+                if name == settings::CONFIG_VARIABLE || name.starts_with(&settings::environment::variable("worker", ""))
+                {
+                    command.env_remove(name);
+                }
+            }
+            let mut child = command
                 .arg("worker")
                 .arg("--supervised")
                 .arg(format!("--replica={}", launch.replica))

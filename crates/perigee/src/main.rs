@@ -3,19 +3,23 @@
 mod client;
 mod commands;
 mod launch;
+mod settings;
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use perigee_telemetry::{Service, Telemetry, TelemetryOptions};
 
 /// Port of the router's gRPC service where `up` is not told another, and where client commands look for it.
 const DEFAULT_PORT: u16 = 7411;
 /// Port of the router's HTTP service where `up` is not told another.
 const DEFAULT_HTTP_PORT: u16 = 7412;
 
-/// Serves Kimi Linear models on clusters: sessions move, latents stay. `up`, `router` and `worker` also take
-/// `--config FILE`: TOML with a table for each command, its keys the long options.
+/// Serves Kimi Linear models on clusters: sessions move, latents stay. Every option of `up`, `router` and `worker` may also
+/// be set in the environment (PERIGEE_ROUTER_GRACE is `--grace` of `router`) and in a file named by `--config FILE` or
+/// PERIGEE_CONFIG: TOML with a table for each command, its keys the long options. Flags win over the environment, that over
+/// the file.
 #[derive(Parser)]
 #[command(name = "perigee", version)]
 struct Cli {
@@ -30,7 +34,7 @@ enum Command {
     /// Works on configuration files.
     Config(commands::config::ConfigArgs),
     /// Runs a router.
-    Router(commands::router::RouterArgs),
+    Router(Box<commands::router::RouterArgs>),
     /// Runs one rank of a replica.
     Worker(Box<perigee_worker::WorkerConfig>),
     /// Sends a prompt to a router and prints the answer.
@@ -53,21 +57,35 @@ enum Command {
     InitModel(commands::init_model::InitModelArgs),
 }
 
-/// Logs go to standard error. PERIGEE_LOG filters them, such as `info,perigee_router=debug`; PERIGEE_LOG_FORMAT is text or
-/// json. Only warnings by default: a person at a terminal came for the answer.
-fn logs() -> anyhow::Result<()> {
-    let setting = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
-    let format = setting("PERIGEE_LOG_FORMAT", "text").parse()?;
-    perigee_telemetry::LogOptions { format, filter: setting("PERIGEE_LOG", "warn") }.install()?;
-    Ok(())
+/// Sets up logs and traces. Commands without options of their own for that take PERIGEE_LOG and PERIGEE_LOG_FORMAT.
+fn telemetry(command: &Command) -> anyhow::Result<Telemetry> {
+    let router = || Service { name: "perigee-router", facts: Vec::new() };
+    let (options, service) = match command {
+        Command::Up(args) => (args.telemetry.clone(), router()),
+        Command::Router(args) => (args.telemetry.clone(), router()),
+        Command::Worker(config) => (config.telemetry.clone(), config.service()),
+        _ => {
+            let mut options = TelemetryOptions::default();
+            if let Ok(filter) = std::env::var("PERIGEE_LOG") {
+                options.log = filter;
+            }
+            if let Ok(format) = std::env::var("PERIGEE_LOG_FORMAT") {
+                options.log_format = format.parse()?;
+            }
+            (options, Service { name: "perigee", facts: Vec::new() })
+        }
+    };
+    commands::without_faults(&options.faults())?;
+    Ok(options.install(service)?)
 }
 
 fn run(command: Command) -> anyhow::Result<()> {
-    logs()?;
+    // To the end of the command.
+    let _telemetry = telemetry(&command)?;
     match command {
         Command::Config(args) => commands::config::run(&args),
         Command::Up(args) => commands::up::run(*args),
-        Command::Router(args) => commands::router::run(args),
+        Command::Router(args) => commands::router::run(*args),
         Command::Worker(config) => {
             commands::without_faults(&config.faults())?;
             perigee_worker::run(&config).map_err(anyhow::Error::from)
@@ -85,10 +103,10 @@ fn run(command: Command) -> anyhow::Result<()> {
 }
 
 fn main() -> ExitCode {
-    let line = match commands::config::expand(std::env::args_os().collect()) {
+    let line = match settings::expand(std::env::args_os().collect(), &settings::variables()) {
         Ok(line) => line,
         Err(error) => {
-            eprintln!("perigee: --config: {error:#}");
+            eprintln!("perigee: {error:#}");
             return ExitCode::from(2);
         }
     };

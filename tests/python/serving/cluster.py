@@ -32,10 +32,10 @@ def stubs():
 class Cluster:
     """A running `perigee up`; `info` is the line that it printed when it was ready."""
 
-    def __init__(self, binary, *options):
+    def __init__(self, binary, *options, stderr=None):
         self.binary = binary
         command = [binary, "up", "--json", "--port", "0", "--http-port", "0", "--model", "random:tiny", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
         guard = threading.Timer(START_SECONDS, self.process.kill)
         guard.start()
         line = self.process.stdout.readline()

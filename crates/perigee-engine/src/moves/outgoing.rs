@@ -5,6 +5,7 @@ use std::sync::mpsc;
 
 use perigee_migration::handoff::{CHUNK_BYTES, Frozen, Summary, Totals};
 use perigee_migration::{HandoffEncoder, HandoffError, Header, PageSlice, SegmentTable, StateSlice, TensorDigests};
+use perigee_trace::{TraceContext, Traced};
 use tokio::sync::mpsc as async_mpsc;
 
 use crate::handle::Command;
@@ -37,6 +38,8 @@ pub struct Outgoing {
     summary: Option<Summary>,
     stage: Stage,
     failure: Option<String>,
+    /// Its span, where the session is in a trace.
+    traced: Option<Traced>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,17 +60,23 @@ impl Outgoing {
     pub(crate) fn new(
         header: Header,
         commands: mpsc::Sender<Command>,
+        traced: Option<Traced>,
     ) -> Result<(Self, async_mpsc::UnboundedSender<SourcePart>), HandoffError> {
         let (sender, parts) = async_mpsc::unbounded_channel();
         let (session, next) = (SessionId(header.session.clone()), header.next_epoch);
         let encoder = HandoffEncoder::new(header, CHUNK_BYTES)?;
         let stage = Stage::Opening;
-        Ok((Self { session, next, commands, parts, encoder, summary: None, stage, failure: None }, sender))
+        Ok((Self { session, next, commands, parts, encoder, summary: None, stage, failure: None, traced }, sender))
     }
 
     /// The session that is handed over.
     pub fn session(&self) -> &SessionId {
         &self.session
+    }
+
+    /// The place in the request's trace that the target goes on from.
+    pub fn trace(&self) -> Option<&TraceContext> {
+        self.traced.as_ref().and_then(Traced::parent)
     }
 
     /// The next bytes for the target. None when that was all, or when the handoff is off: see [`Self::is_cancelled`].
@@ -137,6 +146,9 @@ impl Outgoing {
         self.stage = Stage::Answered;
         // Why it could not be sent says more than what the target makes of half a handoff.
         let result = result.map_err(|message| self.failure.take().unwrap_or(message));
+        if let (Some(traced), Err(message)) = (&self.traced, &result) {
+            traced.fail(message);
+        }
         let (session, next) = (self.session.clone(), self.next);
         self.send(Command::HandoffDone { session, next, result });
     }

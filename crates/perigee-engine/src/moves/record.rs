@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::sequence::Sequence;
 
 /// Version of the record's encoding. It rises with every change of [`Sequence`] or of what is in it.
-pub const RECORD_VERSION: u16 = 2;
+pub const RECORD_VERSION: u16 = 3;
 
 /// A session between steps, without its tokens, which travel by themselves.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -110,6 +110,7 @@ mod tests {
             prompt_logprobs: Some(PromptLogprobs::new(2)),
             cached: 0,
             grammar: Some(GrammarSource::Regex("a+".into())),
+            trace: "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".parse().ok(),
         };
         let homes = vec![HomeAddress { replica: "a".into(), incarnation: "1".into(), endpoint: "h:1".into() }];
         let time_left = Some(Duration::from_millis(1500));

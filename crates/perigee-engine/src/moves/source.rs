@@ -14,6 +14,7 @@ use crate::executor::{ExecutorError, PageSpan, StateSource, StepPlan};
 use crate::request::{FinishReason, SessionId};
 use crate::scheduler::{StateAt, TaskId};
 use crate::step::{EngineCore, Fatal};
+use crate::traces::handoff_span;
 
 /// Pages that are taken off the device at a time.
 const PAGES_AT_ONCE: usize = 64;
@@ -37,7 +38,9 @@ impl EngineCore {
             source: config.place,
             mode,
         };
-        let (outgoing, parts) = Outgoing::new(header, self.commands.clone()).map_err(|error| error.to_string())?;
+        let traced = handoff_span(&held.sequence, &target.replica);
+        let (outgoing, parts) =
+            Outgoing::new(header, self.commands.clone(), traced).map_err(|error| error.to_string())?;
         let tokens = held.sequence.tokens.clone();
         seat.course = Course { mode: Some(mode), ..Course::default() };
         seat.outgoing = Some(Link { next, parts: parts.clone(), tokens: tokens.len(), mode });
@@ -79,7 +82,9 @@ impl EngineCore {
                 PartyEvent::HandoffVerified { next }
             }
             Err(message) => {
-                tracing::warn!(session = session.0, next, message, "a handoff failed");
+                let held = self.names.get(session).and_then(|id| self.sessions.get(id));
+                let span = held.and_then(|held| held.span.id());
+                tracing::warn!(parent: span, session = session.0, next, message, "a handoff failed");
                 seat.error = message;
                 PartyEvent::HandoffFailed { next }
             }
@@ -206,7 +211,9 @@ impl EngineCore {
             return self.drop_session(id).map(drop);
         };
         self.names.remove(session);
-        self.sessions.remove(&id);
+        if let Some(held) = self.sessions.remove(&id) {
+            self.note_left(id, &held);
+        }
         if let Some(key) = released.parked {
             self.drop_parked(key)?;
         }

@@ -228,7 +228,10 @@ impl Scheduler {
             let left = task.length - task.computed;
             counts.queued_tokens += if left > 1 { left } else { 0 };
             match task.place {
-                Place::Running { .. } => counts.running += task.sessions(),
+                Place::Running { .. } => {
+                    counts.running += task.sessions();
+                    counts.context_tokens += task.computed;
+                }
                 Place::Queued | Place::Evicted => counts.waiting += task.sessions(),
                 Place::Parked { .. } => counts.parked += task.sessions(),
             }

@@ -236,6 +236,8 @@ pub struct Occupancy {
     pub parked: u64,
     /// Known tokens that are not computed yet, decode tokens not counted.
     pub queued_tokens: u64,
+    /// Computed tokens of sessions with slots.
+    pub context_tokens: u64,
     /// Sessions that went and of which full pages are kept.
     pub homes: u64,
     /// Free slots.

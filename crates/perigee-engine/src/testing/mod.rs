@@ -61,6 +61,7 @@ pub fn greedy_request(session: &str, prompt: Vec<u32>, max_tokens: u32) -> Reque
         deadline: None,
         cache_salt: String::new(),
         grammar: None,
+        trace: None,
         text: false,
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
-use perigee_backend::{DType, PAGE_TOKENS, StatePart};
+use perigee_backend::{BackendError, DType, LatentReader, PAGE_TOKENS, StatePart};
 use perigee_migration::{Digest, Geometry, PageSlice, STATE_KINDS, StateSlice, Tensor, TensorDigests};
 
 use super::mix;
@@ -122,6 +122,27 @@ impl ModelPages {
             None => RemoteAnswer::Refused(perigee_migration::AnswerStatus::Missing),
             Some(tokens) => RemoteAnswer::Tokens(tokens),
         }
+    }
+}
+
+/// Gives pages out; questions go by [`ModelPages::answer`].
+impl LatentReader for ModelPages {
+    fn attend(
+        &self,
+        _layer: usize,
+        _pages: &[u32],
+        _heads: usize,
+        _scale: f32,
+        _latent: usize,
+        _queries: &[f32],
+    ) -> perigee_backend::Result<(Vec<f32>, Vec<f32>)> {
+        Err(BackendError::Unsupported("attention over modelled pages".into()))
+    }
+
+    fn page(&self, _layer: usize, number: u32) -> perigee_backend::Result<Vec<u8>> {
+        let span = PageSpan { page: number, first: 0, positions: PAGE_TOKENS as u32 };
+        let exported = export_page(&mut self.lock(), &span);
+        exported.map(|slice| slice.bytes).map_err(|error| BackendError::Device(error.message))
     }
 }
 

@@ -57,6 +57,7 @@ fn request(numbers: &mut Numbers, name: usize) -> Request {
         deadline: None,
         cache_salt: String::new(),
         grammar: None,
+        trace: None,
         text: numbers.one_in(2),
     }
 }

@@ -96,6 +96,7 @@ impl StubReplica {
             weight_bytes: vec![0],
             device: "stub".to_owned(),
             step_tokens: 8192,
+            move_costs: None,
         }
     }
 }

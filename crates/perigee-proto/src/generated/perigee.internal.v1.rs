@@ -50,7 +50,7 @@ pub mod router_message {
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ReplicaMessage {
     /// What it says.
-    #[prost(oneof = "replica_message::Body", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "replica_message::Body", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub body: ::core::option::Option<replica_message::Body>,
 }
 /// Nested message and enum types in `ReplicaMessage`.
@@ -76,6 +76,9 @@ pub mod replica_message {
         /// Answers prepare, start, release and abort_move.
         #[prost(message, tag = "6")]
         MoveReport(super::MoveReport),
+        /// What it measured of its way to other replicas: all of it, at most once a second, where something is new.
+        #[prost(message, tag = "7")]
+        Links(super::Links),
     }
 }
 /// Who attaches.
@@ -129,6 +132,45 @@ pub struct Welcome {
     /// Most tokens in one step, decode rows and prefill chunks together.
     #[prost(uint32, tag = "9")]
     pub step_tokens: u32,
+    /// What a session's move takes; absent where sessions do not move.
+    #[prost(message, optional, tag = "10")]
+    pub move_costs: ::core::option::Option<MoveCosts>,
+}
+/// What a session's move takes, by the shapes of the model.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MoveCosts {
+    /// Bytes of state and convolution tails, whatever the context.
+    #[prost(uint64, tag = "1")]
+    pub state_bytes: u64,
+    /// Bytes of the latents of one token.
+    #[prost(uint64, tag = "2")]
+    pub token_bytes: u64,
+    /// Bytes that asking one home takes for each further token, there and back.
+    #[prost(uint64, tag = "3")]
+    pub ask_bytes: u64,
+    /// Questions in a row for each further token: the MLA layers.
+    #[prost(uint32, tag = "4")]
+    pub ask_rounds: u32,
+}
+/// What a leader measured of its way to other replicas.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Links {
+    /// One entry for each that it had to do with.
+    #[prost(message, repeated, tag = "1")]
+    pub links: ::prost::alloc::vec::Vec<Link>,
+}
+/// The way to another replica.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Link {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub replica: ::prost::alloc::string::String,
+    /// Smoothed time of a short question and its answer, in microseconds; 0 before the first one.
+    #[prost(uint32, tag = "2")]
+    pub round_trip_us: u32,
+    /// Smoothed rate of handoffs and of pages that follow, in bytes a second; 0 before the first one that is long enough.
+    #[prost(uint64, tag = "3")]
+    pub bytes_per_second: u64,
 }
 /// The model that a replica serves.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -231,6 +273,9 @@ pub struct Submit {
     /// What the text must be; absent where it may be anything.
     #[prost(message, optional, tag = "18")]
     pub grammar: ::core::option::Option<Grammar>,
+    /// The router's place in the request's trace, as the header of W3C Trace Context; empty where there is none.
+    #[prost(string, tag = "19")]
+    pub traceparent: ::prost::alloc::string::String,
 }
 /// What a text must be, as in perigee.v1.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -462,6 +507,9 @@ pub struct Load {
     /// Milliseconds that each prompt token adds to a step; 0 before the first one.
     #[prost(float, tag = "14")]
     pub prompt_token_ms: f32,
+    /// Tokens in the contexts of the running sessions.
+    #[prost(uint64, tag = "15")]
+    pub context_tokens: u64,
 }
 /// Why a request does not run.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 
 use perigee_proto::status::WireError;
 use perigee_proto::v1::{self, FinishReason};
+use perigee_trace::Traced;
 use serde_json::{Value, json};
 use tokio_stream::{Stream, StreamExt, StreamMap};
 
@@ -52,6 +53,7 @@ impl Answers {
     /// Whatever is wrong with the request or the cluster before there is a token.
     pub(crate) async fn start(
         service: &InferenceService,
+        traced: &Traced,
         request: &v1::GenerateRequest,
         prompts: Vec<Prompt>,
         prompt_name: &'static str,
@@ -64,7 +66,7 @@ impl Answers {
         for (number, prompt) in prompts.into_iter().enumerate() {
             let request = request.clone();
             let check = |model: &_| validate::generate_from(prompt, request, model, &service.limits);
-            let reply = service.start(None, limit, check).await.map_err(named)?;
+            let reply = service.start(traced, None, limit, check).await.map_err(named)?;
             if number == 0 {
                 name = reply.request_id().to_owned();
             }

@@ -17,6 +17,7 @@ use super::sampling::Shared;
 use super::tools::{self, Tool, ToolChoice};
 use super::{events, now, response_format};
 use crate::service::InferenceService;
+use crate::trace::HttpTrace;
 use crate::validate::Prompt;
 
 /// The body.
@@ -42,6 +43,7 @@ pub(crate) struct ChatRequest {
 /// Answers.
 pub(crate) async fn handle(
     State(service): State<InferenceService>,
+    HttpTrace(traced): HttpTrace,
     Body(body): Body<ChatRequest>,
 ) -> Result<Response, HttpError> {
     let model = service.model()?;
@@ -57,7 +59,7 @@ pub(crate) async fn handle(
     };
     let input = body.input(uses_tools)?;
     let prompt = Prompt::Chat(Box::new(input));
-    let Started { answers, name, .. } = Answers::start(&service, &request, vec![prompt], "messages").await?;
+    let Started { answers, name, .. } = Answers::start(&service, &traced, &request, vec![prompt], "messages").await?;
     let object = if body.shared.streams() { "chat.completion.chunk" } else { "chat.completion" };
     let writer = Writer {
         head: json!({"id": format!("chatcmpl-{name}"), "object": object, "created": now(), "model": model.name}),

@@ -16,6 +16,7 @@ use super::logprobs::{Lists, Shower};
 use super::sampling::Shared;
 use super::{events, now, response_format};
 use crate::service::InferenceService;
+use crate::trace::HttpTrace;
 use crate::validate::{self, Prompt};
 
 /// Tokens to generate where a client does not say, as with OpenAI.
@@ -48,13 +49,14 @@ enum Prompts {
 /// Answers.
 pub(crate) async fn handle(
     State(service): State<InferenceService>,
+    HttpTrace(traced): HttpTrace,
     Body(body): Body<CompletionRequest>,
 ) -> Result<Response, HttpError> {
     let model = service.model()?;
     body.shared.check_model(&model)?;
     let (request, prompts) = (body.request()?, body.prompts(&service)?);
     let echoed: Vec<Option<String>> = prompts.iter().map(|prompt| body.echoed(prompt)).collect();
-    let Started { answers, prompts, name } = Answers::start(&service, &request, prompts, "prompt").await?;
+    let Started { answers, prompts, name } = Answers::start(&service, &traced, &request, prompts, "prompt").await?;
     let mut writer = Writer {
         head: json!({"id": format!("cmpl-{name}"), "object": "text_completion", "created": now(), "model": model.name}),
         shower: Shower(service.text.tokenizer().cloned()),

@@ -133,6 +133,7 @@ pub(super) fn welcome(replica: &str) -> Welcome {
         weight_bytes: vec![5, 5],
         device: "cpu".to_owned(),
         step_tokens: 512,
+        move_costs: None,
     }
 }
 

@@ -2,6 +2,7 @@
 //! when everybody waits.
 
 mod actor;
+mod balancing;
 mod broken;
 mod calls;
 mod evacuations;

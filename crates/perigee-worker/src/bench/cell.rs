@@ -124,6 +124,7 @@ impl<B: Backend + 'static> Driver<B> {
         };
         Request {
             grammar: None,
+            trace: None,
             request_id: name.clone(),
             sessions: vec![SessionId(name)],
             first_choice: 0,

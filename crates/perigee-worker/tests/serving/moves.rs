@@ -96,6 +96,8 @@ async fn a_split_move_leaves_full_pages_behind_and_nothing_else() {
     }
     let asked = pair.b.metrics.text().expect("written");
     assert!(!asked.lines().any(|line| line == "perigee_remote_attention_seconds_count 0"), "{asked}");
+    let link = pair.to_b.links.iter().find(|link| link.replica == "a").expect("its router hears of the way to a");
+    assert!(link.round_trip_us > 0, "{link:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

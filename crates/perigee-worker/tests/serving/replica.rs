@@ -92,7 +92,8 @@ impl Replica {
         let opened = open(&config).expect("a model");
         let model = opened.source.config();
         let mut rank = opened.load(&config, cpu_backend(&config, Box::new(Solo))).expect("loaded");
-        moving::let_ask(&mut rank, model, Peers::default()).expect("a thread");
+        let peers = Peers::default();
+        moving::let_ask(&mut rank, model, peers.clone()).expect("a thread");
         let ranks = Ranks::new(rank, Vec::new(), PATIENCE).expect("one rank");
         let ((internal_port, internal), (public, _), (http, _)) = (bind().await, bind().await, bind().await);
         let place = LeaderPlace {
@@ -102,7 +103,8 @@ impl Replica {
             endpoint: internal.to_string(),
             digest: opened.digest.clone(),
         };
-        let connector = GrpcConnector::new(Handle::current(), Peers::default(), &place.replica, &place.incarnation);
+        let move_costs = ranks.geometry().map(|geometry| moving::move_costs(model, &geometry));
+        let connector = GrpcConnector::new(Handle::current(), peers.clone(), &place.replica, &place.incarnation);
         let (mut moves, homes) =
             moving::set_up(place, model, &config.moves, Arc::new(connector), (ranks.latent_reader(), ranks.geometry()));
         (moves.silence, moves.grace, moves.patience) = (options.silence, options.grace, options.patience);
@@ -127,6 +129,7 @@ impl Replica {
             pids: vec![std::process::id()],
             weight_bytes: vec![0],
             step_tokens: opened.limits.step_tokens as u32,
+            move_costs,
         };
         let listeners = FrontListeners { public: Some(public), http };
         let front = Front::start(listeners, metrics.clone(), None).expect("it opens");
@@ -138,6 +141,7 @@ impl Replica {
             worker_metrics,
             grace: Duration::ZERO,
             tls: None,
+            links: peers.links().clone(),
             homes,
         };
         let (stop, stopped) = oneshot::channel::<()>();

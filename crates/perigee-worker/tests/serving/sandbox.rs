@@ -7,7 +7,9 @@ use std::time::Duration;
 use perigee_engine::testing::{Faults, ModelExecutor, ModelSizes};
 use perigee_engine::{Engine, EngineConfig, EngineHandle};
 use perigee_proto::internal::replica_client::ReplicaClient;
-use perigee_proto::internal::{Hello, ReplicaMessage, RouterMessage, Submit, Welcome, replica_message, router_message};
+use perigee_proto::internal::{
+    Hello, Link, ReplicaMessage, RouterMessage, Submit, Welcome, replica_message, router_message,
+};
 use perigee_proto::v1::cluster_client::ClusterClient;
 use perigee_proto::v1::inference_client::InferenceClient;
 use perigee_proto::{PROTOCOL_VERSION, internal};
@@ -84,6 +86,7 @@ impl Leader {
             pids: vec![std::process::id()],
             weight_bytes: vec![0],
             step_tokens: limits.step_tokens as u32,
+            move_costs: None,
         };
         let ((internal_port, internal), (public_port, public), (http_port, http)) =
             (bind().await, bind().await, bind().await);
@@ -99,6 +102,7 @@ impl Leader {
             grace,
             homes: options.homes,
             tls: None,
+            links: Default::default(),
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
@@ -149,6 +153,8 @@ impl Leader {
 /// A router's end of one stream, in the hands of a test.
 pub(crate) struct HandMade {
     pub(crate) to_leader: mpsc::UnboundedSender<RouterMessage>,
+    /// What the leader last told of its ways to other replicas.
+    pub(crate) links: Vec<Link>,
     from_leader: Streaming<ReplicaMessage>,
 }
 
@@ -164,7 +170,7 @@ impl HandMade {
         let first = RouterMessage { body: Some(router_message::Body::Hello(hello)) };
         to_leader.send(first).expect("open");
         let from_leader = client.attach(UnboundedReceiverStream::new(out)).await?.into_inner();
-        let mut stream = Self { to_leader, from_leader };
+        let mut stream = Self { to_leader, links: Vec::new(), from_leader };
         match stream.next().await? {
             Some(replica_message::Body::Welcome(welcome)) => Ok((stream, welcome)),
             other => panic!("expected a welcome, got {other:?}"),
@@ -176,8 +182,14 @@ impl HandMade {
     }
 
     pub(crate) async fn next(&mut self) -> Result<Option<replica_message::Body>, Status> {
-        let message = tokio::time::timeout(PATIENCE, self.from_leader.message()).await.expect("a message in time")?;
-        Ok(message.and_then(|message| message.body))
+        loop {
+            let message =
+                tokio::time::timeout(PATIENCE, self.from_leader.message()).await.expect("a message in time")?;
+            match message.and_then(|message| message.body) {
+                Some(replica_message::Body::Links(links)) => self.links = links.links,
+                other => return Ok(other),
+            }
+        }
     }
 
     /// The leader's clock in the next batch; none once the stream has ended.

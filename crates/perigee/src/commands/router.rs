@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use perigee_registry::EtcdOptions;
-use perigee_router::{MoveTimes, ResumeKey, RouterConfig, RouterListeners, RouterParts};
+use perigee_router::{Balance, MoveTimes, ResumeKey, RouterConfig, RouterListeners, RouterParts};
+use perigee_telemetry::TelemetryOptions;
 use perigee_tls::ServerTlsOptions;
 use tokio::net::TcpListener;
 
@@ -29,6 +30,17 @@ pub(crate) struct RouterOptions {
     /// deadline waits until that.
     #[arg(long, default_value_t = 30_000)]
     replay_ms: u64,
+    /// Whether sessions move by themselves to even out the replicas' loads: dry-run logs what would move, and why.
+    #[arg(long, value_enum, default_value_t = BalanceOption::Off)]
+    balance: BalanceOption,
+}
+
+/// [`Balance`] on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum BalanceOption {
+    Off,
+    DryRun,
+    On,
 }
 
 impl RouterOptions {
@@ -41,6 +53,11 @@ impl RouterOptions {
                 prepare: Duration::from_millis(self.prepare_ms),
                 replay: Duration::from_millis(self.replay_ms),
                 ..MoveTimes::default()
+            },
+            balance: match self.balance {
+                BalanceOption::Off => Balance::Off,
+                BalanceOption::DryRun => Balance::DryRun,
+                BalanceOption::On => Balance::On,
             },
             model_digest,
             ..RouterConfig::default()
@@ -74,6 +91,9 @@ pub(crate) struct RouterArgs {
     /// can only go on at the router that began it.
     #[arg(long, value_name = "FILE")]
     resume_key_file: Option<PathBuf>,
+    /// Logs and traces.
+    #[command(flatten)]
+    pub(crate) telemetry: TelemetryOptions,
     /// TLS of both listeners, and towards replicas.
     #[command(flatten)]
     tls: ServerTlsOptions,

@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::Context;
 use perigee_registry::{InProcessRegistry, ReplicaRecord};
 use perigee_router::{Router, RouterListeners, RouterParts};
+use perigee_telemetry::TelemetryOptions;
 use perigee_tls::ServerTlsOptions;
 use perigee_worker::events::{ReadyEvent, WorkerEvent};
 use perigee_worker::{Device, EngineOptions, MoveOptions};
@@ -52,6 +53,9 @@ pub(crate) struct UpArgs {
     engine: EngineOptions,
     #[command(flatten)]
     moves: MoveOptions,
+    /// Logs and traces of all processes.
+    #[command(flatten)]
+    pub(crate) telemetry: TelemetryOptions,
     /// TLS of the router's listeners and the replicas'.
     #[command(flatten)]
     tls: ServerTlsOptions,
@@ -141,6 +145,7 @@ fn start_replica(args: &UpArgs, replica: usize, notices: mpsc::UnboundedSender<P
     }
     let mut arguments = vec![format!("--grace={}", args.router.grace)];
     arguments.extend(args.tls.to_arguments());
+    arguments.extend(args.telemetry.to_arguments());
     let leader_arguments = args.moves.to_arguments();
     let (name, tp) = (format!("replica-{replica}"), args.tp);
     let launch = ReplicaLaunch { replica: name, tp, engine, arguments, leader_arguments };

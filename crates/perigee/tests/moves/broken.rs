@@ -26,6 +26,7 @@ fn request(name: &str, length: usize, tokens: u32, sampling: SamplingParams) -> 
     let seed = name.bytes().fold(7, |seed: u64, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
     Request {
         grammar: None,
+        trace: None,
         request_id: name.to_owned(),
         sessions: vec![SessionId(name.to_owned())],
         first_choice: 0,

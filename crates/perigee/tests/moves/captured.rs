@@ -34,6 +34,7 @@ fn request() -> Request {
     };
     Request {
         grammar: None,
+        trace: None,
         request_id: "a captured request".into(),
         sessions: vec![SessionId(SESSION.into())],
         first_choice: 0,

@@ -151,6 +151,7 @@ pub(crate) fn engine_request(asked: &GenerateRequest) -> Request {
     };
     Request {
         grammar: None,
+        trace: None,
         request_id: asked.request_id.clone(),
         sessions: vec![SessionId(asked.request_id.clone())],
         first_choice: 0,
