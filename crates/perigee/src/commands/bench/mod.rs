@@ -5,8 +5,10 @@ mod engine;
 mod migrate;
 mod router;
 mod serve;
+mod stubs;
 
 use clap::Subcommand;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Arguments of `bench`.
 #[derive(clap::Args)]
@@ -34,4 +36,11 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
         Bench::Serve(args) => serve::run(*args),
         Bench::Router(args) => router::run(*args),
     }
+}
+
+/// Lets this process and its children open as many files as they may: every connection is one.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // Where it cannot be raised, connections beyond it fail by messages of their own.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
