@@ -67,7 +67,7 @@ fn joins(last: &SessionEvent, event: &SessionEvent) -> bool {
 /// Bytes that an event holds, near enough. Log-probabilities of the prompt come once and have a limit of their own.
 fn size(event: &SessionEvent) -> usize {
     let numbers = |position: &Position| size_of::<Position>() + 8 * position.ids.len();
-    size_of::<SessionEvent>() + event.text.len() + event.logprobs.as_ref().map_or(0, numbers)
+    size_of::<SessionEvent>() + event.session.len() + event.text.len() + event.logprobs.as_ref().map_or(0, numbers)
 }
 
 #[cfg(test)]

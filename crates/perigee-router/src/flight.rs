@@ -145,8 +145,6 @@ impl FlightState {
             event.token = None;
             event.index += 1;
         }
-        // The reader names sessions by choice.
-        event.session.clear();
         event.choice = index as u32;
         if let Err(Full) = self.buffer.push(event, replica) {
             return Accepted::Failed(error::slow_reader(buffer_limit));

@@ -24,6 +24,7 @@ mod driver;
 mod error;
 mod evacuate;
 mod flight;
+mod gather;
 mod http;
 mod membership;
 mod metrics;

@@ -7,6 +7,7 @@ use perigee_telemetry::metrics::{
 /// Metrics of one router.
 #[derive(Debug, Clone)]
 pub(crate) struct RouterMetrics {
+    pub(crate) placement: Histogram,
     pub(crate) ttft: Histogram,
     pub(crate) tpot: Histogram,
     pub(crate) running: IntGauge,
@@ -25,6 +26,7 @@ impl RouterMetrics {
     pub(crate) fn register(metrics: &Metrics) -> Result<Self, MetricsError> {
         let tokens = metrics.counters(&table::TOKENS_TOTAL)?;
         Ok(Self {
+            placement: metrics.histogram(&table::PLACEMENT_SECONDS)?,
             ttft: metrics.histogram(&table::TTFT_SECONDS)?,
             tpot: metrics.histogram(&table::TPOT_SECONDS)?,
             running: metrics.gauge(&table::REQUESTS_RUNNING)?,

@@ -138,7 +138,9 @@ impl Relay {
     /// Where a new request would have its first token soonest, if that is in time.
     fn choose_place(&self, new: &NewFlight) -> Result<Placement, WireError> {
         let demand = demand(&new.submit);
+        let began = Instant::now();
         let placement = self.replicas.place(demand, &[]).ok_or_else(error::no_replica)?;
+        self.metrics.placement.observe(began.elapsed().as_secs_f64());
         let report = placement.report;
         let room = report.waiting == 0 && report.slots_free >= demand.sessions;
         admission::check_wait(placement.expected_ms, room, new.deadline)?;

@@ -15,6 +15,10 @@ use crate::error;
 use crate::model::Model;
 use crate::route::{self, Demand, Report};
 
+/// How many replicas a request's choice looks at, where there are more: the best of so many is nearly as good as the best of
+/// all, and a choice takes microseconds in clusters of any size.
+const LOOKED_AT: usize = 128;
+
 /// All known replicas.
 #[derive(Debug)]
 pub(crate) struct Replicas {
@@ -30,6 +34,10 @@ struct Inner {
     /// The only digest to route to, where the configuration names one.
     pinned: Option<String>,
     model: Option<Arc<Model>>,
+    /// Streams to ready replicas of the model, by name: those that can be placed on if their last load allows it.
+    ready: Vec<Arc<Attachment>>,
+    /// Where among these the next choice begins to look.
+    next: usize,
 }
 
 #[derive(Debug)]
@@ -58,7 +66,7 @@ pub(crate) struct MoveTarget {
 
 impl Replicas {
     pub(crate) fn new(pinned: Option<String>) -> Self {
-        let inner = Inner { known: BTreeMap::new(), pinned, model: None };
+        let inner = Inner { known: BTreeMap::new(), pinned, model: None, ready: Vec::new(), next: 0 };
         let (serving, draining) = (watch::Sender::new(false), watch::Sender::new(false));
         Self { inner: Mutex::new(inner), serving, ready: watch::Sender::new(0), draining }
     }
@@ -155,6 +163,7 @@ impl Replicas {
             // Without any, the last model still answers questions about itself.
             inner.model = next.or(inner.model.take());
         }
+        inner.ready = inner.ready_now();
         let ready = inner.candidates(&[]).count();
         self.ready.send_if_modified(|current| std::mem::replace(current, ready) != ready);
         let draining = inner.draining().next().is_some();
@@ -163,13 +172,20 @@ impl Replicas {
         self.serving.send_if_modified(|current| std::mem::replace(current, serving) != serving);
     }
 
-    /// The replica where a request would have its first token soonest, none of `tried`.
+    /// The replica where a request would have its first token soonest, none of `tried`. Of very many replicas, only some are
+    /// looked at, others each time, unless none of these has room.
     pub(crate) fn place(&self, demand: Demand, tried: &[u64]) -> Option<Placement> {
-        let inner = self.inner.lock();
-        let candidates: Vec<(&Arc<Attachment>, Report)> = inner.candidates(tried).collect();
-        let reports: Vec<Report> = candidates.iter().map(|(_, report)| *report).collect();
-        let (attachment, report) = candidates[route::choose(&reports, demand)?];
-        Some(Placement { attachment: attachment.clone(), report, expected_ms: route::expected_ms(&report, demand) })
+        let mut inner = self.inner.lock();
+        let count = inner.ready.len();
+        if count > LOOKED_AT {
+            let (before, after) = inner.ready.split_at(inner.next % count);
+            let some = best(after.iter().chain(before).take(LOOKED_AT), demand, tried);
+            inner.next = (inner.next + LOOKED_AT) % count;
+            if some.as_ref().is_some_and(|placement| placement.report.has_room(demand)) {
+                return some;
+            }
+        }
+        best(inner.ready.iter(), demand, tried)
     }
 
     /// The replica of that name as the target of a move: its stream, the address of its Replica service, and its load.
@@ -245,14 +261,36 @@ impl Inner {
         self.known.values().filter(leaves).filter_map(|known| known.attachment.as_ref())
     }
 
-    fn candidates<'a>(&'a self, tried: &'a [u64]) -> impl Iterator<Item = (&'a Arc<Attachment>, Report)> {
+    fn ready_now(&self) -> Vec<Arc<Attachment>> {
         self.known
             .values()
             .filter(|known| known.record.status == ReplicaStatus::Ready)
             .filter_map(|known| known.attachment.as_ref())
-            .filter(|attachment| self.serves(&attachment.identity.model) && !tried.contains(&attachment.id))
-            .filter_map(|attachment| attachment.report().map(|report| (attachment, report)))
+            .filter(|attachment| self.serves(&attachment.identity.model))
+            .cloned()
+            .collect()
     }
+
+    fn candidates<'a>(&'a self, tried: &'a [u64]) -> impl Iterator<Item = (&'a Arc<Attachment>, Report)> {
+        candidates(self.ready.iter(), tried)
+    }
+}
+
+/// Those that take requests, and their reports, without those of `tried`.
+fn candidates<'a>(
+    ready: impl Iterator<Item = &'a Arc<Attachment>>,
+    tried: &'a [u64],
+) -> impl Iterator<Item = (&'a Arc<Attachment>, Report)> {
+    let untried = ready.filter(|attachment| !tried.contains(&attachment.id));
+    untried.filter_map(|attachment| attachment.report().map(|report| (attachment, report)))
+}
+
+fn best<'a>(ready: impl Iterator<Item = &'a Arc<Attachment>>, demand: Demand, tried: &'a [u64]) -> Option<Placement> {
+    let (attachments, reports): (Vec<_>, Vec<_>) = candidates(ready, tried).unzip();
+    let index = route::choose(&reports, demand)?;
+    let report = reports[index];
+    let expected_ms = route::expected_ms(&report, demand);
+    Some(Placement { attachment: attachments[index].clone(), report, expected_ms })
 }
 
 impl Known {
@@ -298,7 +336,7 @@ impl Known {
 
 #[cfg(test)]
 mod tests {
-    use perigee_proto::internal::{Load, RouterMessage};
+    use perigee_proto::internal::{Load, RouterMessage, Submit};
     use tokio::sync::mpsc;
 
     use super::*;
@@ -403,6 +441,37 @@ mod tests {
     }
 
     #[test]
+    fn of_very_many_replicas_each_is_found_in_turn_and_the_last_one_with_room_at_once() {
+        let replicas = Replicas::new(None);
+        let count = 5 * LOOKED_AT as u64 + 1;
+        let mut streams = Vec::new();
+        for id in 0..count {
+            let name = format!("r{id:04}");
+            replicas.insert(ReplicaRecord::new(&name, "h:1"));
+            let (stream, inbox) = attachment(id, &name, "one");
+            replicas.attach(&name, stream.clone());
+            streams.push((stream, inbox));
+        }
+        let submit = Submit { sessions: vec!["s".to_owned()], prompt: vec![1; 10], ..Submit::default() };
+        let mut found = std::collections::BTreeSet::new();
+        for _ in 0..count {
+            let placement = replicas.place(DEMAND, &[]).expect("room");
+            placement.attachment.submit(submit.clone()).expect("live");
+            found.insert(placement.attachment.id);
+        }
+        assert!(found.len() as u64 > count * 9 / 10, "{} of {count} replicas were used", found.len());
+
+        let full = Load { slots_total: 4, pages_free: 100, running: 4, ..Load::default() };
+        for (stream, _) in streams.iter().filter(|(stream, _)| stream.id != 77) {
+            stream.set_load(full);
+        }
+        for _ in 0..2 * count as usize / LOOKED_AT {
+            assert_eq!(placed(&replicas, &[]), Some(77), "it alone has room");
+        }
+        assert!(placed(&replicas, &[77]).is_some(), "else requests wait at one of the others");
+    }
+
+    #[test]
     fn requests_sent_since_the_last_report_count() {
         let replicas = Replicas::new(None);
         for name in ["a", "b"] {
@@ -412,11 +481,7 @@ mod tests {
         let (b, _inbox_b) = attachment(2, "b", "one");
         replicas.attach("a", a.clone());
         replicas.attach("b", b);
-        let submit = perigee_proto::internal::Submit {
-            sessions: vec!["s".to_owned()],
-            prompt: vec![1; 1000],
-            ..Default::default()
-        };
+        let submit = Submit { sessions: vec!["s".to_owned()], prompt: vec![1; 1000], ..Submit::default() };
         a.submit(submit).expect("live");
         assert_eq!(placed(&replicas, &[]), Some(2));
         a.set_load(a.load());

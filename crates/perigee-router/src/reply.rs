@@ -114,8 +114,14 @@ fn response(flight: &Flight, event: internal::SessionEvent, replica: &str, first
             v1::FinishReason::Unspecified
         }
     };
+    let session_id = if event.session.is_empty() {
+        // The router's own word for the end of a session.
+        flight.submit.sessions.get(event.choice as usize).cloned().unwrap_or_default()
+    } else {
+        event.session
+    };
     v1::GenerateResponse {
-        session_id: flight.submit.sessions.get(event.choice as usize).cloned().unwrap_or_default(),
+        session_id,
         choice: event.choice,
         index: event.index,
         token_id: event.token,

@@ -42,6 +42,28 @@ pub(crate) struct Demand {
     pub(crate) sessions: u64,
 }
 
+impl Report {
+    /// Whether there are slots and pages for a request, beside those that wait already.
+    pub(crate) fn has_room(&self, demand: Demand) -> bool {
+        self.slots_short(demand) == 0 && self.pages_short(demand) == 0
+    }
+
+    fn slots_short(&self, demand: Demand) -> u64 {
+        (self.waiting + demand.sessions).saturating_sub(self.slots_free)
+    }
+
+    fn pages_short(&self, demand: Demand) -> u64 {
+        let waiting = self.queued_tokens.div_ceil(PAGE_TOKENS);
+        (waiting + demand.pages()).saturating_sub(self.pages_free)
+    }
+}
+
+impl Demand {
+    fn pages(self) -> u64 {
+        self.prompt_tokens.div_ceil(PAGE_TOKENS) + self.sessions
+    }
+}
+
 /// Milliseconds until the first token: decode steps until there is room, then the prompts queued before and this one, whose
 /// chunks share their steps with the rows that decode. What steps took on the whole says little: a replica that has just
 /// read a long prompt is not slow, and one that has only decoded has not shown how fast it reads.
@@ -53,14 +75,11 @@ pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
     let shared_ms = if report.running > 0 { chunks * decode_ms } else { 0.0 };
 
     // Slots come free at the rate at which running sessions end.
-    let slots_short = (report.waiting + demand.sessions).saturating_sub(report.slots_free) as f64;
-    let slot_steps = slots_short * STEPS_LEFT / report.running.max(1) as f64;
+    let slot_steps = report.slots_short(demand) as f64 * STEPS_LEFT / report.running.max(1) as f64;
     // Pages come free with them; a session has as many as its share of what the batch holds, which is not reported, so
     // a session's worth of pages is taken to be this request's.
-    let pages = demand.prompt_tokens.div_ceil(PAGE_TOKENS) + demand.sessions;
-    let waiting_pages = report.queued_tokens.div_ceil(PAGE_TOKENS);
-    let pages_short = (waiting_pages + pages).saturating_sub(report.pages_free) as f64;
-    let page_steps = pages_short / pages.max(1) as f64 * STEPS_LEFT / report.running.max(1) as f64;
+    let requests = report.pages_short(demand) as f64 / demand.pages().max(1) as f64;
+    let page_steps = requests * STEPS_LEFT / report.running.max(1) as f64;
 
     tokens * token_ms + shared_ms + decode_ms * slot_steps.max(page_steps)
 }

@@ -20,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio_stream::Stream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::Code;
 use tonic::service::interceptor::InterceptedService;
 use tonic::service::{Routes, RoutesBuilder};
@@ -33,6 +33,7 @@ use crate::balance::Balance;
 use crate::cluster_service::ClusterService;
 use crate::config::RouterConfig;
 use crate::error::RouterError;
+use crate::gather::Gathered;
 use crate::http;
 use crate::membership;
 use crate::metrics::RouterMetrics;
@@ -216,6 +217,7 @@ impl Router {
         C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
     {
         let failed = |error: tonic::transport::Error| RouterError::Listener { what: "gRPC", reason: error.to_string() };
+        let incoming = incoming.map(|stream| stream.map(Gathered::new));
         self.grpc()?.serve_with_incoming(incoming).await.map_err(failed)
     }
 
@@ -260,6 +262,7 @@ impl Router {
                 relay.until_idle().await;
             }
         });
+        let incoming = incoming.map(|stream| stream.map(Gathered::new));
         let grpc = self.grpc()?.serve_with_incoming_shutdown(incoming, until_stopped());
         let failed = |what, reason: String| RouterError::Listener { what, reason };
         let both = async {

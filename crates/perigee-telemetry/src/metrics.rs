@@ -34,6 +34,8 @@ const REQUEST_SECONDS: &[f64] =
 /// Seconds of a step or a token.
 const STEP_SECONDS: &[f64] =
     &[0.0005, 0.001, 0.002, 0.004, 0.008, 0.012, 0.016, 0.024, 0.032, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0];
+/// Seconds of work that waits for nothing.
+const PLACEMENT_BOUNDS: &[f64] = &[1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3];
 
 const fn plain(name: &'static str, kind: MetricKind, help: &'static str) -> Metric {
     Metric { name, help, kind, labels: &[] }
@@ -44,6 +46,12 @@ pub const TTFT_SECONDS: Metric = plain(
     "perigee_ttft_seconds",
     MetricKind::Histogram(REQUEST_SECONDS),
     "Time from a request's arrival at the router to its first token, in seconds.",
+);
+/// Time of a choice of replica.
+pub const PLACEMENT_SECONDS: Metric = plain(
+    "perigee_placement_seconds",
+    MetricKind::Histogram(PLACEMENT_BOUNDS),
+    "Time in which the router chose a replica for a request, in seconds.",
 );
 /// Time between tokens of a choice.
 pub const TPOT_SECONDS: Metric = plain(
@@ -138,7 +146,8 @@ pub const PREFIX_TOKENS_TOTAL: Metric = Metric {
 };
 
 /// Every metric.
-pub const ALL: [Metric; 15] = [
+pub const ALL: [Metric; 16] = [
+    PLACEMENT_SECONDS,
     TTFT_SECONDS,
     TPOT_SECONDS,
     QUEUE_SECONDS,
@@ -316,7 +325,8 @@ mod tests {
     use super::*;
 
     /// What users were promised; see the metrics part of the interface description.
-    const PROMISED: &str = "perigee_ttft_seconds, perigee_tpot_seconds, perigee_queue_seconds,
+    const PROMISED: &str =
+        "perigee_placement_seconds, perigee_ttft_seconds, perigee_tpot_seconds, perigee_queue_seconds,
         perigee_step_seconds{phase}, perigee_requests_running, perigee_requests_waiting, perigee_tokens_total{kind},
         perigee_state_slots{kind}, perigee_latent_pages{kind}, perigee_preemptions_total,
         perigee_migrations_total{mode,result}, perigee_migration_stall_seconds, perigee_migration_bytes_total{kind},

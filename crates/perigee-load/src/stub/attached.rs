@@ -63,7 +63,7 @@ impl Attached {
                         let was_idle = self.running.is_empty();
                         alive = self.take(body);
                         if was_idle && !self.running.is_empty() {
-                            due = Instant::now() + self.pause();
+                            due = Instant::now() + self.replica.phase + self.pause();
                         }
                     }
                     Ok(Some(RouterMessage { body: None })) => {}

@@ -3,6 +3,7 @@
 
 mod attached;
 mod clock;
+mod direct;
 mod probe;
 
 use std::pin::Pin;
@@ -24,6 +25,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use attached::Attached;
 pub use clock::Clock;
+pub use direct::DirectTarget;
 pub use probe::{Probe, Transit};
 
 /// Number of token ids that a stub says it has: prompts are drawn below it. What it generates are times.
@@ -61,6 +63,8 @@ pub struct StubReplica {
     pub slots: u32,
     /// How long its steps take.
     pub steps: Steps,
+    /// How much later than otherwise it begins to step when it has been idle: replicas do not step at the same moments.
+    pub phase: Duration,
     /// The clock of the ids.
     pub clock: Clock,
 }

@@ -69,7 +69,7 @@ pub struct Failure {
 
 impl Failure {
     /// A stream that ended before its answer.
-    fn cut_off() -> Self {
+    pub(crate) fn cut_off() -> Self {
         Self { code: "CUT_OFF".to_owned(), message: "the stream ended without a finish reason".to_owned() }
     }
 }

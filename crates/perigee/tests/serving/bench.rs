@@ -1,4 +1,4 @@
-//! `perigee bench serve` and `bench router` as people run them. What they measure is judged under virtual clocks, beside the
+//! `perigee bench serve`, `bench router` and `bench migrate` as people run them. What they measure is judged under virtual clocks, beside the
 //! code; here it counts that every request arrives and that a missed threshold is told.
 
 use std::path::Path;
@@ -83,4 +83,41 @@ fn the_router_is_measured_between_stubs() {
         assert_eq!(row["transit_ms"]["count"].as_u64(), Some(600), "{row}");
         assert!(row["transit_ms"]["p50"].as_f64() > Some(0.0), "{row}");
     }
+}
+
+#[test]
+fn the_price_of_a_move_is_told_by_context_and_mode() {
+    let folder = tempfile::tempdir().unwrap();
+    let svg = folder.path().join("moves.svg");
+    let plot = format!("--svg={}", svg.display());
+    let output = bench(&["migrate", "--context=200,1000", "--moves=4", "--whole=2", "--window=8", "--json", &plot]);
+    let rows = report(&output);
+    let rows = rows.as_array().expect("rows");
+    let told: Vec<_> = rows.iter().map(|row| (row["context"].as_u64(), row["mode"].as_str())).collect();
+    let modes = |context| ["split", "whole", "replay"].map(|mode| (Some(context), Some(mode)));
+    assert_eq!(told, [modes(200), modes(1000)].concat());
+    let bytes = |index: usize, kind: &str| rows[index][kind].as_u64().expect("a count");
+    for (short, long) in [(0, 3), (1, 4)] {
+        // A last page that is not full goes along: up to 63 positions more or less.
+        let (least, most) = (bytes(short, "state_bytes"), bytes(long, "state_bytes"));
+        assert!(least > 0 && least.abs_diff(most) < 64 * 340, "state: {least} and {most}");
+    }
+    assert_eq!((bytes(0, "page_bytes"), bytes(3, "page_bytes")), (0, 0), "split moves leave pages where they are");
+    assert!(bytes(1, "page_bytes") > 0 && bytes(4, "page_bytes") > 3 * bytes(1, "page_bytes"), "{rows:?}");
+    for (index, moves) in [(0, 4), (1, 2), (2, 1), (3, 4), (4, 2), (5, 1)] {
+        let row = &rows[index];
+        assert_eq!(
+            (row["moves"].as_u64(), row["stalls_ms"].as_array().map(Vec::len)),
+            (Some(moves), Some(moves as usize))
+        );
+        assert!(row["tpot_local_ms"].as_f64() > Some(0.0) && bytes(index, "token_bytes") > 0, "{row}");
+        let is_split = row["mode"] == "split";
+        let has = |path: &str| row.pointer(path).and_then(Value::as_f64).is_some_and(|time| time > 0.0);
+        assert!(
+            ["/tpot_remote_ms", "/remote/waiting_ms", "/beside/remote_ms"].iter().all(|path| has(path) == is_split),
+            "{row}"
+        );
+    }
+    let svg = std::fs::read_to_string(svg).expect("written");
+    assert_eq!(svg.matches("<polyline").count(), 5, "{svg}");
 }

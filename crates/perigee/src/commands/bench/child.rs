@@ -6,13 +6,24 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use serde::Serialize;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
 use tokio::process::{Child, ChildStdout, Command};
+
+/// How long choices of replicas take: bounds that so many of them keep, in microseconds. Means would have the time in which
+/// others had the processor.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Placement {
+    p50: f64,
+    pub(super) p99: f64,
+}
 
 /// A running router.
 pub(super) struct RouterProcess {
     /// Its gRPC address.
     pub(super) grpc: String,
+    http: String,
     pid: u32,
     registry: PathBuf,
     /// Killed when dropped.
@@ -29,6 +40,9 @@ impl RouterProcess {
         let mut command = Command::new(std::env::current_exe().context("finding this program's file")?);
         command.arg("router").arg(format!("--registry=file:{}", path.display()));
         command.args(["--listen=127.0.0.1:0", "--http=127.0.0.1:0"]).args(arguments);
+        if std::env::var_os("PERIGEE_LOG").is_none() {
+            command.env("PERIGEE_LOG", "error");
+        }
         if let Some(threads) = threads {
             command.env("TOKIO_WORKER_THREADS", threads.to_string());
         }
@@ -37,8 +51,9 @@ impl RouterProcess {
         let mut output = BufReader::new(output);
         let mut line = String::new();
         output.read_line(&mut line).await.context("reading what the router says")?;
-        let grpc = grpc_address(&line).context("the router ended before it listened; its own message is above")?;
-        Ok(Self { grpc, pid, registry: path, _child: child, _output: output })
+        let told = addresses(&line).context("the router ended before it listened; its own message is above");
+        let (grpc, http) = told?;
+        Ok(Self { grpc, http, pid, registry: path, _child: child, _output: output })
     }
 
     /// Processor time that it has used, in steps of the kernel's clock (10 ms mostly).
@@ -50,6 +65,26 @@ impl RouterProcess {
     }
 }
 
+impl RouterProcess {
+    /// How long its choices of replicas took so far, where its listeners are without TLS.
+    pub(super) async fn placement(&self) -> anyhow::Result<Placement> {
+        let exchange = async {
+            let mut stream = TcpStream::connect(&self.http).await?;
+            stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await?;
+            Ok::<_, std::io::Error>(answer)
+        };
+        let answer = exchange.await.with_context(|| format!("reading http://{}/metrics", self.http))?;
+        let name = perigee_telemetry::metrics::PLACEMENT_SECONDS.name;
+        let bound = |share: f64| {
+            let seconds = quantile(&answer, name, share);
+            seconds.map(|seconds| seconds * 1e6).with_context(|| format!("the router's metrics have no {name}"))
+        };
+        Ok(Placement { p50: bound(0.5)?, p99: bound(0.99)? })
+    }
+}
+
 impl Drop for RouterProcess {
     fn drop(&mut self) {
         // A file left in the temporary directory harms nobody.
@@ -57,9 +92,23 @@ impl Drop for RouterProcess {
     }
 }
 
-/// The address in `perigee router: gRPC ADDRESS, HTTP ADDRESS`.
-fn grpc_address(line: &str) -> Option<String> {
-    Some(line.split_once("gRPC ")?.1.split_once(',')?.0.to_owned())
+/// Both addresses in `perigee router: gRPC ADDRESS, HTTP ADDRESS`.
+fn addresses(line: &str) -> Option<(String, String)> {
+    let (grpc, http) = line.trim_end().split_once("gRPC ")?.1.split_once(", HTTP ")?;
+    Some((grpc.to_owned(), http.to_owned()))
+}
+
+/// The least bound of a histogram below which a share of what was observed lies, in metrics as Prometheus reads them; none
+/// before anything was observed.
+fn quantile(metrics: &str, name: &str, share: f64) -> Option<f64> {
+    let number = |text: &str| text.trim().parse::<f64>().ok();
+    let start = format!("{name}_count ");
+    let count = number(metrics.lines().find_map(|line| line.strip_prefix(&start))?).filter(|count| *count > 0.0)?;
+    let start = format!("{name}_bucket{{le=\"");
+    metrics.lines().filter_map(|line| line.strip_prefix(&start)?.split_once("\"} ")).find_map(|(bound, below)| {
+        let is_enough = number(below)? >= share * count;
+        if is_enough { number(bound) } else { None }
+    })
 }
 
 /// User and system time out of a stat file. The process's name comes before, and may have spaces and parentheses.
@@ -69,23 +118,23 @@ fn cpu_ticks(stat: &str) -> Option<u64> {
     Some(field()? + field()?)
 }
 
-/// Lets this process and its children open as many files as they may: a connection is one on each side.
-pub(super) fn raise_file_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    // Where it cannot be raised, too many replicas fail by a message of their own.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn reads_the_address_that_the_router_prints() {
+    fn reads_the_addresses_that_the_router_prints() {
         let line = "perigee router: gRPC 127.0.0.1:4711, HTTP 127.0.0.1:4712\n";
-        assert_eq!(grpc_address(line).as_deref(), Some("127.0.0.1:4711"));
-        assert_eq!(grpc_address(""), None);
+        assert_eq!(addresses(line), Some(("127.0.0.1:4711".to_owned(), "127.0.0.1:4712".to_owned())));
+        assert_eq!(addresses(""), None);
+    }
+
+    #[test]
+    fn reads_quantiles_of_histograms() {
+        let metrics =
+            "# HELP a x\na_bucket{le=\"0.1\"} 3\na_bucket{le=\"0.5\"} 6\na_bucket{le=\"+Inf\"} 6\na_sum 2\na_count 6\n";
+        assert_eq!((quantile(metrics, "a", 0.5), quantile(metrics, "a", 0.99)), (Some(0.1), Some(0.5)));
+        assert_eq!(quantile(metrics, "b", 0.5), None);
     }
 
     #[test]

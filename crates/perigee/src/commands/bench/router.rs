@@ -1,26 +1,24 @@
 //! `perigee bench router`: the shipped router as a process of its own, between stub replicas and a load client that live in
 //! this process. The stubs' steps take modelled time, so what is measured is the router alone: its processor time from
-//! /proc, and how long tokens are on their way from a stub's send to the client's receipt.
+//! /proc, its choices of replicas by its own metric, and how much longer tokens are on their way from a stub's send to the
+//! client's receipt than where the same client attaches to the same stubs itself.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::bail;
-use perigee_load::stub::{Clock, Probe, Steps, StubReplica};
-use perigee_load::target::GrpcTarget;
-use perigee_load::{Arrivals, Length, Pace, Plan, Progress, Scenario};
-use perigee_proto::v1::ListReplicasRequest;
-use perigee_tls::ServerTlsOptions;
+use anyhow::{Context, bail};
+use perigee_load::report::Summary;
+use perigee_load::stub::{Clock, DirectTarget, Probe};
+use perigee_load::target::{GrpcTarget, Target};
+use perigee_load::{Arrivals, Length, Pace, Plan, Report, Scenario};
+use perigee_tls::{Dialer, ServerTlsOptions};
 use serde::Serialize;
-use tokio::net::TcpListener;
-use tokio::task::JoinSet;
 
-use super::child::{RouterProcess, raise_file_limit};
+use super::child::{Placement, RouterProcess};
+use super::raise_file_limit;
+use super::stubs::{Stubs, milliseconds};
 use crate::client::{ClientArgs, print_json};
 use crate::commands::{at_least_one, without_faults};
 
-/// How long a router may take to attach to all replicas.
-const ATTACHING: Duration = Duration::from_secs(60);
 /// Calls at once that a router allows on one connection, with some room left.
 const STREAMS_PER_CONNECTION: usize = 500;
 
@@ -55,10 +53,11 @@ pub(super) struct RouterBenchArgs {
     #[arg(long, value_parser = at_least_one())]
     router_threads: Option<usize>,
     /// Print one JSON array: [{replicas, streams, tls, requests, failed, seconds, tokens_s, router_cpu_s, tokens_per_core_s,
-    /// cpu_ms_per_request, transit_ms: {count, mean, p50, p90, p99, max}}].
+    /// cpu_ms_per_request, placement_us: {p50, p99}, direct_ms, transit_ms: {count, mean, p50, p90, p99, max},
+    /// added_p50_ms, added_p99_ms}].
     #[arg(long)]
     json: bool,
-    /// TLS on both sides of the router.
+    /// Certificates for a second run of each number with TLS on both sides of the router.
     #[command(flatten)]
     tls: ServerTlsOptions,
 }
@@ -78,12 +77,18 @@ struct Row {
     /// Tokens for each second of that.
     tokens_per_core_s: f64,
     cpu_ms_per_request: f64,
-    /// From a stub's send to the client's receipt, in milliseconds.
-    transit_ms: perigee_load::report::Summary,
+    /// How long choices of replicas take; only without TLS, which they do not depend on.
+    placement_us: Option<Placement>,
+    /// From a stub's send to the client's receipt without a router, in milliseconds.
+    direct_ms: Summary,
+    /// The same through the router.
+    transit_ms: Summary,
+    /// What the router adds to the median, and to the 99th percentile.
+    added_p50_ms: f64,
+    added_p99_ms: f64,
 }
 
 pub(super) fn run(args: RouterBenchArgs) -> anyhow::Result<()> {
-    let milliseconds = |time: f64| Duration::try_from_secs_f64(time / 1e3).ok().filter(|time| !time.is_zero());
     let mut faults = args.tls.faults(&[]);
     if milliseconds(args.step_ms).is_none() {
         faults.push("--step-ms: expected a time above 0".to_owned());
@@ -96,7 +101,10 @@ pub(super) fn run(args: RouterBenchArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut rows = Vec::new();
     for &replicas in &args.replicas {
-        rows.push(runtime.block_on(measure(&args, replicas))?);
+        rows.push(runtime.block_on(measure(&args, replicas, &ServerTlsOptions::default()))?);
+        if args.tls.tls_cert.is_some() {
+            rows.push(runtime.block_on(measure(&args, replicas, &args.tls))?);
+        }
     }
     if args.json {
         return print_json(&rows);
@@ -106,127 +114,127 @@ pub(super) fn run(args: RouterBenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn measure(args: &RouterBenchArgs, replicas: usize) -> anyhow::Result<Row> {
+async fn measure(args: &RouterBenchArgs, replicas: usize, tls: &ServerTlsOptions) -> anyhow::Result<Row> {
     let clock = Clock::start();
-    // Dropped at the end, and the stubs with it.
-    let mut stubs = JoinSet::new();
-    let records = start_stubs(args, replicas, clock, &mut stubs).await?;
-    let registry = serde_json::json!({ "replicas": records }).to_string();
-    let router = RouterProcess::start(&registry, &args.tls.to_arguments(), args.router_threads).await?;
-    let client = ClientArgs { router: router.grpc.clone(), json: false, tls: args.tls.as_client() };
-    wait_until_attached(&client, replicas).await?;
+    let stubs = Stubs::start(args.modelled(replicas), replicas, clock, tls.load()?).await?;
+    let direct = stubs.channels(&dialer(tls)?).await?;
+    let direct = args.load(Arc::new(DirectTarget::attach(direct).await?), clock, || Ok(())).await?;
 
+    let router = RouterProcess::start(&stubs.registry(), &tls.to_arguments(), args.router_threads).await?;
+    let client = ClientArgs { router: router.grpc.clone(), json: false, tls: tls.as_client() };
+    stubs.wait_until_attached(&client).await?;
     let mut channels = Vec::new();
     for _ in 0..args.streams.div_ceil(STREAMS_PER_CONNECTION) {
         channels.push(client.channel().await?);
     }
-    let probe = Arc::new(Probe::new(Arc::new(GrpcTarget::new(channels).await?), clock));
-    let transit = probe.transit();
-    ask(args, args.streams, probe.clone()).await?;
-    transit.clear();
-    let before = router.cpu()?;
-    let report = ask(args, args.requests, probe).await?;
+    let mut before = None;
+    let begin = || {
+        before = Some(router.cpu()?);
+        Ok(())
+    };
+    let routed = args.load(Arc::new(GrpcTarget::new(channels).await?), clock, begin).await?;
+    let before = before.context("the measured part did not begin")?;
     let router_cpu_s = (router.cpu()? - before).as_secs_f64();
-    let counted = &report.counted;
+    let has_tls = tls.tls_cert.is_some();
+    let counted = &routed.report.counted;
     Ok(Row {
         replicas,
         streams: args.streams,
-        tls: args.tls.tls_cert.is_some(),
+        tls: has_tls,
         requests: counted.requests,
         failed: counted.failed,
-        seconds: report.seconds,
-        tokens_s: report.output_tok_s,
+        seconds: routed.report.seconds,
+        tokens_s: routed.report.output_tok_s,
         router_cpu_s,
         tokens_per_core_s: counted.output_tokens as f64 / router_cpu_s,
         cpu_ms_per_request: router_cpu_s * 1e3 / counted.requests.max(1) as f64,
-        transit_ms: transit.summary(),
+        placement_us: if has_tls { None } else { Some(router.placement().await?) },
+        added_p50_ms: routed.transit.p50 - direct.transit.p50,
+        added_p99_ms: routed.transit.p99 - direct.transit.p99,
+        direct_ms: direct.transit,
+        transit_ms: routed.transit,
     })
 }
 
-/// Starts the stubs; returns their records.
-async fn start_stubs(
-    args: &RouterBenchArgs,
-    replicas: usize,
-    clock: Clock,
-    stubs: &mut JoinSet<()>,
-) -> anyhow::Result<Vec<serde_json::Value>> {
-    let tls = args.tls.load()?;
-    let microseconds = |time: f64| Duration::from_secs_f64(time.max(0.0) / 1e6);
-    let steps = Steps {
-        base: microseconds(args.step_ms * 1e3),
-        per_session: microseconds(args.session_us),
-        per_prompt_token: microseconds(args.prompt_token_us),
-    };
-    // Twice what falls to each, so that none has to wait where placement is uneven.
-    let slots = (2 * args.streams.div_ceil(replicas)).max(8) as u32;
-    let mut records = Vec::new();
-    for number in 0..replicas {
-        let name = format!("stub-{number}");
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        records.push(serde_json::json!({"replica": name, "internal": listener.local_addr()?.to_string()}));
-        let stub = StubReplica { name, slots, steps, clock };
-        let tls = tls.clone();
-        stubs.spawn(async move {
-            if let Err(error) = stub.serve(listener, tls).await {
-                tracing::warn!(%error, "a stub replica ended");
-            }
-        });
-    }
-    Ok(records)
+/// Reaches stubs as the router would.
+fn dialer(tls: &ServerTlsOptions) -> anyhow::Result<Dialer> {
+    Ok(if tls.tls_cert.is_some() { Dialer::new(Some(tls.as_client().load()?)) } else { Dialer::plain() })
 }
 
-async fn wait_until_attached(client: &ClientArgs, replicas: usize) -> anyhow::Result<()> {
-    let mut cluster = client.cluster().await?;
-    let attached = async {
-        loop {
-            let listed = cluster.list_replicas(ListReplicasRequest {}).await?.into_inner().replicas;
-            if listed.iter().filter(|replica| replica.status == "ready").count() == replicas {
-                return Ok::<(), tonic::Status>(());
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+/// What came of a load.
+struct Loaded {
+    report: Report,
+    /// From a stub's send to the client's receipt.
+    transit: Summary,
+}
+
+impl RouterBenchArgs {
+    /// How the stubs behave.
+    fn modelled(&self, replicas: usize) -> super::stubs::Modelled {
+        let microseconds = |time: f64| milliseconds(time / 1e3).unwrap_or_default();
+        super::stubs::Modelled {
+            steps: perigee_load::stub::Steps {
+                base: milliseconds(self.step_ms).unwrap_or_default(),
+                per_session: microseconds(self.session_us),
+                per_prompt_token: microseconds(self.prompt_token_us),
+            },
+            // Twice what falls to each, so that none has to wait where placement is uneven.
+            slots: (2 * self.streams.div_ceil(replicas)).max(8) as u32,
         }
-    };
-    match tokio::time::timeout(ATTACHING, attached).await {
-        Ok(result) => Ok(result?),
-        Err(_) => bail!("the router did not attach to all {replicas} stub replicas within {ATTACHING:?}"),
+    }
+
+    /// Asks once for each stream to warm up, begins to measure, and asks for as many requests as are to be measured.
+    async fn load(
+        &self,
+        target: Arc<dyn Target>,
+        clock: Clock,
+        begin: impl FnOnce() -> anyhow::Result<()>,
+    ) -> anyhow::Result<Loaded> {
+        let probe = Arc::new(Probe::new(target, clock));
+        let transit = probe.transit();
+        self.ask(self.streams, probe.clone()).await?;
+        transit.clear();
+        begin()?;
+        let report = self.ask(self.requests, probe).await?;
+        Ok(Loaded { report, transit: transit.summary() })
+    }
+
+    /// As many requests, from clients that each wait for their answer.
+    async fn ask(&self, requests: usize, target: Arc<Probe>) -> anyhow::Result<Report> {
+        let scenario = Scenario {
+            name: "router".to_owned(),
+            seed: 1,
+            arrivals: Arrivals::Closed { concurrency: self.streams },
+            conversations: Some(requests),
+            duration_s: None,
+            warmup_s: 0.0,
+            prompt: Length::Fixed { tokens: self.prompt },
+            output: Length::Fixed { tokens: self.output },
+            prefixes: None,
+            turns: None,
+            cancel: None,
+            timeout_s: None,
+            temperature: Some(0.0),
+            ignore_eos: true,
+            slo: Default::default(),
+            thresholds: Default::default(),
+        };
+        let plan = Plan::new(&scenario)?;
+        let tally = perigee_load::run(&scenario, plan, target, Arc::default(), Pace::Thread).await;
+        let report = tally.report("stub replicas".to_owned());
+        if report.counted.completed == 0 {
+            bail!("no request completed: {:?}", report.messages);
+        }
+        Ok(report)
     }
 }
 
-/// As many requests, from clients that each wait for their answer.
-async fn ask(args: &RouterBenchArgs, requests: usize, target: Arc<Probe>) -> anyhow::Result<perigee_load::Report> {
-    let scenario = Scenario {
-        name: "router".to_owned(),
-        seed: 1,
-        arrivals: Arrivals::Closed { concurrency: args.streams },
-        conversations: Some(requests),
-        duration_s: None,
-        warmup_s: 0.0,
-        prompt: Length::Fixed { tokens: args.prompt },
-        output: Length::Fixed { tokens: args.output },
-        prefixes: None,
-        turns: None,
-        cancel: None,
-        timeout_s: None,
-        temperature: Some(0.0),
-        ignore_eos: true,
-        slo: Default::default(),
-        thresholds: Default::default(),
-    };
-    let plan = Plan::new(&scenario)?;
-    let tally = perigee_load::run(&scenario, plan, target, Arc::new(Progress::default()), Pace::Thread).await;
-    let report = tally.report("stub replicas".to_owned());
-    if report.counted.completed == 0 {
-        bail!("no request completed: {:?}", report.messages);
-    }
-    Ok(report)
-}
-
-const HEADER: &str =
-    "replicas  streams  tls  requests  failed   tokens/s  tokens/s/core  CPU ms/request  transit ms p50      p99";
+const HEADER: &str = "replicas  streams  tls  requests  failed   tokens/s  tokens/s/core  CPU ms/request  placed in us  \
+                      added ms p50      p99";
 
 fn line(row: &Row) -> String {
     format!(
-        "{:>8}  {:>7}  {:>3}  {:>8}  {:>6}  {:>9.0}  {:>13.0}  {:>14.2}  {:>14.2}  {:>7.2}",
+        "{:>8}  {:>7}  {:>3}  {:>8}  {:>6}  {:>9.0}  {:>13.0}  {:>14.2}  {:>12}  {:>12.2}  {:>7.2}",
         row.replicas,
         row.streams,
         if row.tls { "on" } else { "off" },
@@ -235,7 +243,8 @@ fn line(row: &Row) -> String {
         row.tokens_s,
         row.tokens_per_core_s,
         row.cpu_ms_per_request,
-        row.transit_ms.p50,
-        row.transit_ms.p99
+        row.placement_us.map_or("-".to_owned(), |times| format!("{:.0}", times.p99)),
+        row.added_p50_ms,
+        row.added_p99_ms
     )
 }

@@ -71,6 +71,7 @@ enum Api {
 pub(super) fn run(args: ServeArgs) -> anyhow::Result<()> {
     let scenario = args.scenario()?;
     let plan = Plan::new(&scenario)?;
+    super::raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let report = runtime.block_on(async {
         let target = args.target().await?;
