@@ -2,8 +2,10 @@
 //! not the client says again which tokens it has, and all its tokens together are those of an undisturbed run. Where its
 //! sessions are still there, nothing is computed again; where they are not, everything is.
 
+use perigee_proto::v1::grammar::Source;
 use perigee_proto::v1::{
-    FinishReason, GenerateRequest, GenerateResponse, ListSessionsRequest, ReceivedTokens, ResumeRequest,
+    FinishReason, GenerateRequest, GenerateResponse, Grammar, ListSessionsRequest, ReceivedTokens, ResumeRequest,
+    SamplingParams,
 };
 use perigee_testkit::sandbox::{Clients, Fleet, FleetSpec, eventually, metric};
 use tonic::{Code, Streaming};
@@ -160,6 +162,55 @@ async fn a_session_whose_client_does_not_come_back_is_free_after_the_grace_time(
     let mut rest = other.inference.clone().resume(got.resume(&request, false)).await.unwrap().into_inner();
     assert!(got.read(&mut rest, usize::MAX).await, "its own end");
     known.judge(0, &Answer { choices: got.choices, moves: Vec::new(), failed: None, broken: Vec::new() });
+}
+
+/// The session waits with its grammar for the other router; where it is gone, a replica makes the grammar anew.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_text_of_a_grammar_whose_router_was_killed_goes_on_within_it() {
+    let (mut fleet, other, _kept) = two_routers(FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &[1, 2])).await;
+    let item = r#"{"type": "string", "pattern": "^[a-z]{5,9}$"}"#;
+    let schema = format!(r#"{{"type": "array", "items": {item}, "minItems": 50, "maxItems": 60}}"#);
+
+    for (number, source) in
+        [Source::JsonSchema(schema), Source::Regex("([a-z]{3}-){150}end".to_owned())].into_iter().enumerate()
+    {
+        let request = GenerateRequest {
+            request_id: format!("bound-{number}"),
+            text: Some("List".to_owned()),
+            sampling: Some(SamplingParams { temperature: Some(1.0), seed: Some(5), ..SamplingParams::default() }),
+            max_tokens: Some(900),
+            grammar: Some(Grammar { source: Some(source) }),
+            resumable: true,
+            ..GenerateRequest::default()
+        };
+        let clients = fleet.connect().await.unwrap();
+        fleet.ready(&clients).await.unwrap();
+        let mut got = Got::new(&request);
+        let mut stream = clients.inference.clone().generate(request.clone()).await.unwrap().into_inner();
+        got.read(&mut stream, BEFORE).await;
+        fleet.router.kill();
+        assert!(!got.read(&mut stream, usize::MAX).await, "it was to be cut: let it be longer");
+        let before = got.choices[0].text.clone();
+
+        let resume = got.resume(&request, number % 2 == 0);
+        let mut rest = other.inference.clone().resume(resume).await.unwrap().into_inner();
+        assert!(got.read(&mut rest, usize::MAX).await, "its own end");
+        let Choice { text, finish, .. } = &got.choices[0];
+        assert_eq!(*finish, Some(FinishReason::Stop), "{text}");
+        assert!(!before.is_empty() && text.starts_with(&before) && text.len() > before.len(), "{before:?} {text:?}");
+        if number == 0 {
+            let words: Vec<String> = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
+            assert!((50..=60).contains(&words.len()), "{words:?}");
+            assert!(words.iter().all(|word| (5..=9).contains(&word.len())), "{words:?}");
+        } else {
+            let parts: Vec<&str> = text.split('-').collect();
+            assert!(
+                parts.len() == 151 && parts[150] == "end" && parts[..150].iter().all(|part| part.len() == 3),
+                "{text}"
+            );
+        }
+        fleet.restart_router().unwrap();
+    }
     other.all_free(PATIENCE).await.unwrap();
 }
 
