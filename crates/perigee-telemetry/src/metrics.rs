@@ -116,7 +116,7 @@ pub const MIGRATIONS_TOTAL: Metric = Metric {
     name: "perigee_migrations_total",
     help: "Moves of running sessions, by what moved and how it ended.",
     kind: MetricKind::Counter,
-    labels: &[("mode", &["split", "whole", "replay"]), ("result", &["done", "aborted", "failed"])],
+    labels: &[("mode", &["split", "whole", "replay", "takeover"]), ("result", &["done", "aborted", "failed"])],
 };
 /// Stall of a migration.
 pub const MIGRATION_STALL_SECONDS: Metric = plain(
