@@ -132,6 +132,8 @@ fn arguments(args: &MigrateArgs, context: usize) -> Vec<String> {
         // What stays stays: what distance costs is to be measured.
         "--pages-follow=never".to_owned(),
         "--attend-deadline-ms=10000".to_owned(),
+        // A machine that is busy with a long prompt may be silent for longer than one that serves.
+        "--lease-ms=60000".to_owned(),
         "--prepare-ms=600000".to_owned(),
         "--replay-ms=600000".to_owned(),
         // Moves of a session that a step of a long prompt holds up take as long as that.
