@@ -74,7 +74,11 @@ fn schema() -> Value {
                 "type": "array", "minItems": 2, "maxItems": 5,
                 "items": {
                     "type": "object",
-                    "properties": {"name": {"type": "string", "pattern": "^[a-z ]{3,60}$"}, "price": {"type": "number"}},
+                    "properties": {
+                        "name": {"type": "string", "pattern": "^[a-z ]{3,60}$"},
+                        // Not any number: the grammar's may be larger than a reader takes.
+                        "price": {"type": "integer", "minimum": 0, "maximum": 99_999},
+                    },
                     "required": ["name", "price"],
                     "additionalProperties": false,
                 },
