@@ -55,11 +55,11 @@ fn ranks() -> Vec<Vec<u8>> {
 }
 
 fn tokenizer(folder: &Path) -> Tokenizer {
-    let mut file = std::io::BufWriter::new(std::fs::File::create(folder.join("tiktoken.model")).unwrap());
+    let mut file = std::io::BufWriter::new(std::fs::File::create(folder.join("tiktoken.model")).expect("a file"));
     for (rank, bytes) in ranks().iter().enumerate() {
-        writeln!(file, "{} {rank}", STANDARD.encode(bytes)).unwrap();
+        writeln!(file, "{} {rank}", STANDARD.encode(bytes)).expect("room for a rank");
     }
-    file.into_inner().unwrap().sync_all().unwrap();
+    file.into_inner().expect("room for the ranks").sync_all().expect("room for the ranks");
     Tokenizer::load(folder).expect("a tokenizer")
 }
 
