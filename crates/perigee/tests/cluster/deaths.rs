@@ -8,6 +8,9 @@ use crate::PATIENCE;
 use crate::parts::{Cluster, Router};
 use crate::streams::{Open, all_go_on, ask, go_on_or_are_lost};
 
+/// Room for every stream to its end on one replica, so that none of them waits for another's.
+const PAGES: &str = "--latent-pages=2560";
+
 fn open(routers: &[&Router], count: usize) -> Vec<Open> {
     (0..count).map(|number| Open::start(&routers[number % routers.len()].clients, number as u32)).collect()
 }
@@ -15,8 +18,8 @@ fn open(routers: &[&Router], count: usize) -> Vec<Open> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_follower_a_leader_and_a_router_are_killed() {
     let Some(mut cluster) = Cluster::start() else { return };
-    let mut a = cluster.replica("a", 2, &[]);
-    let _b = cluster.replica("b", 1, &[]);
+    let mut a = cluster.replica("a", 2, &[PAGES]);
+    let _b = cluster.replica("b", 1, &[PAGES]);
     let (mut one, two) = (cluster.router().await, cluster.router().await);
     for router in [&one, &two] {
         router.until_ready(&["a", "b"]).await;
@@ -34,14 +37,14 @@ async fn a_follower_a_leader_and_a_router_are_killed() {
     go_on_or_are_lost(&mut streams, 10).await;
 
     // A leader: its record stays to the end of its lease, and its successor waits for the name.
-    let mut a = cluster.replica("a", 2, &[]);
+    let mut a = cluster.replica("a", 2, &[PAGES]);
     one.until_ready(&["a", "b"]).await;
     streams.extend(open(&[&one, &two], 4));
     go_on_or_are_lost(&mut streams, 5).await;
     a.ranks[0].kill();
     assert_eq!(a.ranks[1].wait(PATIENCE).unwrap().code(), Some(1), "{}", a.ranks[1].errors());
     go_on_or_are_lost(&mut streams, 10).await;
-    let _a = cluster.replica("a", 2, &[]);
+    let _a = cluster.replica("a", 2, &[PAGES]);
     for router in [&one, &two] {
         router.until_ready(&["a", "b"]).await;
     }
