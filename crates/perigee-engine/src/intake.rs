@@ -371,23 +371,11 @@ fn segment_info(segment: &LatentSegment, computed: u64) -> SegmentInfo {
     SegmentInfo { home, incarnation, first, tokens }
 }
 
-/// An event of a session with what every event has; the first one takes the prompt's log-probabilities along.
+/// An event of a session; the first one takes the prompt's log-probabilities along.
 fn event(sequence: &mut Sequence) -> SessionEvent {
     let complete = sequence
         .prompt_logprobs
         .take_if(|prompt| prompt.positions.len() as u64 == sequence.prompt_length)
         .map(|prompt| prompt.positions);
-    SessionEvent {
-        session: sequence.session.clone(),
-        epoch: sequence.epoch,
-        choice: sequence.choice,
-        index: sequence.completion(),
-        token: None,
-        text: String::new(),
-        logprobs: None,
-        prompt_logprobs: complete,
-        finish: None,
-        error: None,
-        usage: None,
-    }
+    SessionEvent { prompt_logprobs: complete, ..sequence.event() }
 }

@@ -7,7 +7,7 @@ use perigee_text::{DetokenizeStream, StopError, StopMatcher, TextError, Tokenize
 use perigee_trace::TraceContext;
 use serde::{Deserialize, Serialize};
 
-use crate::request::{FinishReason, PositionLogprobs, Request, SessionId, StopRule, TokenLogprob, Usage};
+use crate::request::{FinishReason, PositionLogprobs, Request, SessionEvent, SessionId, StopRule, TokenLogprob, Usage};
 
 /// A session as it is between steps, without what only makes sense where it runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -169,6 +169,23 @@ impl Sequence {
     /// Tokens known.
     pub fn length(&self) -> u64 {
         self.tokens.len() as u64
+    }
+
+    /// An event of it with nothing but whose it is and where.
+    pub(crate) fn event(&self) -> SessionEvent {
+        SessionEvent {
+            session: self.session.clone(),
+            epoch: self.epoch,
+            choice: self.choice,
+            index: self.completion(),
+            token: None,
+            text: String::new(),
+            logprobs: None,
+            prompt_logprobs: None,
+            finish: None,
+            error: None,
+            usage: None,
+        }
     }
 
     /// Tokens generated.

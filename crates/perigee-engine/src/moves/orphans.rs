@@ -128,17 +128,10 @@ impl EngineCore {
         let later = kept.since(next).ok_or(Failure::NotHere)?;
         let output = sequence.tokens.get(sequence.prompt_length as usize..).unwrap_or_default();
         let known = (0..next).zip(output).skip(first as usize).map(|(index, &token)| SessionEvent {
-            session: session.clone(),
             epoch,
-            choice: sequence.choice,
             index,
             token: Some(token),
-            text: String::new(),
-            logprobs: None,
-            prompt_logprobs: None,
-            finish: None,
-            error: None,
-            usage: None,
+            ..sequence.event()
         });
         Ok(known.chain(later.map(|event| SessionEvent { epoch, ..event.clone() })).collect())
     }
@@ -152,17 +145,10 @@ impl EngineCore {
         }
         let sequence = &held.sequence;
         let end = SessionEvent {
-            session: sequence.session.clone(),
             epoch: was,
-            choice: sequence.choice,
-            index: sequence.completion(),
-            token: None,
-            text: String::new(),
-            logprobs: None,
-            prompt_logprobs: None,
             finish: Some(FinishReason::Aborted),
-            error: None,
             usage: Some(sequence.usage()),
+            ..sequence.event()
         };
         self.outbox.push(former, end);
     }
