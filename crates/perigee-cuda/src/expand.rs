@@ -167,7 +167,11 @@ mod tests {
             .windows(2)
             .map(|pair| {
                 let pages = Segment::pages_for(pair[0], pair[1]) as u32;
-                Segment { start: pair[0], end: pair[1], pages: (0..pages).map(|page| page + 7 * pair[0] as u32).collect() }
+                Segment {
+                    start: pair[0],
+                    end: pair[1],
+                    pages: (0..pages).map(|page| page + 7 * pair[0] as u32).collect(),
+                }
             })
             .collect();
         Row { tokens, position, read_slot: 0, write_slot: 0, segments }
@@ -194,7 +198,8 @@ mod tests {
                 for stretch in &plan.stretches {
                     assert!(stretch.keys <= most_keys);
                     let items = &plan.items[stretch.first_item..stretch.first_item + stretch.items];
-                    let Some(item) = items.iter().find(|i| (i.first_token..i.first_token + i.tokens).contains(&token)) else {
+                    let Some(item) = items.iter().find(|i| (i.first_token..i.first_token + i.tokens).contains(&token))
+                    else {
                         continue;
                     };
                     assert_eq!(u64::from(item.first_position + token - item.first_token), position);

@@ -12,8 +12,8 @@ use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
     ElementParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaExpandedParams, MlaGatherParams,
-    MlaMergeParams, MlaStoreParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams,
-    MoeGatherParams, MoeSpreadParams, MoeWideParams, NormParams, SampleParams,
+    MlaMergeParams, MlaStoreParams, MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouterParams,
+    MoeSelectParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, SampleParams,
 };
 
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.

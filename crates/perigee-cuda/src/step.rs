@@ -87,7 +87,8 @@ impl Step {
             rows.places.extend(positions.map(|position| position as u32));
         }
         let attention = Attention::plan(batch, planning);
-        self.expansion = if planning.stretch > 0 { Expansion::plan(batch, planning.stretch) } else { Expansion::default() };
+        self.expansion =
+            if planning.stretch > 0 { Expansion::plan(batch, planning.stretch) } else { Expansion::default() };
         let (runs, items) = (take(&mut self.expansion.runs), take(&mut self.expansion.items));
         self.packed.clear();
         self.tokens = self.pack(&batch.tokens);

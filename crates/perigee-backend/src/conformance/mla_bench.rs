@@ -148,7 +148,9 @@ impl<'m, B: Backend> MlaBench<'m, B> {
         let shown: Vec<bool> = rows
             .iter()
             .enumerate()
-            .flat_map(|row| std::iter::repeat_n(self.harness.backend.shows_partials(&batch_row(row)), row.1.tokens.len()))
+            .flat_map(|row| {
+                std::iter::repeat_n(self.harness.backend.shows_partials(&batch_row(row)), row.1.tokens.len())
+            })
             .collect();
         let keep = |values: Vec<f32>, width: usize| -> Vec<f32> {
             let rows = values.chunks_exact(width).zip(&shown);

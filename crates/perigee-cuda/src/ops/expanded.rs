@@ -71,7 +71,8 @@ impl CudaBackend {
             latents: self.scratch.take(keys * shape.cache_width() * 2)?,
             expanded: self.scratch.take(keys * shape.heads * (shape.nope + shape.value) * 2)?,
         };
-        let matrix = |address, columns, rows, pitch| TensorMap::new(Rows { address, columns, rows, pitch, box_rows: 128 });
+        let matrix =
+            |address, columns, rows, pitch| TensorMap::new(Rows { address, columns, rows, pitch, box_rows: 128 });
         let width = shape.heads * (shape.nope + shape.rope);
         let query_map = matrix(queries.address(), width, self.tokens(), query_pitch(&shape))?;
         for at in 0..self.step.expansion.stretches.len() {

@@ -13,7 +13,9 @@ use crate::loader::{Loader, Placement};
 use crate::needs::{self, EXPERT_BLOCK as BLOCK};
 use crate::ops::mlp::{GatedWeights, Mlp};
 use crate::ops::wide::WideWeights;
-use crate::params::{ElementParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, MoeTile};
+use crate::params::{
+    ElementParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, MoeTile,
+};
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
 
