@@ -167,7 +167,20 @@ pub fn working_bytes(shapes: &LayerShapes, tokens: usize, precision: DType) -> u
     ];
     let most = needs.iter().map(|need| need.bytes(tokens)).max().unwrap_or(0);
     // Twice what fills a device of up to 160 multiprocessors: more items are not split.
-    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64
+    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64 + widened_bytes(&shapes.moe, precision)
+}
+
+/// Bytes of the logits of all ranks in each rank's order, for `rows` rows of at most `head_rows` columns from each of `ranks`.
+pub fn gathered_bytes(rows: usize, head_rows: usize, ranks: usize) -> u64 {
+    if ranks == 1 { 0 } else { (rows * head_rows * ranks * DType::Fp32.bytes()).next_power_of_two() as u64 }
+}
+
+/// Room for a layer's experts in the type of products, where that is wider than the bfloat16 that they are stored in.
+fn widened_bytes(shape: &MoeShape, precision: DType) -> u64 {
+    match precision {
+        DType::Bf16 => 0,
+        DType::Fp32 => (shape.experts + 1) as u64 * (3 * expert_width(shape) * shape.hidden * precision.bytes()) as u64,
+    }
 }
 
 #[cfg(test)]
