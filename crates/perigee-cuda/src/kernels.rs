@@ -89,9 +89,9 @@ impl KdaFast {
         let scan_shared = if is_bf16 { 3 * stage + (head_dim + 64) * 40 * 2 } else { 0 };
         let kernels = Self {
             head_dim,
-            chunk: modules.kernel(module, &format!("kda_chunk_{suffix}_{head_dim}{chunk_fault}"))?,
+            chunk: modules.overlapping(module, &format!("kda_chunk_{suffix}_{head_dim}{chunk_fault}"))?,
             chunk_shared,
-            scan: modules.kernel("kda_scan", &format!("kda_scan_{suffix}_{head_dim}{scan_fault}"))?,
+            scan: modules.overlapping("kda_scan", &format!("kda_scan_{suffix}_{head_dim}{scan_fault}"))?,
             scan_shared,
             scan_threads: if is_bf16 { 256 } else { 128 },
             decode: modules.kernel("kda_decode", &format!("kda_decode_{suffix}_{head_dim}{decode_fault}"))?,
@@ -249,9 +249,9 @@ impl Kernels {
             convert_bf16: modules.overlapping("elements", "convert_bf16")?,
             silu_mul: modules.overlapping("elements", &typed("silu_mul"))?,
             kda_recurrent: modules.kernel("kda_recurrent", &(typed("kda_recurrent") + kda_fault))?,
-            kda_conv: modules.kernel("kda_conv", &typed("kda_conv"))?,
-            kda_tails: modules.kernel("kda_conv", &typed("kda_tails"))?,
-            kda_gate: modules.kernel("kda_conv", &(typed("kda_gate") + gate_fault))?,
+            kda_conv: modules.overlapping("kda_conv", &typed("kda_conv"))?,
+            kda_tails: modules.overlapping("kda_conv", &typed("kda_tails"))?,
+            kda_gate: modules.overlapping("kda_conv", &(typed("kda_gate") + gate_fault))?,
             kda_fast: KDA_HEAD_DIMS
                 .iter()
                 .map(|&dim| KdaFast::load(&modules, suffix, dim, formula))

@@ -18,6 +18,11 @@ use crate::tensor::{Matrix, Tensor};
 /// Most channels of a head, one thread each.
 const MOST_CHANNELS: usize = 1024;
 
+/// Tokens that a thread of the convolution walks through.
+const CONV_TOKENS: usize = 16;
+/// Pairs of token and head that a warp of the gated norm works through.
+const GATE_PAIRS: usize = 4;
+
 /// Value channels of one block of the scan.
 const SCAN_COLUMNS: usize = 32;
 
@@ -242,7 +247,9 @@ impl CudaBackend {
         params.decay = self.scratch.take(most_heads * dim * 4)?;
 
         let blocks = (3 * channels).div_ceil(256);
-        self.stream.launch(&self.kernels.kda_conv, Grid::new(chunks.count, blocks, 256), &params)?;
+        let mut grid = Grid::new(chunks.count, blocks.div_ceil(4), 256);
+        grid.blocks.2 = CHUNK_TOKENS.div_ceil(CONV_TOKENS) as u32;
+        self.stream.launch(&self.kernels.kda_conv, grid, &params)?;
         self.stream.launch(&self.kernels.kda_tails, Grid::new(rows.count, blocks, 256), &params)?;
         let fast = &self.kernels.kda_fast[fast];
         for group in groups(&self.step.chunk_bounds, most) {
@@ -254,7 +261,7 @@ impl CudaBackend {
             grid.blocks.2 = (dim / SCAN_COLUMNS) as u32;
             self.stream.launch(&fast.scan, grid, &params)?;
         }
-        let warps = (CHUNK_TOKENS * heads).div_ceil(8);
+        let warps = (CHUNK_TOKENS * heads).div_ceil(8 * GATE_PAIRS);
         self.stream.launch(&self.kernels.kda_gate, Grid::new(chunks.count, warps, 256), &params)
     }
 

@@ -57,6 +57,13 @@ __device__ __forceinline__ void write4(bf16* p, const Quad& q) {
   *reinterpret_cast<uint2*>(p) = v;
 }
 
+// 2^x by the hardware's instruction; results below 2^-126 are 0.
+__device__ __forceinline__ float power2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 // ln(1 + e^x); above 20 the reference uses x itself.
