@@ -94,6 +94,23 @@ pub(crate) fn expert_width(shape: &MoeShape) -> usize {
     shape.width.next_multiple_of(EXPERT_BLOCK)
 }
 
+/// Tokens from which the router is a tiled product, and the size of its tiles.
+pub(crate) const ROUTER_MANY: usize = 16;
+pub(crate) const ROUTER_TILE: usize = 64;
+/// Least depth of a part of that product.
+const ROUTER_PART: usize = 128;
+/// Blocks of that product that fill a device.
+const ROUTER_BLOCKS: usize = 144;
+
+/// Parts of the depth that the router of a step's tokens is computed in, so that few tokens too occupy the device.
+pub(crate) fn router_parts(shape: &MoeShape, tokens: usize) -> usize {
+    if tokens < ROUTER_MANY {
+        return 1;
+    }
+    let tiles = tokens.div_ceil(ROUTER_TILE) * shape.experts.div_ceil(ROUTER_TILE);
+    (ROUTER_BLOCKS / tiles).min(shape.hidden / ROUTER_PART).max(1)
+}
+
 /// A mixture of experts with its shared experts.
 pub(crate) fn moe(shape: &MoeShape, element: usize) -> Need {
     let entry = 5 * 4 + (expert_width(shape) + shape.hidden) * element + TILE_BYTES;
@@ -101,7 +118,11 @@ pub(crate) fn moe(shape: &MoeShape, element: usize) -> Need {
     Need {
         // One entry more for a shared expert that is computed like the routed ones.
         per_token: (shape.top_k + 1) * entry + shape.experts * 4 + shape.hidden * element + shared.per_token,
-        fixed: (shape.experts + 2) * TILE_BYTES + 16 * ALIGNMENT + shared.fixed,
+        // Scores in parts fill no more tiles than there are blocks.
+        fixed: (shape.experts + 2) * TILE_BYTES
+            + ROUTER_BLOCKS * ROUTER_TILE * ROUTER_TILE * 4
+            + 16 * ALIGNMENT
+            + shared.fixed,
     }
 }
 

@@ -92,7 +92,7 @@ impl CudaBackend {
         let projected = self.scratch.take(tokens * width * element)?;
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
         let operands = Operands { input: x.address(), weight: layer.projection.address(), out: projected };
-        self.blas.run(&self.stream, &product, operands)?;
+        self.dense(&product, operands)?;
         let (query, query_pitch) = self.mla_queries(layer, projected)?;
 
         // Keys of a head absorbed into its query: [tokens, n] . [n, R].
@@ -110,7 +110,7 @@ impl CudaBackend {
             ..Product::dense(tokens, shape.nope, shape.latent, self.precision)
         };
         let operands = Operands { input: query, weight: layer.kv_b.address(), out: queries.address() };
-        self.blas.run(&self.stream, &product, operands)?;
+        self.dense(&product, operands)?;
 
         let params = MlaStoreParams {
             projected,
@@ -152,7 +152,7 @@ impl CudaBackend {
         let product =
             Product { input_pitch: pitch, ..Product::dense(tokens, rank, layer.query_width(), self.precision) };
         let operands = Operands { input: normed, weight: low_rank.up.address(), out: queries };
-        self.blas.run(&self.stream, &product, operands)?;
+        self.dense(&product, operands)?;
         Ok((queries, layer.query_width()))
     }
 
@@ -278,10 +278,10 @@ impl CudaBackend {
             ..Product::dense(tokens, shape.latent, shape.value, self.precision)
         };
         let operands = Operands { input: latent, weight: layer.kv_b.row(shape.nope), out: values };
-        self.blas.run(&self.stream, &product, operands)?;
+        self.dense(&product, operands)?;
         let product = Product::dense(tokens, width, shape.hidden, self.precision);
         let operands = Operands { input: values, weight: layer.output.address(), out: out.address() };
-        self.blas.run(&self.stream, &product, operands)
+        self.dense(&product, operands)
     }
 }
 

@@ -11,7 +11,9 @@ use crate::kernels::MoeTensor;
 use crate::loader::{Loader, Placement};
 use crate::needs::{self, EXPERT_BLOCK as BLOCK};
 use crate::ops::mlp::{GatedWeights, Mlp};
-use crate::params::{MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, MoeTile};
+use crate::params::{
+    MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, MoeTile,
+};
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
 
@@ -19,18 +21,23 @@ use crate::tensor::{Matrix, Tensor};
 const TILE_ROWS: usize = 64;
 /// Columns of a grouped product's tile.
 const TILE_COLUMNS: usize = 64;
-/// Weight rows of a block of the tensor-core products.
-const TENSOR_COLUMNS: usize = 128;
 /// Tokens up to which a shared expert is computed like a routed one: three launches fewer. Beyond, its many rows fill many tiles
 /// that each read its weights, and a dense product is faster.
-const MOST_SHARED: usize = 16;
+const MOST_SHARED: usize = 32;
+/// Rows an expert, on average, up to which the product is one of reading weights.
+const FEW_ROWS: usize = 16;
+/// Depth of a step of that product, and weight rows of a block: half as many where blocks would be too few otherwise.
+const SKINNY_DEPTH: usize = 64;
+const SKINNY_COLUMNS: usize = 128;
+const FEW_TOKENS: usize = 32;
 /// Rows of the smallest tile.
 const LEAST_TILE: usize = 16;
 /// Tokens that a block of the router scores, for this many experts.
 const ROUTER_TOKENS: usize = 4;
 const ROUTER_EXPERTS: usize = 4;
-/// Tokens from which the router is a tiled product, of tiles of this size.
-const ROUTER_TILE: usize = 64;
+/// Tokens up to which one block selects and sorts, and the tokens that its warps work on at a time.
+const SELECT_TOKENS: usize = 32;
+const SELECT_WARPS: usize = 16;
 /// Dynamic shared memory that any block may use without asking.
 const PLAIN_SHARED: usize = 48 << 10;
 
@@ -172,6 +179,13 @@ impl CudaBackend {
             return None;
         }
         let rows = self.tokens() * layer.shape.top_k / layer.shape.experts;
+        let (hidden, width) = (layer.shape.hidden, layer.width);
+        let is_deep = hidden.is_multiple_of(SKINNY_DEPTH) && width.is_multiple_of(SKINNY_DEPTH);
+        let most = if self.tokens() <= FEW_TOKENS { SKINNY_COLUMNS / 2 } else { SKINNY_COLUMNS };
+        let skinny = self.kernels.moe_skinny.iter().rfind(|kernel| kernel.columns <= most.min(hidden).min(2 * width));
+        if rows <= FEW_ROWS && is_deep && skinny.is_some() {
+            return skinny;
+        }
         let wanted = if rows <= 8 { 16 } else { rows.min(128) };
         let kernels = &self.kernels.moe_tensor;
         kernels.iter().find(|kernel| kernel.rows >= wanted)
@@ -204,7 +218,7 @@ impl CudaBackend {
         let tiles = |rows| entries.div_ceil(rows) + layer.experts(tokens).min(entries);
         if let Some(tensor) = self.moe_tensor(layer) {
             let grid = |weight_rows: usize| {
-                Grid::new(weight_rows.div_ceil(TENSOR_COLUMNS), tiles(tensor.rows), 256).shared(tensor.shared)
+                Grid::new(weight_rows.div_ceil(tensor.columns), tiles(tensor.rows), 256).shared(tensor.shared)
             };
             self.stream.launch(&tensor.gate_up, grid(2 * layer.width), &up)?;
             return self.stream.launch(&tensor.down, grid(shape.hidden), &down);
@@ -237,7 +251,7 @@ impl CudaBackend {
         let tiles = entries.div_ceil(LEAST_TILE) + layer.experts(tokens);
         let scratch = &mut self.scratch;
         Ok(Work {
-            scores: scratch.take(tokens * shape.experts * 4)?,
+            scores: scratch.take(needs::router_parts(&shape, tokens) * tokens * shape.experts * 4)?,
             chosen: scratch.take(entries * 4)?,
             weights: scratch.take(entries * 4)?,
             source: scratch.take(entries * 4)?,
@@ -254,6 +268,7 @@ impl CudaBackend {
     fn moe_route(&mut self, layer: &Moe, x: &Tensor, forced: u64, work: &Work) -> Result<()> {
         let (tokens, shape) = (self.tokens(), layer.shape);
         let entries = tokens * layer.choices(tokens);
+        let parts = needs::router_parts(&shape, tokens);
         let params = MoeRouterParams {
             x: x.address(),
             weight: layer.router.address(),
@@ -261,16 +276,18 @@ impl CudaBackend {
             tokens: tokens as u32,
             experts: shape.experts as u32,
             hidden: shape.hidden as u32,
-            reserved: 0,
+            parts: parts as u32,
         };
-        if tokens >= 4 * ROUTER_TILE {
-            let grid = Grid::new(shape.experts.div_ceil(ROUTER_TILE), tokens.div_ceil(ROUTER_TILE), 256);
+        if tokens >= needs::ROUTER_MANY {
+            let tile = needs::ROUTER_TILE;
+            let mut grid = Grid::new(shape.experts.div_ceil(tile), tokens.div_ceil(tile), 256);
+            grid.blocks.2 = parts as u32;
             self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?;
         } else {
             let grid = Grid::new(shape.experts.div_ceil(ROUTER_EXPERTS), tokens.div_ceil(ROUTER_TOKENS), 256);
             self.stream.launch(&self.kernels.moe_router, grid, &params)?;
         }
-        let params = MoeSelectParams {
+        let select = MoeSelectParams {
             scores: work.scores,
             bias: layer.bias.address(),
             forced,
@@ -286,10 +303,10 @@ impl CudaBackend {
             renormalize: u32::from(shape.renormalize),
             scale: shape.scale,
             shared: layer.shared_choices(tokens) as u32,
+            parts: parts as u32,
+            reserved: 0,
         };
-        let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
-        self.stream.launch(&self.kernels.moe_select, grid, &params)?;
-        let params = MoeSortParams {
+        let sort = MoeSortParams {
             chosen: work.chosen,
             source: work.source,
             position: work.position,
@@ -301,8 +318,16 @@ impl CudaBackend {
             tile_rows: self.moe_tensor(layer).map_or(TILE_ROWS, |tensor| tensor.rows) as u32,
             routed: shape.experts as u32,
         };
-        let grid = Grid::new(1, 1, 1024).shared(layer.experts(tokens) * 4);
-        self.stream.launch(&self.kernels.moe_sort, grid, &params)
+        let counts = layer.experts(tokens) * 4;
+        let selecting = SELECT_WARPS * select_shared(&shape);
+        if tokens <= SELECT_TOKENS && selecting <= PLAIN_SHARED {
+            let grid = Grid::new(1, 1, 32 * SELECT_WARPS as u32).shared(selecting.max(counts));
+            let both = MoeSelectSortParams { select, sort };
+            return self.stream.launch(&self.kernels.moe_select_sort, grid, &both);
+        }
+        let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
+        self.stream.launch(&self.kernels.moe_select, grid, &select)?;
+        self.stream.launch(&self.kernels.moe_sort, Grid::new(1, 1, 1024).shared(counts), &sort)
     }
 
     /// Room for the layer's own selection; kept until the next layer's. Grows outside of steady state only.

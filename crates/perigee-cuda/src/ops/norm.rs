@@ -49,7 +49,7 @@ impl CudaBackend {
             out_pitch: rows.out_pitch as u32,
             eps: norm.eps,
         };
-        let threads = norm.width.div_ceil(4).next_multiple_of(32).clamp(32, 512) as u32;
+        let threads = norm.width.div_ceil(4).next_multiple_of(32).clamp(32, 1024) as u32;
         self.stream.launch(kernel, Grid::new(rows.rows, 1, threads), &params)
     }
 

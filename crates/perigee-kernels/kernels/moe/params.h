@@ -14,17 +14,17 @@ struct MoeTile {
 struct MoeRouterParams {
   const void* x;            // [tokens][d] T
   const float* weight;      // [E][d]
-  float* scores;            // [tokens][E]: products before the sigmoid
+  float* scores;            // [parts][tokens][E]: products before the sigmoid, each over a part of the depth
   uint32_t tokens;
   uint32_t experts;
   uint32_t hidden;
-  uint32_t reserved;
+  uint32_t parts;
 };
 
 constexpr uint32_t kNoExpert = 0xffffffffu;
 
 struct MoeSelectParams {
-  const float* scores;      // [tokens][E]
+  const float* scores;      // [parts][tokens][E]
   const float* bias;        // [E]
   const uint32_t* forced;   // [tokens][k], or null
   uint32_t* own;            // [tokens][k], ascending: the layer's own selection
@@ -39,6 +39,8 @@ struct MoeSelectParams {
   uint32_t renormalize;
   float scale;
   uint32_t shared;          // s
+  uint32_t parts;           // of scores, to be added
+  uint32_t reserved;
 };
 
 struct MoeSortParams {
@@ -52,6 +54,11 @@ struct MoeSortParams {
   uint32_t experts;         // E + s
   uint32_t tile_rows;
   uint32_t routed;          // E
+};
+
+struct MoeSelectSortParams {
+  MoeSelectParams select;
+  MoeSortParams sort;
 };
 
 struct MoeProductParams {
