@@ -12,7 +12,7 @@ use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
     ElementParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaMergeParams, MlaStoreParams,
-    MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, NormParams, SampleParams,
+    MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, NormParams, SampleParams,
     SkinnyParams,
 };
 
@@ -48,6 +48,7 @@ pub(crate) struct Kernels {
     /// For experts of few rows each, by ascending weight rows of a block; with bfloat16 activations only.
     pub(crate) moe_skinny: Vec<MoeTensor>,
     pub(crate) moe_combine: Kernel<MoeCombineParams>,
+    pub(crate) moe_combine_norm: Kernel<MoeCombineNormParams>,
     /// Dense products with few tokens, by ascending tokens; with bfloat16 activations only.
     pub(crate) skinny: Vec<Skinny>,
     pub(crate) sample_logprobs: Kernel<SampleParams>,
@@ -269,6 +270,7 @@ impl Kernels {
                 DType::Fp32 => Vec::new(),
             },
             moe_combine: modules.overlapping("moe_combine", &typed("moe_combine"))?,
+            moe_combine_norm: modules.overlapping("moe_combine", &typed("moe_combine_norm"))?,
             skinny: match precision {
                 DType::Bf16 => {
                     let forms = [(8, 1, 4), (8, 4, 4), (16, 1, 2), (16, 4, 4), (32, 2, 2), (32, 4, 3)];

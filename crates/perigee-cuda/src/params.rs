@@ -316,6 +316,14 @@ pub(crate) struct MoeCombineParams {
     pub(crate) top_k: u32,
 }
 
+/// `moe/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MoeCombineNormParams {
+    pub(crate) combine: MoeCombineParams,
+    pub(crate) norm: NormParams,
+}
+
 /// `sample/params.h`
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]

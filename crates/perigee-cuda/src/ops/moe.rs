@@ -6,13 +6,15 @@ use perigee_backend::{BackendError, DType, MlpShape, MoeShape, Result, Routing};
 
 use crate::backend::CudaBackend;
 use crate::buffer::Buffer;
+use crate::exchange::Exchange;
 use crate::formula::Fault;
 use crate::kernels::MoeTensor;
 use crate::loader::{Loader, Placement};
 use crate::needs::{self, EXPERT_BLOCK as BLOCK};
 use crate::ops::mlp::{GatedWeights, Mlp};
 use crate::params::{
-    MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, MoeTile,
+    MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, MoeTile,
+    NormParams,
 };
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
@@ -38,6 +40,8 @@ const ROUTER_EXPERTS: usize = 4;
 /// Tokens up to which one block selects and sorts, and the tokens that its warps work on at a time.
 const SELECT_TOKENS: usize = 32;
 const SELECT_WARPS: usize = 16;
+/// Widest row that one block sums and norms.
+const MOST_FUSED: usize = 2560;
 /// Dynamic shared memory that any block may use without asking.
 const PLAIN_SHARED: usize = 48 << 10;
 
@@ -168,9 +172,29 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             top_k: layer.choices(tokens) as u32,
         };
-        let threads = shape.hidden.div_ceil(4).next_multiple_of(32).min(640) as u32;
-        let grid = Grid::new(tokens, 1, threads).shared(layer.choices(tokens).next_multiple_of(8) * 8);
-        self.stream.launch(&self.kernels.moe_combine, grid, &params)
+        if self.may_defer_sum() && shape.hidden.is_multiple_of(4) && shape.hidden <= MOST_FUSED {
+            self.deferred_sum = Some(params);
+            return Ok(());
+        }
+        self.moe_combine(&params)
+    }
+
+    /// Whether the op that follows is known to be the norm that reads the sum: nothing looks in between into a step that is
+    /// recorded, and a group of one has nothing to add.
+    fn may_defer_sum(&self) -> bool {
+        self.recorder.is_recording() && matches!(self.exchange, Exchange::Alone)
+    }
+
+    /// Queues a weighted sum of experts.
+    pub(crate) fn moe_combine(&self, params: &MoeCombineParams) -> Result<()> {
+        let grid = Grid::new(self.tokens(), 1, sum_threads(params)).shared(sum_shared(params));
+        self.stream.launch(&self.kernels.moe_combine, grid, params)
+    }
+
+    /// Queues a weighted sum of experts and the norm whose delta it is.
+    pub(crate) fn moe_combine_norm(&self, combine: MoeCombineParams, norm: NormParams) -> Result<()> {
+        let grid = Grid::new(self.tokens(), 1, sum_threads(&combine)).shared(sum_shared(&combine));
+        self.stream.launch(&self.kernels.moe_combine_norm, grid, &MoeCombineNormParams { combine, norm })
     }
 
     /// The tensor-core kernels for this layer and step, if there are any: the fewer rows an expert has, the smaller the tile.
@@ -368,6 +392,16 @@ impl CudaBackend {
 /// Shared memory of one warp of the selection.
 fn select_shared(shape: &MoeShape) -> usize {
     (2 * shape.experts + shape.groups + 2 * shape.top_k) * 4
+}
+
+/// Threads of a block that sums a token's experts, four numbers each.
+fn sum_threads(params: &MoeCombineParams) -> u32 {
+    params.hidden.div_ceil(4).next_multiple_of(32).min(MOST_FUSED as u32 / 4)
+}
+
+/// Its shared memory: a sorted row and a weight for each choice.
+fn sum_shared(params: &MoeCombineParams) -> usize {
+    params.top_k.next_multiple_of(8) as usize * 8
 }
 
 fn check(shape: &MoeShape, weights: &MoeWeights<'_>) -> Result<()> {

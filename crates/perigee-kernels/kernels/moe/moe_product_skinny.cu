@@ -54,15 +54,16 @@ __device__ __forceinline__ void grouped(const MoeProductParams& p) {
   // Gate and up let the product down begin only once the list of tiles is there, so that it may read the list before it waits.
   if (kGated) grid_wait();
   grid_trigger();
-  const bool beyond = blockIdx.y >= __ldcg(p.tile_count);
-  if (beyond) {
-    if (!kGated) grid_wait();
-    return;
-  }
+  // The list has room for as many tiles as the grid has; beyond the count, what is read is not used.
+  const uint32_t count = __ldcg(p.tile_count);
   MoeTile tile;
   tile.expert = __ldcg(&p.tiles[blockIdx.y].expert);
   tile.first = __ldcg(&p.tiles[blockIdx.y].first);
   tile.rows = __ldcg(&p.tiles[blockIdx.y].rows);
+  if (blockIdx.y >= count) {
+    if (!kGated) grid_wait();
+    return;
+  }
   if (tile.rows <= 8) {
     product<8, kRowWarps, kGated>(p, tile);
   } else if (tile.rows <= 16) {

@@ -4,6 +4,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "norm/params.h"
+
 // Rows of one expert that one block column of a grouped product computes.
 struct MoeTile {
   uint32_t expert;
@@ -82,4 +84,10 @@ struct MoeCombineParams {
   void* out;                // [tokens][d] T
   uint32_t hidden;
   uint32_t top_k;           // k + s
+};
+
+// A sum of experts and the norm of the residual stream that reads it: `combine.out` is the norm's delta, and is not written.
+struct MoeCombineNormParams {
+  MoeCombineParams combine;
+  NormParams norm;
 };
