@@ -273,7 +273,7 @@ impl Kernels {
             moe_combine_norm: modules.overlapping("moe_combine", &typed("moe_combine_norm"))?,
             skinny: match precision {
                 DType::Bf16 => {
-                    let forms = [(8, 1, 4), (8, 4, 4), (16, 1, 2), (16, 4, 4), (32, 2, 2), (32, 4, 3)];
+                    let forms = [(8, 1, 4), (8, 4, 4)];
                     forms
                         .iter()
                         .map(|&(tokens, row_warps, ahead)| Skinny::load(&modules, tokens, row_warps, ahead))

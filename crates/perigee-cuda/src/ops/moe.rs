@@ -37,8 +37,7 @@ const LEAST_TILE: usize = 16;
 /// Tokens that a block of the router scores, for this many experts.
 const ROUTER_TOKENS: usize = 4;
 const ROUTER_EXPERTS: usize = 4;
-/// Tokens up to which one block selects and sorts, and the tokens that its warps work on at a time.
-const SELECT_TOKENS: usize = 32;
+/// Warps of the block that selects and sorts for few tokens, one for each of them.
 const SELECT_WARPS: usize = 16;
 /// Widest row that one block sums and norms.
 const MOST_FUSED: usize = 2560;
@@ -344,7 +343,7 @@ impl CudaBackend {
         };
         let counts = layer.experts(tokens) * 4;
         let selecting = SELECT_WARPS * select_shared(&shape);
-        if tokens <= SELECT_TOKENS && selecting <= PLAIN_SHARED {
+        if tokens <= SELECT_WARPS && parts == 1 && selecting <= PLAIN_SHARED {
             let grid = Grid::new(1, 1, 32 * SELECT_WARPS as u32).shared(selecting.max(counts));
             let both = MoeSelectSortParams { select, sort };
             return self.stream.launch(&self.kernels.moe_select_sort, grid, &both);

@@ -12,10 +12,6 @@ __device__ __forceinline__ void product(const SkinnyParams& p) {
   // The last block's rows end with the matrix; what it computes twice is the same.
   const uint32_t first = min(blockIdx.x * F::kRows, p.rows - F::kRows);
   const bf16* weight = static_cast<const bf16*>(p.weight) + static_cast<uint64_t>(first) * p.depth;
-  if (threadIdx.x == 0 && p.tokens <= 8) {
-    // The rest of the block's weights on their way to the second-level cache, while the kernel ahead still runs.
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(weight), "r"(F::kRows * p.depth * 2) : "memory");
-  }
   F form;
   form.begin(weight, p.depth);
   grid_wait();

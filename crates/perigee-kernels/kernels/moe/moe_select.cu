@@ -21,6 +21,7 @@ __device__ __forceinline__ void warp_argmax(float& value, uint32_t& index) {
 // Experts up to which a warp keeps the biased scores in registers.
 constexpr uint32_t kLaneExperts = 8;
 constexpr uint32_t kWarpExperts = kLaneExperts * kWarp;
+constexpr uint32_t kParts = 6;  // of a score, read at a time
 
 // A number whose order as an integer is that of the value; 0, below all of them, for what is not a number.
 __device__ __forceinline__ uint32_t sortable(float value) {
@@ -83,11 +84,20 @@ __device__ __forceinline__ void select(const MoeSelectParams& p, uint32_t token,
   const uint64_t part = static_cast<uint64_t>(p.tokens) * p.experts;
   for (uint32_t base = 0; base < p.experts; base += kWarpExperts) {
     float raw[kLaneExperts] = {};
-    for (uint32_t i = 0; i < p.parts; i++) {
-      const float* from = p.scores + i * part + static_cast<uint64_t>(token) * p.experts + base + lane;
+    for (uint32_t first = 0; first < p.parts; first += kParts) {
+      float more[kParts][kLaneExperts];
 #pragma unroll
-      for (uint32_t j = 0; j < kLaneExperts; j++) {
-        if (base + lane + j * kWarp < p.experts) raw[j] += from[j * kWarp];
+      for (uint32_t i = 0; i < kParts; i++) {
+        const float* from = p.scores + (first + i) * part + static_cast<uint64_t>(token) * p.experts + base + lane;
+#pragma unroll
+        for (uint32_t j = 0; j < kLaneExperts; j++) {
+          more[i][j] = first + i < p.parts && base + lane + j * kWarp < p.experts ? from[j * kWarp] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kParts; i++) {
+#pragma unroll
+        for (uint32_t j = 0; j < kLaneExperts; j++) raw[j] += more[i][j];
       }
     }
 #pragma unroll
@@ -242,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(1024) moe_sort(const __grid_constan
   sort(p, counts);
 }
 
-// One block: selection and sort of up to 32 tokens, one launch fewer.
+// One block: selection and sort of a few tokens, one launch fewer.
 template <Fault kFault>
 __device__ __forceinline__ void select_all(const MoeSelectSortParams& p) {
   extern __shared__ float shared[];
