@@ -248,6 +248,27 @@ pub trait Backend: Send {
             .map_err(|error| BackendError::Sampling(error.to_string()))
     }
 
+    // Steps ahead: a step is queued before what the one before it drew is read.
+
+    /// Whether draws can be queued and fed to the next step. If not, as provided, the three calls below fail.
+    fn runs_ahead(&self) -> bool {
+        false
+    }
+    /// Queues draws as [`Self::sample`] makes them. Only the first rank of a group draws.
+    fn queue_draws(&mut self, _logits: &Self::Tensor, _draws: &[Draw<'_>]) -> Result<()> {
+        Err(BackendError::Unsupported("draws that are read later".into()))
+    }
+    /// What the oldest queued draws that were not collected gave, entry by entry; waits for it. None for one that cannot be
+    /// made without the logits, which may be gone: it is to be made again.
+    fn collect_draws(&mut self) -> Result<Vec<Option<Sampled>>> {
+        Err(BackendError::Unsupported("draws that are read later".into()))
+    }
+    /// Token `i` of the next step is what draw `from[i]` of the draws queued last gave, whatever its batch says. The other
+    /// ranks of a group have the tokens from the first.
+    fn feed_drawn(&mut self, _from: &[u32]) -> Result<()> {
+        Err(BackendError::Unsupported("steps that are fed with draws".into()))
+    }
+
     /// Waits until the work of this step is done and reports what went wrong in it, a rank lost in the exchange too. Nothing to
     /// do for a backend whose ops return when they are done.
     fn finish(&mut self) -> Result<()> {

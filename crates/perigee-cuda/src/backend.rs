@@ -27,7 +27,7 @@ use crate::ops::mla::Mla;
 use crate::ops::mlp::Mlp;
 use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
-use crate::ops::sample::Draws;
+use crate::ops::sample::{Draws, MOST_TOKENS};
 use crate::params::MoeCombineParams;
 use crate::reader::Reader;
 use crate::recorder::Recorder;
@@ -61,12 +61,18 @@ pub struct CudaBackend {
     /// Experts touched so far, one 64-bit number.
     pub(crate) touched: Buffer,
     pub(crate) draws: Draws,
+    /// The draws that the next step is fed with.
+    pub(crate) feed: Vec<u32>,
     cache: Option<Cache>,
     /// Query heads of MLA layers, once one is loaded.
     pub(crate) mla_heads: Option<usize>,
     latent: usize,
     /// Rows of the largest tensor: the most tokens of a step.
     pub(crate) most_rows: usize,
+    /// Most rows of the head on any rank.
+    pub(crate) head_rows: usize,
+    /// Rows of the head on all ranks.
+    pub(crate) vocabulary: usize,
     /// Rows of the smallest: the most rows of a step in which every token wants its logits.
     least_rows: usize,
     pub(crate) blas: Blas,
@@ -97,10 +103,13 @@ impl CudaBackend {
             deferred_sum: None,
             touched,
             draws: Draws::default(),
+            feed: Vec::new(),
             cache: None,
             mla_heads: None,
             latent: 0,
             most_rows: 0,
+            head_rows: 0,
+            vocabulary: 0,
             least_rows: usize::MAX,
             blas: Blas::new(&stream)?,
             kernels: Kernels::load(&device, options.precision, formula)?,
@@ -158,6 +167,8 @@ impl CudaBackend {
 
 impl Drop for CudaBackend {
     fn drop(&mut self) {
+        // A communicator is not left while a recording holds its calls.
+        self.abandon_recording();
         // A group is left by ranks whose work is done. An error here was somebody's before, or is nobody's any more.
         let _ = self.stream.wait();
     }
@@ -231,8 +242,10 @@ impl Backend for CudaBackend {
         self.stream.device().bind()?;
         self.exchange.check()?;
         self.abandon_recording();
-        self.step.begin(&self.stream, batch, self.planning(), self.formula)?;
+        let feed = std::mem::take(&mut self.feed);
+        self.step.begin(&self.stream, batch, &feed, self.planning(), self.formula)?;
         self.reserve_scratch(batch.tokens.len())?;
+        self.feed_run(feed.len())?;
         self.recorder.note_run();
         Ok(())
     }
@@ -321,6 +334,27 @@ impl Backend for CudaBackend {
         // What kernels leave when the group breaks is no result, and no fault of theirs.
         self.exchange.check()?;
         sampled
+    }
+
+    fn runs_ahead(&self) -> bool {
+        !matches!(self.exchange, Exchange::Host(_)) && self.vocabulary <= MOST_TOKENS
+    }
+
+    fn queue_draws(&mut self, logits: &Tensor, draws: &[Draw<'_>]) -> Result<()> {
+        self.draws_queue(logits, draws)
+    }
+
+    fn collect_draws(&mut self) -> Result<Vec<Option<Sampled>>> {
+        let sampled = self.draws_collect();
+        // As above.
+        self.exchange.check()?;
+        sampled
+    }
+
+    fn feed_drawn(&mut self, from: &[u32]) -> Result<()> {
+        self.feed.clear();
+        self.feed.extend_from_slice(from);
+        Ok(())
     }
 
     fn finish(&mut self) -> Result<()> {

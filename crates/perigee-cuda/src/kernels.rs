@@ -11,9 +11,9 @@ use crate::module::{Kernel, Modules};
 use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
-    ElementParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaMergeParams, MlaStoreParams,
-    MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, NormParams, SampleParams,
-    SkinnyParams,
+    ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaMergeParams, MlaStoreParams,
+    MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams,
+    MoeSortParams, NormParams, SampleParams, SkinnyParams,
 };
 
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
@@ -56,6 +56,7 @@ pub(crate) struct Kernels {
     pub(crate) sample_filter: Kernel<SampleParams>,
     pub(crate) sample_draw: Kernel<SampleParams>,
     pub(crate) sample_finish: Kernel<SampleParams>,
+    pub(crate) sample_feed: Kernel<FeedParams>,
     modules: Arc<Modules>,
 }
 
@@ -286,6 +287,7 @@ impl Kernels {
             sample_filter: ranking(&modules, "sample_filter")?,
             sample_draw: modules.kernel("sample_draw", "sample_draw")?,
             sample_finish: modules.kernel("sample_draw", "sample_finish")?,
+            sample_feed: modules.kernel("sample_feed", "sample_feed")?,
             modules,
         })
     }

@@ -94,22 +94,10 @@ pub(crate) fn expert_width(shape: &MoeShape) -> usize {
     shape.width.next_multiple_of(EXPERT_BLOCK)
 }
 
-/// Tokens from which the router is a tiled product, and the size of its tiles.
-pub(crate) const ROUTER_MANY: usize = 16;
+/// Side of a tile of the router's product for many tokens, in tokens and in experts.
 pub(crate) const ROUTER_TILE: usize = 64;
-/// Least depth of a part of that product.
-const ROUTER_PART: usize = 128;
-/// Blocks of that product that fill a device.
-const ROUTER_BLOCKS: usize = 144;
-
-/// Parts of the depth that the router of a step's tokens is computed in, so that few tokens too occupy the device.
-pub(crate) fn router_parts(shape: &MoeShape, tokens: usize) -> usize {
-    if tokens < ROUTER_MANY {
-        return 1;
-    }
-    let tiles = tokens.div_ceil(ROUTER_TILE) * shape.experts.div_ceil(ROUTER_TILE);
-    (ROUTER_BLOCKS / tiles).min(shape.hidden / ROUTER_PART).max(1)
-}
+/// Blocks of that product that fill a device: tiles, times the parts of the depth that each is computed in.
+pub(crate) const ROUTER_BLOCKS: usize = 144;
 
 /// A mixture of experts with its shared experts.
 pub(crate) fn moe(shape: &MoeShape, element: usize) -> Need {
@@ -160,7 +148,20 @@ pub fn working_bytes(shapes: &LayerShapes, tokens: usize, precision: DType) -> u
     ];
     let most = needs.iter().map(|need| need.bytes(tokens)).max().unwrap_or(0);
     // Twice what fills a device of up to 160 multiprocessors: more items are not split.
-    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64
+    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64 + widened_bytes(&shapes.moe, precision)
+}
+
+/// Bytes of the logits of all ranks in each rank's order, for `rows` rows of at most `head_rows` columns from each of `ranks`.
+pub fn gathered_bytes(rows: usize, head_rows: usize, ranks: usize) -> u64 {
+    if ranks == 1 { 0 } else { (rows * head_rows * ranks * DType::Fp32.bytes()).next_power_of_two() as u64 }
+}
+
+/// Room for a layer's experts in the type of products, where that is wider than the bfloat16 that they are stored in.
+fn widened_bytes(shape: &MoeShape, precision: DType) -> u64 {
+    match precision {
+        DType::Bf16 => 0,
+        DType::Fp32 => (shape.experts + 1) as u64 * (3 * expert_width(shape) * shape.hidden * precision.bytes()) as u64,
+    }
 }
 
 #[cfg(test)]

@@ -374,6 +374,17 @@ pub(crate) struct SampleResult {
 /// `sample/params.h`
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct FeedParams {
+    pub(crate) results: u64,
+    pub(crate) from: u64,
+    pub(crate) tokens: u64,
+    pub(crate) count: u32,
+    pub(crate) reserved: u32,
+}
+
+/// `sample/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub(crate) struct SampleParams {
     pub(crate) logits: u64,
     pub(crate) rows: u64,

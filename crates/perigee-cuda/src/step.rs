@@ -7,7 +7,8 @@ use perigee_backend::{BackendError, PAGE_TOKENS, Result, Row, StepBatch};
 use crate::formula::{Fault, Formula};
 use crate::needs::{CHUNK_TOKENS, ITEM_ROWS};
 use crate::params::{AttendItem, AttendMerge, AttendRange, KdaChunk, KdaRow};
-use crate::stream::{Stream, Upload};
+use crate::stream::Stream;
+use crate::transfer::Upload;
 
 /// An item's result that needs no merge.
 const NO_PART: u32 = u32::MAX;
@@ -29,6 +30,8 @@ pub(crate) struct Step {
     decode_upload: Option<Upload>,
     packed: Vec<u8>,
     pub(crate) tokens: Section,
+    /// The draw that each token comes from, where the step is fed with draws.
+    pub(crate) feed: Section,
     /// One number: tokens that do not pad the step.
     pub(crate) live: Section,
     pub(crate) logits: Section,
@@ -69,6 +72,7 @@ impl Step {
         &mut self,
         stream: &Stream,
         batch: &StepBatch,
+        feed: &[u32],
         planning: Planning,
         formula: Formula,
     ) -> Result<()> {
@@ -80,6 +84,7 @@ impl Step {
         let attention = Attention::plan(batch, planning);
         self.packed.clear();
         self.tokens = self.pack(&batch.tokens);
+        self.feed = self.pack(feed);
         self.live = self.pack(&[batch.tokens.len() as u32]);
         self.logits = self.pack(&batch.logits);
         self.places = self.pack(&rows.places);
@@ -124,6 +129,7 @@ impl Step {
     fn shift(&mut self, base: u64) {
         for section in [
             &mut self.tokens,
+            &mut self.feed,
             &mut self.live,
             &mut self.logits,
             &mut self.places,
@@ -146,6 +152,7 @@ impl Step {
         &mut self,
         stream: &Stream,
         batch: &StepBatch,
+        feed: &[u32],
         planning: Planning,
         form: DecodeForm,
     ) -> Result<bool> {
@@ -170,6 +177,7 @@ impl Step {
         }
         self.packed.clear();
         self.tokens = self.pack_fixed(&batch.tokens, form.rows, 0);
+        self.feed = self.pack_fixed(feed, form.rows, 0);
         self.live = self.pack_fixed(&[batch.tokens.len() as u32], 1, 0);
         self.logits = self.pack_fixed(&batch.logits, form.rows, 0);
         self.places = self.pack_fixed(&rows.places, form.rows, 0xff);
@@ -236,7 +244,7 @@ impl DecodeForm {
     fn fixed_bytes(self, planning: Planning) -> usize {
         let section = |elements: usize, bytes: usize| (elements * bytes).next_multiple_of(SECTION_ALIGNMENT);
         let items = self.items(planning);
-        section(self.rows, 4) * 3
+        section(self.rows, 4) * 4
             + section(1, 4)
             + section(self.rows, size_of::<KdaRow>())
             + section(items, size_of::<AttendItem>())

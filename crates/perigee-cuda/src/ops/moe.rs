@@ -1,8 +1,8 @@
 //! The mixture of experts: router and selection, sort of (token, choice) entries by expert, grouped products, and the sum
 //! with the shared experts.
 
-use perigee_backend::weights::MoeWeights;
-use perigee_backend::{BackendError, DType, MlpShape, MoeShape, Result, Routing};
+use perigee_backend::weights::{MlpWeights, MoeWeights};
+use perigee_backend::{BackendError, DType, MlpShape, MoeShape, Result, Routing, TensorSlice};
 
 use crate::backend::CudaBackend;
 use crate::buffer::Buffer;
@@ -10,11 +10,11 @@ use crate::exchange::Exchange;
 use crate::formula::Fault;
 use crate::kernels::MoeTensor;
 use crate::loader::{Loader, Placement};
-use crate::needs::{self, EXPERT_BLOCK as BLOCK};
+use crate::needs::{self, EXPERT_BLOCK as BLOCK, ROUTER_BLOCKS, ROUTER_TILE};
 use crate::ops::mlp::{GatedWeights, Mlp};
 use crate::params::{
-    MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, MoeTile,
-    NormParams,
+    MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams,
+    MoeSortParams, MoeTile, NormParams,
 };
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
@@ -37,6 +37,9 @@ const LEAST_TILE: usize = 16;
 /// Tokens that a block of the router scores, for this many experts.
 const ROUTER_TOKENS: usize = 4;
 const ROUTER_EXPERTS: usize = 4;
+/// Tokens from which the router is a tiled product, and the least depth of a part of it.
+const ROUTER_MANY: usize = 16;
+const ROUTER_PART: usize = 128;
 /// Warps of the block that selects and sorts for few tokens, one for each of them.
 const SELECT_WARPS: usize = 16;
 /// Widest row that one block sums and norms.
@@ -80,13 +83,20 @@ impl Moe {
     }
 
     /// The shared expert as an MLP, where it lies behind the routed ones.
-    fn last_expert(&self) -> Option<GatedWeights> {
+    fn last_expert(&self, weights: &ExpertWeights, precision: DType) -> Option<GatedWeights> {
+        let matrix = self.shape.experts * self.width * self.shape.hidden * precision.bytes();
         (self.extra == 1).then(|| GatedWeights {
-            gate_up: self.gate_up.row(self.shape.experts * 2 * self.width),
-            down: self.down.row(self.shape.experts * self.shape.hidden),
+            gate_up: weights.gate_up + 2 * matrix as u64,
+            down: weights.down + matrix as u64,
             block: BLOCK as u32,
         })
     }
+}
+
+/// Device addresses of all experts' weights in the type of products.
+struct ExpertWeights {
+    gate_up: u64,
+    down: u64,
 }
 
 /// Where the last layer's own selection lies.
@@ -124,9 +134,10 @@ impl CudaBackend {
         let extra = usize::from(shape.shared_width == shape.width);
         let experts = shape.experts + extra;
         let gate_up_rows = experts * 2 * width;
-        let gate_up = Loader::matrix(&self.stream, gate_up_rows, shape.hidden, self.precision, "expert gate and up")?;
-        let down = Loader::matrix(&self.stream, experts * shape.hidden, width, self.precision, "expert down")?;
         let as_expert = weights.shared.as_ref().filter(|_| extra == 1);
+        let dtype = self.stored_type(weights.experts.iter().chain(as_expert));
+        let gate_up = Loader::matrix(&self.stream, gate_up_rows, shape.hidden, dtype, "expert gate and up")?;
+        let down = Loader::matrix(&self.stream, experts * shape.hidden, width, dtype, "expert down")?;
         for (index, expert) in weights.experts.iter().chain(as_expert).enumerate() {
             let first = index * 2 * width;
             let alternate = |offset| Placement { offset, group: BLOCK, group_pitch: 2 * BLOCK };
@@ -135,6 +146,7 @@ impl CudaBackend {
             let rows = Placement::at(index * shape.hidden);
             self.loader.place(&self.stream, &self.kernels, &expert.down, &down, rows)?;
         }
+        self.loader.reserve_widened(&self.stream, [&gate_up, &down], self.precision)?;
         let shared_shape = MlpShape { hidden: shape.hidden, width: shape.shared_width };
         let shared = match weights.shared.as_ref().filter(|_| extra == 0) {
             Some(shared) => Some(self.mlp_load(&shared_shape, shared)?),
@@ -152,9 +164,10 @@ impl CudaBackend {
         let forced = self.moe_forced(&shape, routing)?;
         let work = self.moe_work(layer)?;
         self.moe_route(layer, x, forced, &work)?;
-        self.moe_products(layer, x, &work)?;
+        let weights = self.moe_weights(layer)?;
+        self.moe_products(layer, x, &weights, &work)?;
         let mut is_apart = layer.shared_choices(tokens) == 0;
-        match (&layer.shared, layer.last_expert()) {
+        match (&layer.shared, layer.last_expert(&weights, self.precision)) {
             (Some(shared), _) => self.mlp_rows(shared, x.address(), work.shared)?,
             (None, Some(weights)) if is_apart => {
                 let shape = MlpShape { hidden: shape.hidden, width: layer.width };
@@ -214,13 +227,29 @@ impl CudaBackend {
         kernels.iter().find(|kernel| kernel.rows >= wanted)
     }
 
-    fn moe_products(&self, layer: &Moe, x: &Tensor, work: &Work) -> Result<()> {
+    /// In float32 mode experts stay as they are stored, since they would not fit otherwise, and are widened for each product.
+    fn stored_type<'a>(&self, mut experts: impl Iterator<Item = &'a MlpWeights<'a>>) -> DType {
+        let is_narrow = |slice: &TensorSlice<'_>| slice.dtype == DType::Bf16;
+        if experts.all(|expert| [&expert.gate, &expert.up, &expert.down].into_iter().all(is_narrow)) {
+            DType::Bf16
+        } else {
+            self.precision
+        }
+    }
+
+    fn moe_weights(&self, layer: &Moe) -> Result<ExpertWeights> {
+        let [gate_up, down] =
+            self.loader.widened(&self.stream, &self.kernels, [&layer.gate_up, &layer.down], self.precision)?;
+        Ok(ExpertWeights { gate_up, down })
+    }
+
+    fn moe_products(&self, layer: &Moe, x: &Tensor, weights: &ExpertWeights, work: &Work) -> Result<()> {
         let shape = layer.shape;
         let tokens = self.tokens();
         let entries = tokens * layer.choices(tokens);
         let up = MoeProductParams {
             input: x.address(),
-            weight: layer.gate_up.address(),
+            weight: weights.gate_up,
             out: work.inner,
             source: work.source,
             tiles: work.tiles,
@@ -232,7 +261,7 @@ impl CudaBackend {
         };
         let down = MoeProductParams {
             input: work.inner,
-            weight: layer.down.address(),
+            weight: weights.down,
             out: work.rows,
             depth: layer.width as u32,
             width: shape.hidden as u32,
@@ -274,7 +303,7 @@ impl CudaBackend {
         let tiles = entries.div_ceil(LEAST_TILE) + layer.experts(tokens);
         let scratch = &mut self.scratch;
         Ok(Work {
-            scores: scratch.take(needs::router_parts(&shape, tokens) * tokens * shape.experts * 4)?,
+            scores: scratch.take(router_parts(&shape, tokens) * tokens * shape.experts * 4)?,
             chosen: scratch.take(entries * 4)?,
             weights: scratch.take(entries * 4)?,
             source: scratch.take(entries * 4)?,
@@ -291,7 +320,7 @@ impl CudaBackend {
     fn moe_route(&mut self, layer: &Moe, x: &Tensor, forced: u64, work: &Work) -> Result<()> {
         let (tokens, shape) = (self.tokens(), layer.shape);
         let entries = tokens * layer.choices(tokens);
-        let parts = needs::router_parts(&shape, tokens);
+        let parts = router_parts(&shape, tokens);
         let params = MoeRouterParams {
             x: x.address(),
             weight: layer.router.address(),
@@ -301,8 +330,8 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             parts: parts as u32,
         };
-        if tokens >= needs::ROUTER_MANY {
-            let tile = needs::ROUTER_TILE;
+        if tokens >= ROUTER_MANY {
+            let tile = ROUTER_TILE;
             let mut grid = Grid::new(shape.experts.div_ceil(tile), tokens.div_ceil(tile), 256);
             grid.blocks.2 = parts as u32;
             self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?;
@@ -391,6 +420,15 @@ impl CudaBackend {
 /// Shared memory of one warp of the selection.
 fn select_shared(shape: &MoeShape) -> usize {
     (2 * shape.experts + shape.groups + 2 * shape.top_k) * 4
+}
+
+/// Parts of the depth that the router of a step's tokens is computed in, so that few tokens too occupy the device.
+fn router_parts(shape: &MoeShape, tokens: usize) -> usize {
+    if tokens < ROUTER_MANY {
+        return 1;
+    }
+    let tiles = tokens.div_ceil(ROUTER_TILE) * shape.experts.div_ceil(ROUTER_TILE);
+    (ROUTER_BLOCKS / tiles).min(shape.hidden / ROUTER_PART).max(1)
 }
 
 /// Threads of a block that sums a token's experts, four numbers each.
