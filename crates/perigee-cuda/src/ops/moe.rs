@@ -5,6 +5,7 @@ use perigee_backend::weights::{MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, DType, MlpShape, MoeShape, Result, Routing, TensorSlice};
 
 use crate::backend::CudaBackend;
+use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
 use crate::exchange::Exchange;
 use crate::formula::Fault;
@@ -12,9 +13,10 @@ use crate::kernels::MoeTensor;
 use crate::loader::{Loader, Placement};
 use crate::needs::{self, EXPERT_BLOCK as BLOCK, ROUTER_BLOCKS, ROUTER_TILE};
 use crate::ops::mlp::{GatedWeights, Mlp};
+use crate::ops::wide::WideWeights;
 use crate::params::{
-    MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams,
-    MoeSortParams, MoeTile, NormParams,
+    ElementParams, MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams,
+    MoeSelectSortParams, MoeSortParams, MoeTile, NormParams,
 };
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
@@ -40,6 +42,8 @@ const ROUTER_EXPERTS: usize = 4;
 /// Tokens from which the router is a tiled product, and the least depth of a part of it.
 const ROUTER_MANY: usize = 16;
 const ROUTER_PART: usize = 128;
+/// Tokens from which the router is a dense product, where its weights are bfloat16 as stored.
+const ROUTER_PRODUCT: usize = 512;
 /// Warps of the block that selects and sorts for few tokens, one for each of them.
 const SELECT_WARPS: usize = 16;
 /// Widest row that one block sums and norms.
@@ -50,11 +54,13 @@ const PLAIN_SHARED: usize = 48 << 10;
 /// A mixture of experts.
 #[derive(Debug)]
 pub struct Moe {
-    shape: MoeShape,
+    pub(crate) shape: MoeShape,
     /// Inner width of an expert, padded to a multiple of [`BLOCK`] with zeros.
-    width: usize,
+    pub(crate) width: usize,
     /// [E, d] float32
     router: Matrix,
+    /// The same in bfloat16, where that is how it was stored: products with it are exact, and many tokens go through tensor cores.
+    narrow_router: Option<Matrix>,
     bias: Buffer,
     /// Shared experts that are as wide as a routed one lie behind the others as one more expert: 1, else 0.
     extra: usize,
@@ -64,6 +70,8 @@ pub struct Moe {
     down: Matrix,
     /// Shared experts of another width.
     shared: Option<Mlp>,
+    /// Where the kernels for many rows an expert fit.
+    pub(crate) wide: Option<WideWeights>,
 }
 
 impl Moe {
@@ -73,12 +81,12 @@ impl Moe {
     }
 
     /// Experts of a token.
-    fn choices(&self, tokens: usize) -> usize {
+    pub(crate) fn choices(&self, tokens: usize) -> usize {
         self.shape.top_k + self.shared_choices(tokens)
     }
 
     /// Experts that tokens choose from.
-    fn experts(&self, tokens: usize) -> usize {
+    pub(crate) fn experts(&self, tokens: usize) -> usize {
         self.shape.experts + self.shared_choices(tokens)
     }
 
@@ -107,16 +115,18 @@ pub(crate) struct Selected {
 }
 
 /// Working memory of one run, by address.
-struct Work {
+pub(crate) struct Work {
     scores: u64,
-    chosen: u64,
+    pub(crate) chosen: u64,
     weights: u64,
-    source: u64,
-    position: u64,
-    tiles: u64,
-    tile_count: u64,
-    inner: u64,
-    rows: u64,
+    pub(crate) source: u64,
+    pub(crate) position: u64,
+    pub(crate) tiles: u64,
+    pub(crate) tile_count: u64,
+    /// Entries of each expert in each block of the sort of many entries.
+    pub(crate) counts: u64,
+    pub(crate) inner: u64,
+    pub(crate) rows: u64,
     shared: u64,
 }
 
@@ -127,6 +137,11 @@ impl CudaBackend {
         let name = &weights.router.name;
         let router = Loader::matrix(&self.stream, shape.experts, shape.hidden, DType::Fp32, name)?;
         self.loader.place(&self.stream, &self.kernels, &weights.router, &router, Placement::at(0))?;
+        let narrow_router = if self.precision == DType::Bf16 && weights.router.dtype == DType::Bf16 {
+            Some(self.moe_narrow(&router, shape.hidden)?)
+        } else {
+            None
+        };
         let bias = self.loader.vector(&self.stream, &self.kernels, &weights.bias)?;
         if self.formula.has(Fault::UnbiasedSelection) {
             self.stream.fill(&bias, 0, bias.bytes(), 0)?;
@@ -153,7 +168,19 @@ impl CudaBackend {
             None => None,
         };
         self.scratch.require(needs::moe(shape, self.precision.bytes()));
-        Ok(Moe { shape: *shape, width, router, bias, extra, gate_up, down, shared })
+        let wide = self.moe_wide_weights((&gate_up, shape.hidden), (&down, width))?;
+        Ok(Moe { shape: *shape, width, router, narrow_router, bias, extra, gate_up, down, shared, wide })
+    }
+
+    /// A float32 matrix in bfloat16.
+    fn moe_narrow(&self, wide: &Matrix, columns: usize) -> Result<Matrix> {
+        let narrow = Loader::matrix(&self.stream, wide.rows, columns, DType::Bf16, "router in bfloat16")?;
+        let count = wide.rows * columns;
+        let params =
+            ElementParams { input: wide.address(), out: narrow.address(), count: count as u64, width: 0, block: 0 };
+        let grid = Grid::new(count.div_ceil(256).min(1 << 16), 1, 256);
+        self.stream.launch(&self.kernels.convert_bf16, grid, &params)?;
+        Ok(narrow)
     }
 
     pub(crate) fn moe_run(&mut self, layer: &Moe, x: &Tensor, routing: Routing<'_>, out: &Tensor) -> Result<()> {
@@ -268,6 +295,9 @@ impl CudaBackend {
             ..up
         };
         let tiles = |rows| entries.div_ceil(rows) + layer.experts(tokens).min(entries);
+        if let Some((kernels, weights)) = self.moe_wide(layer) {
+            return self.moe_wide_products(layer, kernels, weights, x.address(), work);
+        }
         if let Some(tensor) = self.moe_tensor(layer) {
             let grid = |weight_rows: usize| {
                 Grid::new(weight_rows.div_ceil(tensor.columns), tiles(tensor.rows), 256).shared(tensor.shared)
@@ -310,6 +340,7 @@ impl CudaBackend {
             position: scratch.take(entries * 4)?,
             tiles: scratch.take(tiles * size_of::<MoeTile>())?,
             tile_count: scratch.take(4)?,
+            counts: scratch.take(needs::sort_counts(entries, layer.experts(tokens)))?,
             inner: scratch.take(entries * layer.width * element)?,
             rows: scratch.take(entries * shape.hidden * element)?,
             shared: scratch.take(tokens * shape.hidden * element)?,
@@ -320,7 +351,8 @@ impl CudaBackend {
     fn moe_route(&mut self, layer: &Moe, x: &Tensor, forced: u64, work: &Work) -> Result<()> {
         let (tokens, shape) = (self.tokens(), layer.shape);
         let entries = tokens * layer.choices(tokens);
-        let parts = router_parts(&shape, tokens);
+        let narrow = layer.narrow_router.as_ref().filter(|_| tokens >= ROUTER_PRODUCT);
+        let parts = if narrow.is_some() { 1 } else { router_parts(&shape, tokens) };
         let params = MoeRouterParams {
             x: x.address(),
             weight: layer.router.address(),
@@ -330,7 +362,12 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             parts: parts as u32,
         };
-        if tokens >= ROUTER_MANY {
+        if let Some(weight) = narrow {
+            let product =
+                Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
+            let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };
+            self.blas.run(&self.stream, &product, operands)?;
+        } else if tokens >= ROUTER_MANY {
             let tile = ROUTER_TILE;
             let mut grid = Grid::new(shape.experts.div_ceil(tile), tokens.div_ceil(tile), 256);
             grid.blocks.2 = parts as u32;
@@ -358,6 +395,11 @@ impl CudaBackend {
             parts: parts as u32,
             reserved: 0,
         };
+        if let Some((kernels, _)) = self.moe_wide(layer) {
+            let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
+            self.stream.launch(&self.kernels.moe_select, grid, &select)?;
+            return self.moe_wide_sort(layer, kernels, work);
+        }
         let sort = MoeSortParams {
             chosen: work.chosen,
             source: work.source,
