@@ -11,7 +11,7 @@ use crate::stream::Grid;
 /// Depth of a step of the kernels for few tokens.
 const DEPTH: usize = 64;
 /// Blocks below which the weight rows are shared out more finely, with more warps on each.
-const FEW_BLOCKS: usize = 264;
+const FEW_BLOCKS: usize = 100;
 
 impl CudaBackend {
     /// Queues a product.
@@ -36,7 +36,7 @@ impl CudaBackend {
         self.stream.launch(kernel, grid, &params)
     }
 
-    /// The kernel for this product, if there is one: the fewest tokens that do, and blocks enough to fill the device.
+    /// The kernel for this product, if there is one: the fewest tokens that do, and enough blocks for the device.
     fn skinny(&self, product: &Product) -> Option<&Skinny> {
         let fits = product.rows > 0
             && product.batch == 1
@@ -50,6 +50,6 @@ impl CudaBackend {
         let tokens = forms().map(|form| form.tokens).find(|&tokens| tokens >= product.rows).filter(|_| fits)?;
         let mut forms = forms().filter(|form| form.tokens == tokens);
         let fine = forms.next()?;
-        Some(forms.find(|form| product.out.div_ceil(form.rows) >= FEW_BLOCKS / 2).unwrap_or(fine))
+        Some(forms.find(|form| product.out.div_ceil(form.rows) >= FEW_BLOCKS).unwrap_or(fine))
     }
 }

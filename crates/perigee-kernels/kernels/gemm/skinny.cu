@@ -1,4 +1,4 @@
-// Dense products with few tokens: out [tokens][rows] = x [tokens][depth] . weight [rows][depth], bfloat16 operands, float32 sums, by
+// Dense products of up to 8 tokens: out [tokens][rows] = x [tokens][depth] . weight [rows][depth], bfloat16 operands, float32 sums, by
 // skinny.cuh. Weights are asked for before the kernel ahead has ended, since nothing writes them. See README.md.
 #include "gemm/params.h"
 #include "gemm/skinny.cuh"
@@ -48,7 +48,3 @@ __device__ __forceinline__ void product(const SkinnyParams& p) {
   static_assert(Skinny<tokens, row_warps, 2, ahead>::kShared == 2 * tokens * (64 * ahead * (8 / row_warps) + 32) * 2, "launcher's size");
 SKINNY(8, 1, 4)
 SKINNY(8, 4, 4)
-SKINNY(16, 1, 2)
-SKINNY(16, 4, 4)
-SKINNY(32, 2, 2)
-SKINNY(32, 4, 3)
