@@ -11,14 +11,14 @@ START_SECONDS = 120
 
 
 class Cluster:
-    """`perigee up` with these options, in float32, on free ports."""
+    """`perigee up` with these options, in float32 unless said otherwise, on free ports."""
 
-    def __init__(self, binary, model, device, *options):
+    def __init__(self, binary, model, device, *options, dtype="fp32"):
         self.binary, self.log = binary, tempfile.TemporaryFile("w+")
-        command = [binary, "up", "--json", "--model", model, "--device", device, "--dtype", "fp32", "--port", "0",
+        command = [binary, "up", "--json", "--model", model, "--device", device, "--dtype", dtype, "--port", "0",
                    "--http-port", "0", *map(str, options)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True,
-                                        env=os.environ | {"PERIGEE_LOG": "info"})
+                                        env=os.environ | {"PERIGEE_LOG": "info,perigee_cuda=debug"})
         guard = threading.Timer(START_SECONDS, self.process.kill)
         guard.start()
         line = self.process.stdout.readline()

@@ -9,7 +9,7 @@ use crate::remote::StepReport;
 use crate::traces::TraceNotes;
 
 /// Version of this protocol; ranks of different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Experts that the mixture-of-experts layers use in a step instead of their own selection.
 pub type ForcedExperts = Vec<(u32, Vec<u32>)>;
@@ -171,7 +171,7 @@ mod tests {
         let context = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".parse().unwrap();
         for command in [
             RankCommand::Step {
-                plan: StepPlan { remote: remote(), ..StepPlan::default() }.into(),
+                plan: StepPlan { remote: remote(), feed: vec![1, 0], ..StepPlan::default() }.into(),
                 forced: vec![(1, vec![2])],
             },
             RankCommand::ExportSlot { from: StateSource::Parked(5) },
