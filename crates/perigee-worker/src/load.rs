@@ -65,11 +65,7 @@ pub fn open_engine(options: &EngineOptions, seat: Seat) -> Result<Opened> {
     let spec: ModelSpec = options.model.parse()?;
     let source = WeightSource::open(&spec)?;
     source.config().check_tp(seat.tp)?;
-    let mut digest = model_digest(&spec)?;
-    if options.fill_prompts {
-        // Neither routers nor replicas take it for the model itself.
-        digest.push_str("-filled");
-    }
+    let digest = served_digest(options, &spec)?;
     let step_tokens = options.token_budget.max(options.max_batch);
     // The engine asks for no more rows of logits than a step has rows.
     let logit_rows = options.max_batch;
@@ -95,6 +91,19 @@ pub fn open_engine(options: &EngineOptions, seat: Seat) -> Result<Opened> {
         max_model_len: longest.min(pages * PAGE_TOKENS),
     };
     Ok(Opened { spec, source, digest, limits, logit_rows, memory, fill_prompts: options.fill_prompts })
+}
+
+/// The digest under which a model is served with these options.
+///
+/// # Errors
+/// The model cannot be read.
+pub fn served_digest(options: &EngineOptions, spec: &ModelSpec) -> Result<String> {
+    let mut digest = model_digest(spec)?;
+    if options.fill_prompts {
+        // Neither routers nor replicas take it for the model itself.
+        digest.push_str("-filled");
+    }
+    Ok(digest)
 }
 
 /// Divides a card of `card` bytes for this rank.
