@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use crate::batch::StepBatch;
+use crate::batch::{Row, StepBatch};
 use crate::error::{BackendError, Result};
 use crate::shapes::{CacheShape, KdaShape, MlaShape, MlpShape, MoeShape};
 use crate::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, TensorSlice};
@@ -196,7 +196,13 @@ pub trait Backend: Send {
         queries: &Self::Tensor,
         partials: &mut Partials<Self::Tensor>,
     ) -> Result<()>;
-    /// Merges another part, computed elsewhere, into `partials` for one token of the step:
+    /// Whether `mla_project` and `mla_attend` leave this row's absorbed queries and partials for others to see. A backend may
+    /// compute a row with all its keys here in another form; then what they leave is for its own next op only.
+    fn shows_partials(&self, row: &Row) -> bool {
+        let _ = row;
+        true
+    }
+    /// Merges another part, computed elsewhere, into `partials` for one token of the step whose row's partials are shown:
     /// `output` [heads * R], `lse` `[heads]`.
     fn mla_merge(
         &mut self,

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use perigee_backend::batch::StepBatch;
+use perigee_backend::batch::{Row, StepBatch};
 use perigee_backend::ops::{Backend, LatentReader, Partials, Precision, Recorded, Routing, StatePart};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
@@ -16,6 +16,7 @@ use crate::buffer::Buffer;
 use crate::cache::Cache;
 use crate::device::{Device, DeviceInfo};
 use crate::exchange::Exchange;
+use crate::expand::is_expanded;
 use crate::formula::Formula;
 use crate::kernels::Kernels;
 use crate::loader::Loader;
@@ -63,6 +64,8 @@ pub struct CudaBackend {
     cache: Option<Cache>,
     /// Query heads of MLA layers, once one is loaded.
     pub(crate) mla_heads: Option<usize>,
+    /// Whether all MLA layers have the expanded form, once one is loaded.
+    pub(crate) mla_expands: Option<bool>,
     latent: usize,
     /// Rows of the largest tensor: the most tokens of a step.
     pub(crate) most_rows: usize,
@@ -102,6 +105,7 @@ impl CudaBackend {
             feed: Vec::new(),
             cache: None,
             mla_heads: None,
+            mla_expands: None,
             latent: 0,
             most_rows: 0,
             head_rows: 0,
@@ -140,7 +144,11 @@ impl CudaBackend {
 
     /// What the attention plan of any step depends on.
     pub(crate) fn planning(&self) -> Planning {
-        Planning { heads: self.mla_heads.unwrap_or(0), items: 2 * self.stream.device().multiprocessors() as usize }
+        Planning {
+            heads: self.mla_heads.unwrap_or(0),
+            items: 2 * self.stream.device().multiprocessors() as usize,
+            stretch: if self.mla_expands == Some(true) { needs::stretch_keys(self.most_rows) } else { 0 },
+        }
     }
 
     /// Makes room for the current step of `tokens` tokens, and for any decode step of its size.
@@ -282,6 +290,10 @@ impl Backend for CudaBackend {
         partials: &mut Partials<Tensor>,
     ) -> Result<()> {
         self.mla_attend_run(layer, index, queries, partials)
+    }
+
+    fn shows_partials(&self, row: &Row) -> bool {
+        self.planning().stretch == 0 || !is_expanded(row)
     }
 
     fn mla_merge(

@@ -15,6 +15,8 @@ mod device;
 #[cfg(feature = "cuda")]
 mod exchange;
 #[cfg(feature = "cuda")]
+mod expand;
+#[cfg(feature = "cuda")]
 mod formula;
 #[cfg(feature = "cuda")]
 mod graph;
@@ -46,6 +48,8 @@ mod step;
 mod stream;
 #[cfg(feature = "cuda")]
 mod tensor;
+#[cfg(feature = "cuda")]
+mod tensor_map;
 #[cfg(feature = "cuda")]
 mod transfer;
 

@@ -120,7 +120,7 @@ impl Question<'_> {
             segments: vec![Segment { start: 0, end, pages: self.pages.to_vec() }],
         };
         let batch = StepBatch { tokens: Vec::new(), rows: vec![row], logits: Vec::new() };
-        let planning = Planning { heads: self.heads, items: 2 * device.multiprocessors() as usize };
+        let planning = Planning { heads: self.heads, items: 2 * device.multiprocessors() as usize, stretch: 0 };
         Ok(Attention::plan(&batch, planning))
     }
 }

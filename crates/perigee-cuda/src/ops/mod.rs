@@ -3,6 +3,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod embed;
+pub(crate) mod expanded;
 pub(crate) mod kda;
 pub(crate) mod logits;
 pub(crate) mod mla;
@@ -11,3 +12,4 @@ pub(crate) mod moe;
 pub(crate) mod norm;
 pub(crate) mod reduce;
 pub(crate) mod sample;
+pub(crate) mod wide;
