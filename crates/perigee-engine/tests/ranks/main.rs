@@ -5,6 +5,7 @@
 mod ahead;
 #[cfg(test)]
 mod costs;
+mod filling;
 #[cfg(test)]
 mod group;
 #[cfg(test)]
