@@ -278,6 +278,27 @@ pub trait Backend: Send {
     fn export_state(&mut self, slot: u32, part: &StatePart) -> Result<Vec<u8>>;
     /// Overwrites a part of a slot.
     fn import_state(&mut self, slot: u32, part: &StatePart, bytes: &[u8]) -> Result<()>;
+    /// Sums over a slot as it is now: of every KDA layer the recurrent state and the tails of q, k and v. Element number i of a
+    /// tensor of the whole model, of which this rank has the heads from `first_head` on, contributes (i + 1) times its bits,
+    /// read as an unsigned 32-bit word (bf16 extended by zeros), modulo 2^64.
+    fn state_sums(&mut self, slot: u32, first_head: u32) -> Result<Vec<u64>>;
+    /// How another process on this machine reaches the slots, for its `open_slots`; none where it cannot.
+    fn share_slots(&mut self) -> Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+    /// Opens the slots of another process. They stay open until they are closed as often as they were opened.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] where they cannot be reached from here or have another form.
+    fn open_slots(&mut self, _shared: &[u8]) -> Result<()> {
+        Err(BackendError::Unsupported("slots of other processes".into()))
+    }
+    /// Copies a slot out of another process, which leaves it as it is meanwhile.
+    fn take_slot(&mut self, _shared: &[u8], _from: u32, _to: u32) -> Result<()> {
+        Err(BackendError::Unsupported("slots of other processes".into()))
+    }
+    /// See [`Self::open_slots`]; what is not open stays so.
+    fn close_slots(&mut self, _shared: &[u8]) {}
     /// Copies a page in every layer, for forks of a partial page.
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()>;
     /// A page of one MLA layer, [`crate::PAGE_TOKENS`] by R + r, as little-endian bytes in its storage type.

@@ -13,6 +13,7 @@ use crate::ops::sample::RANK_SHARED;
 use crate::params::{
     ElementParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaMergeParams, MlaStoreParams,
     MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, NormParams, SampleParams,
+    StateSumParams,
 };
 
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
@@ -49,6 +50,7 @@ pub(crate) struct Kernels {
     pub(crate) sample_filter: Kernel<SampleParams>,
     pub(crate) sample_draw: Kernel<SampleParams>,
     pub(crate) sample_finish: Kernel<SampleParams>,
+    pub(crate) state_sums: Kernel<StateSumParams>,
     modules: Arc<Modules>,
 }
 
@@ -209,6 +211,7 @@ impl Kernels {
             sample_filter: ranking(&modules, "sample_filter")?,
             sample_draw: modules.kernel("sample_draw", "sample_draw")?,
             sample_finish: modules.kernel("sample_draw", "sample_finish")?,
+            state_sums: modules.kernel("state_sums", &typed("state_sums"))?,
             modules,
         })
     }

@@ -48,14 +48,19 @@ impl Reader {
         }
     }
 
-    fn check(&self, question: &Question<'_>) -> Result<()> {
+    fn check_place(&self, layer: usize, pages: &[u32]) -> Result<()> {
         let range = |what, index, limit| Err(BackendError::Range { what, index, limit: limit as u64 });
-        if question.layer >= self.shape.mla_layers {
-            return range("MLA layer", question.layer as u64, self.shape.mla_layers);
+        if layer >= self.shape.mla_layers {
+            return range("MLA layer", layer as u64, self.shape.mla_layers);
         }
-        if let Some(&page) = question.pages.iter().find(|&&page| page as usize >= self.shape.pages) {
-            return range("latent page", page.into(), self.shape.pages);
+        match pages.iter().find(|&&page| page as usize >= self.shape.pages) {
+            Some(&page) => range("latent page", page.into(), self.shape.pages),
+            None => Ok(()),
         }
+    }
+
+    fn check(&self, question: &Question<'_>) -> Result<()> {
+        self.check_place(question.layer, question.pages)?;
         let (width, latent) = (self.shape.latent_width, question.latent);
         if question.heads == 0 || latent > width || !question.queries.len().is_multiple_of(question.heads * width) {
             let expected = [question.heads, width];
@@ -64,10 +69,14 @@ impl Reader {
         Ok(())
     }
 
-    fn idle_lane(&self) -> Result<Lane> {
+    /// Works on a lane that nobody else uses meanwhile. One that failed is not used again.
+    fn on_a_lane<T>(&self, work: impl FnOnce(&mut Lane) -> Result<T>) -> Result<T> {
         // The lanes are whole whatever a panic elsewhere left behind: each is taken out before it is used.
         let idle = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        idle.map_or_else(|| Lane::new(&self.device), Ok)
+        let mut lane = idle.map_or_else(|| Lane::new(&self.device), Ok)?;
+        let done = work(&mut lane)?;
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
+        Ok(done)
     }
 }
 
@@ -87,11 +96,17 @@ impl LatentReader for Reader {
         if pages.is_empty() || rows == 0 {
             return Ok((vec![0.0; rows * latent], vec![f32::NEG_INFINITY; rows]));
         }
-        let mut lane = self.idle_lane()?;
-        let answer = lane.answer(self, &question)?;
-        // A lane that failed is not used again.
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
-        Ok(answer)
+        self.on_a_lane(|lane| lane.answer(self, &question))
+    }
+
+    fn page(&self, layer: usize, page: u32) -> Result<Vec<u8>> {
+        self.check_place(layer, &[page])?;
+        let bytes = self.layer_bytes / self.shape.pages;
+        let mut out = vec![0; bytes];
+        self.on_a_lane(|lane| {
+            lane.stream.read(&self.latents, layer * self.layer_bytes + page as usize * bytes, &mut out)
+        })?;
+        Ok(out)
     }
 }
 

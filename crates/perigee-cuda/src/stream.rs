@@ -347,6 +347,11 @@ impl Download {
         self.source.bytes()
     }
 
+    /// Makes everything zero, in stream order.
+    pub(crate) fn clear(&self, stream: &Stream) -> Result<()> {
+        stream.fill(&self.source, 0, self.source.bytes(), 0)
+    }
+
     /// Where kernels write on the device.
     pub(crate) fn address(&self) -> u64 {
         self.source.address()

@@ -56,5 +56,12 @@ pub(super) fn answers<F: Factory>(factory: &mut F, checks: &mut Checks, model: &
     checks.refused("a layer that does not exist", attend(LAYERS, segments[0].pages[0]));
     let short = reader.attend(0, &segments[0].pages[..1], shape.heads, 1.0, shape.latent, &query[1..]);
     checks.refused("queries of another width", short);
+    // Pages that a session's owner takes over.
+    for (layer, &page) in (0..LAYERS).flat_map(|layer| segments[0].pages[..3].iter().map(move |page| (layer, page))) {
+        let same = reader.page(layer, page)? == bench.harness.backend.export_page(page, layer as u32)?;
+        checks.holds(&format!("page {page} of layer {layer}"), same, || "other bytes than a step exports".into());
+    }
+    checks.refused("giving out a page that does not exist", reader.page(0, u32::MAX));
+    checks.refused("giving out a page of a layer that does not exist", reader.page(LAYERS, segments[0].pages[0]));
     Ok(())
 }

@@ -100,6 +100,7 @@ const FAULTS: [(Fault, &str, bool); 25] = [
     (Fault::KeepsCopies, "latent_pages/copy", true),
     (Fault::KeepsCopies, "state_slots/clear", true),
     (Fault::ImportsFirstHeads, "state_slots/head ranges", true),
+    (Fault::SumsOwnHeads, "state_slots/sums", true),
 ];
 
 fn notices(activation: DType) {

@@ -11,3 +11,4 @@ pub(crate) mod moe;
 pub(crate) mod norm;
 pub(crate) mod reduce;
 pub(crate) mod sample;
+pub(crate) mod state;
