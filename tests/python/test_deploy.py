@@ -104,6 +104,15 @@ def test_a_rank_that_dies_ends_the_container(replica, rank):
     assert not [pid for pid in pids if pathlib.Path(f"/proc/{pid}").exists()]
 
 
+def test_drained_it_waits_for_the_signal_that_follows_the_hook(replica):
+    pids = ranks(replica)
+    subprocess.run([RANKS, "drain"], env={**os.environ, "PERIGEE_RANKS_PID": str(replica.pid)}, timeout=60, check=True)
+    assert not [pid for pid in pids if pathlib.Path(f"/proc/{pid}").exists()]
+    assert replica.poll() is None
+    replica.send_signal(signal.SIGTERM)
+    assert replica.wait(30) == 0
+
+
 def test_options_that_the_program_refuses_end_it(tmp_path):
     command = [RANKS, "2", "0", "--tensor-parallel=2"]
     result = subprocess.run(command, env={**os.environ, "PERIGEE": binary()}, capture_output=True, text=True, timeout=30,

@@ -114,6 +114,23 @@ def test_a_pod_outlives_its_drain(name, rendered):
                 assert grace and grace[0] + 15 <= pod["spec"]["terminationGracePeriodSeconds"]
 
 
+@pytest.mark.parametrize("name", MATRIX)
+def test_replicas_drain_before_they_are_told_to_end(name, rendered):
+    hooks = [container["lifecycle"]["preStop"]["exec"]["command"] for pod in pods(rendered[name])
+             for container in pod["spec"]["containers"] if container["name"] == "worker"]
+    assert hooks == [["perigee-ranks", "drain"]]
+
+
+def test_traces_go_where_the_values_say(rendered):
+    for pod in pods(rendered["everything"]):
+        for container in pod["spec"]["containers"]:
+            if container["name"] in ("router", "worker"):
+                assert {"--otlp-endpoint=http://collector.observability:4317", "--otlp-sample=0.1"} <= set(container["args"])
+    policies = [document["spec"] for document in render.documents(rendered["everything"])
+                if document["kind"] == "NetworkPolicy"]
+    assert sum({"ports": [{"port": 4317}]} in policy["egress"] for policy in policies) == 2
+
+
 @pytest.mark.parametrize(("name", "cards"), [("gpu-tp8", 8), ("machines-2", 8), ("everything", 4), ("defaults", 2),
                                              ("cpu", None)])
 def test_a_pod_asks_for_a_card_for_each_of_its_ranks(name, cards, rendered):

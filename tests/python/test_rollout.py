@@ -29,6 +29,8 @@ VALUES = {
     "model": {"random": "tiny"},
 }
 PATIENCE = 120
+# Programs of the images by name; the others are perigee itself.
+PROGRAMS = {"perigee-ranks": str(ROOT / "deploy/images/perigee-ranks"), "sleep": "sleep"}
 
 
 def pods():
@@ -45,8 +47,7 @@ class Container:
         self.grace = pod["terminationGracePeriodSeconds"]
         self.container = pod["containers"][0]
         self.http = addresses["http"]
-        words = [{"perigee": binary(), "perigee-ranks": str(ROOT / "deploy/images/perigee-ranks")}[word]
-                 for word in self.container["command"]]
+        words = [PROGRAMS.get(word) or binary() for word in self.container["command"]]
         unused = set(addresses)
         for word in self.container["args"]:
             option = word.removeprefix("--").partition("=")[0]
@@ -76,7 +77,11 @@ class Container:
         """preStop, SIGTERM, and a wait of as long as the pod may take; its exit status."""
         deadline = time.monotonic() + self.grace
         if hook := self.container.get("lifecycle", {}).get("preStop"):
-            await asyncio.to_thread(subprocess.run, hook["exec"]["command"], check=True)
+            program, *words = hook["exec"]["command"]
+            await asyncio.to_thread(subprocess.run, [PROGRAMS.get(program) or binary(), *words], check=True, timeout=self.grace,
+                                    env={**os.environ, "PERIGEE_RANKS_PID": str(self.process.pid)})
+            # What a hook leaves to do is left for SIGTERM: one that took the container with it would count as failed.
+            assert self.process.poll() is None, self.container["name"]
         self.process.send_signal(signal.SIGTERM)
         return await asyncio.to_thread(self.process.wait, deadline - time.monotonic())
 

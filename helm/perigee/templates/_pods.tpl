@@ -36,6 +36,16 @@ capabilities:
   value: json
 {{- end }}
 
+{{/* Where traces go. */}}
+{{- define "perigee.tracingArguments" -}}
+{{- with .Values.tracing -}}
+{{- if .endpoint -}}
+- --otlp-endpoint={{ .endpoint }}
+- --otlp-sample={{ .sample }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* The registry: one prefix for each release, so that several may share an etcd. */}}
 {{- define "perigee.registryArguments" -}}
 {{- $etcd := .Values.etcd -}}

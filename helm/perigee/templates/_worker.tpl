@@ -75,6 +75,9 @@ containers:
       {{- include "perigee.registryArguments" $root | nindent 6 }}
       - --advertise={{ .host }}
       - --grace={{ include "perigee.grace" $worker.terminationGracePeriodSeconds }}
+      {{- with include "perigee.tracingArguments" $root }}
+      {{- . | nindent 6 }}
+      {{- end }}
       {{- with include "perigee.tlsArguments" $root }}
       {{- . | nindent 6 }}
       {{- end }}
@@ -113,6 +116,11 @@ containers:
       - name: http
         containerPort: 7423
     {{- include "perigee.probes" $root | nindent 4 }}
+    lifecycle:
+      preStop:
+        # Its sessions move to other replicas, and its ranks end. SIGTERM alone, from a node that cannot run this, does the same.
+        exec:
+          command: [perigee-ranks, drain]
     resources:
       {{- include "perigee.resources" $root | nindent 6 }}
     securityContext:
