@@ -1,6 +1,7 @@
 """Sessions that change replicas on a device, in float32: random schedules over three replicas (split and whole moves, before the
 first token and after, there and back, several choices of one request, latents at several homes), each stream held against the
-same request undisturbed; latents that follow; and a CPU's sessions on a device and back. Every schedule follows from its seed.
+same request undisturbed; latents that follow; sources that are killed while they hand a session over; and a CPU's sessions on a
+device and back. Every schedule follows from its seed.
 
 usage: moves.py PERIGEE MODEL DEVICE [SCHEDULES [SEED]]
 """
@@ -8,7 +9,10 @@ import collections
 import concurrent.futures
 import json
 import math
+import os
 import random
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +21,7 @@ import urllib.request
 from cluster import Cluster
 from fleet import Fleet
 
-AT_ONCE, WAIT_SECONDS, MOST_MOVES = 6, 60, 5
+AT_ONCE, WAIT_SECONDS, MOST_MOVES = 8, 60, 5
 # Where the undisturbed run's own two best logits are nearer than that, rounding may choose; one run of a hundred may need it.
 MARGIN, EXCUSED = 1e-4, 0.01
 # What an operator's move may end with where the session had ended or was on its way already.
@@ -66,9 +70,9 @@ def schedule(seed, replicas):
     draw = random.Random(seed)
     # Every third moves as soon as it is known, which is in its prompt if that is long.
     early = seed % 3 == 0
-    least = 1500 if early else 16
-    prompt = [draw.randrange(3, 250) for _ in range(round(math.exp(draw.uniform(math.log(least), math.log(3000)))))]
-    tokens, choices = draw.randrange(400, 1200), draw.choice([1, 1, 1, 2, 3])
+    least = 800 if early else 16
+    prompt = [draw.randrange(3, 250) for _ in range(round(math.exp(draw.uniform(math.log(least), math.log(1500)))))]
+    tokens, choices = draw.randrange(150, 400), draw.choice([1, 1, 1, 2, 3])
     options = ["--tokens", ",".join(map(str, prompt)), "--max-tokens", tokens, "--n", choices]
     greedy = draw.random() < 0.5
     options += ["--temperature", 0] if greedy else ["--temperature", 0.9, "--seed", draw.randrange(1 << 32)]
@@ -157,7 +161,7 @@ def random_schedules(cluster, count, first):
                 tally["in the prompt"] += status == "prefill"
                 tally["from several homes"] += segments > 2
                 sizes["stall ms, " + mode].add(what["stall_ms"])
-    print(f"{count} schedules from seed {first}: {dict(tally)}, {excused} excused")
+    print(f"{count} schedules from seed {first}: {dict(tally)}, {excused} excused", flush=True)
     for what, values in sorted(sizes.items()):
         print(f"{what}: median {sorted(values)[len(values) // 2]:.1f}, most {max(values):.1f}")
     assert tally["split"] and tally["whole"] and tally["in the prompt"] and tally["from several homes"], "some kind of move is missing"
@@ -193,7 +197,32 @@ def latents_follow(cluster):
     found = choices_of(client)
     assert arrived is not None, "the session ended before its latents were there"
     assert found == expected, "the stream is another after its latents followed"
-    print(f"latents followed: moved at {session['context']} positions, all local at {arrived['context']}")
+    print(f"latents followed: moved at {session['context']} positions, all local at {arrived['context']}", flush=True)
+
+
+def deaths(binary, model, device):
+    """Sources that are killed at different moments of a handoff: the stream goes on as it would have, at whoever has it."""
+    options = ["--replicas", 4, "--tp", 1, "--state-slots", 8, "--latent-pages", 256, "--max-model-len", 4096]
+    request = ["--tokens", ",".join(str(3 + 5 * at % 200) for at in range(300)), "--max-tokens", 600, "--temperature", 0]
+    with Cluster(binary, model, device, *options, "--move-grace", 2) as cluster, Board(cluster) as board:
+        expected = choices_of(cluster.generate("--json", *request))
+        pids = {replica["replica"]: replica["pids"] for replica in cluster.replicas}
+        for number, after_ms in enumerate([6, 12, 20]):
+            name = f"outlives-{number}"
+            client = cluster.generate("--json", "--request-id", name, *request)
+            mine = lambda sessions: next((one for one in sessions if one["request_id"] == name and one["context"] > 310), None)
+            session = board.wait_for("session", mine, client)
+            source = session["owner"]
+            target = next(other for other in pids if other != source)
+            line = [binary, "migrate", "--router", cluster.router, session["session"], "--to", target]
+            move = subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            time.sleep(after_ms / 1e3)
+            for pid in pids.pop(source):
+                os.kill(pid, signal.SIGKILL)
+            found = choices_of(client)
+            said = move.communicate(timeout=60)[0].strip().splitlines()
+            assert found == expected, f"another stream after {source} was killed {after_ms} ms after its order"
+            print(f"{source} killed {after_ms} ms after its order to hand over to {target}: {said[0][:160] if said else 'silent'}", flush=True)
 
 
 def other_devices(binary, model, device):
@@ -222,7 +251,7 @@ def other_devices(binary, model, device):
             found = choices_of(client)
         if dtype == "fp32":
             assert found == expected, f"another stream after {course}"
-            print(f"{len(found[0])} tokens as on the CPU alone, over {' '.join(course)}")
+            print(f"{len(found[0])} tokens as on the CPU alone, over {' '.join(course)}", flush=True)
         else:
             # What a device says in bf16 need not be what a CPU says in float32.
             assert len(found[0]) == 300 and (course == ["device"] or found == expected), "another stream after refused moves"
@@ -233,12 +262,13 @@ def main():
     binary, model, device, *more = sys.argv[1:]
     count, first = int(more[0]) if more else 40, int(more[1]) if len(more) > 1 else 1
     options = ["--replicas", 3, "--tp", 1, "--state-slots", 32, "--latent-pages", 2048, "--max-model-len", 8192]
-    with Cluster(binary, model, device, *options, "--token-budget", 16, "--pages-follow", "never", "--move-grace", 2) as cluster:
+    with Cluster(binary, model, device, *options, "--token-budget", 32, "--pages-follow", "never", "--move-grace", 2) as cluster:
         random_schedules(cluster, count, first)
         all_free(cluster)
     with Cluster(binary, model, device, *options, "--move-grace", 2) as cluster:
         latents_follow(cluster)
         all_free(cluster)
+    deaths(binary, model, device)
     other_devices(binary, model, device)
 
 

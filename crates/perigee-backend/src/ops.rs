@@ -75,6 +75,15 @@ pub struct StatePart {
     pub heads: u32,
 }
 
+/// Queries of one sequence of [`LatentReader::attend_all`], and its pages.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// Full pages, all before the queries.
+    pub pages: &'a [u32],
+    /// [tokens, heads, R + r].
+    pub queries: &'a [f32],
+}
+
 /// Attention over latent pages for others, beside the step loop. Its user sees to it that the steps that wrote the pages are
 /// done and that nobody writes them meanwhile, or throws away what came of it; it shares no lock with the step loop but,
 /// where there are any, those of single pages, and waits for none of the step loop's work.
@@ -94,6 +103,21 @@ pub trait LatentReader: Send + Sync {
         latent: usize,
         queries: &[f32],
     ) -> Result<(Vec<f32>, Vec<f32>)>;
+
+    /// The same for queries of several sequences, each over pages of its own, in their order. As provided one after the other.
+    ///
+    /// # Errors
+    /// As for one; which of them was wrong is not told.
+    fn attend_all(
+        &self,
+        layer: usize,
+        heads: usize,
+        scale: f32,
+        latent: usize,
+        asked: &[Asked<'_>],
+    ) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
+        asked.iter().map(|one| self.attend(layer, one.pages, heads, scale, latent, one.queries)).collect()
+    }
 
     /// A full page of one MLA layer as [`Backend::export_page`] gives it, for a replica that takes it over.
     ///

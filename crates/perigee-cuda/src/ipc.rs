@@ -4,6 +4,9 @@
 
 use std::collections::HashMap;
 use std::ffi::c_char;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{result, sys};
@@ -20,6 +23,11 @@ const NAME: usize = 64;
 /// stands for the block.
 pub(crate) const SHARED_BLOCK: usize = 2 << 20;
 
+/// Slots from which no session has come for that long are closed.
+const IDLE: Duration = Duration::from_secs(60);
+/// How often that, and whether a process still runs, is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// What another process must know.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
@@ -34,6 +42,8 @@ struct Shared {
     slot_state: u64,
     slot_tails: u64,
     slots: u64,
+    /// Number of the process.
+    process: u64,
 }
 
 /// Where a slot's parts lie, and how long they are.
@@ -52,7 +62,8 @@ pub(crate) fn share(device: &Device, slots: &Slots<'_>) -> Result<Option<Vec<u8>
     let Some((boot, processes)) = machine() else { return Ok(None) };
     let (Some(state), Some(tails)) = (handle(slots.state), handle(slots.tails)) else { return Ok(None) };
     let [slot_state, slot_tails, slots] = [slots.slot_state, slots.slot_tails, slots.slots].map(|size| size as u64);
-    let shared = Shared { boot, processes, state, tails, slot_state, slot_tails, slots };
+    let process = std::process::id().into();
+    let shared = Shared { boot, processes, state, tails, slot_state, slot_tails, slots, process };
     Ok(Some(bytemuck::bytes_of(&shared).to_vec()))
 }
 
@@ -77,10 +88,11 @@ fn handle(buffer: &Buffer) -> Option<[u8; HANDLE]> {
     got.ok().map(|()| handle.reserved.map(|byte| byte as u8))
 }
 
-/// Slots of other processes that are open here.
+/// Slots of other processes that are open here. Opening takes as long as several steps, so slots stay open for the next session
+/// from there; whoever they belong to is looked after by a thread, because its memory is not free before all have closed it.
 #[derive(Debug, Default)]
 pub(crate) struct Neighbours {
-    open: HashMap<Vec<u8>, Neighbour>,
+    open: Arc<Mutex<HashMap<Vec<u8>, Neighbour>>>,
 }
 
 /// One process's slots.
@@ -89,14 +101,29 @@ struct Neighbour {
     shared: Shared,
     state: Mapped,
     tails: Mapped,
-    /// How often it was opened.
+    /// How often it was opened and not closed.
     count: usize,
+    /// When it was closed last.
+    used: Instant,
+}
+
+impl Neighbour {
+    /// Whether nobody needs it any more.
+    fn is_over(&self) -> bool {
+        let process = format!("/proc/{}", self.shared.process);
+        self.count == 0 && (self.used.elapsed() > IDLE || !Path::new(&process).exists())
+    }
 }
 
 impl Neighbours {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Vec<u8>, Neighbour>> {
+        // Whole whatever a panic elsewhere left behind: entries are put in and taken out as such.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// See [`perigee_backend::Backend::open_slots`].
     pub(crate) fn open(&mut self, device: &Device, shared: &[u8], own: &Slots<'_>) -> Result<()> {
-        if let Some(neighbour) = self.open.get_mut(shared) {
+        if let Some(neighbour) = self.lock().get_mut(shared) {
             neighbour.count += 1;
             return Ok(());
         }
@@ -109,14 +136,47 @@ impl Neighbours {
             return Err(unsupported("another form"));
         }
         let (state, tails) = (Mapped::open(device, read.state)?, Mapped::open(device, read.tails)?);
-        self.open.insert(shared.to_vec(), Neighbour { shared: read, state, tails, count: 1 });
+        let neighbour = Neighbour { shared: read, state, tails, count: 1, used: Instant::now() };
+        let is_first = {
+            let mut open = self.lock();
+            open.insert(shared.to_vec(), neighbour);
+            open.len() == 1
+        };
+        if is_first {
+            self.look_after()?;
+        }
         Ok(())
+    }
+
+    /// Starts the thread that closes what nobody needs; it ends when nothing is open.
+    fn look_after(&self) -> Result<()> {
+        let open = Arc::downgrade(&self.open);
+        let work = move || {
+            loop {
+                std::thread::sleep(LOOK);
+                let Some(open) = Weak::upgrade(&open) else { return };
+                let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
+                let over: Vec<_> = open.extract_if(|_, neighbour| neighbour.is_over()).collect();
+                let is_empty = open.is_empty();
+                drop(open);
+                // Closing takes a while; whoever opens others meanwhile must not wait.
+                drop(over);
+                if is_empty {
+                    return;
+                }
+            }
+        };
+        let started = std::thread::Builder::new().name("perigee-neighbours".into()).spawn(work);
+        started
+            .map(drop)
+            .map_err(|error| BackendError::Unsupported(format!("slots that nobody can look after: {error}")))
     }
 
     /// Queues the copy of a slot that is open to one of this process's.
     pub(crate) fn take(&self, stream: &Stream, shared: &[u8], from: u32, (own, to): (&Slots<'_>, usize)) -> Result<()> {
+        let open = self.lock();
         let missing = || BackendError::Unsupported("slots that are not open".into());
-        let neighbour = self.open.get(shared).ok_or_else(missing)?;
+        let neighbour = open.get(shared).ok_or_else(missing)?;
         if u64::from(from) >= neighbour.shared.slots {
             let limit = neighbour.shared.slots;
             return Err(BackendError::Range { what: "state slot of another process", index: from.into(), limit });
@@ -128,11 +188,9 @@ impl Neighbours {
 
     /// See [`perigee_backend::Backend::close_slots`].
     pub(crate) fn close(&mut self, shared: &[u8]) {
-        if let Some(neighbour) = self.open.get_mut(shared) {
-            neighbour.count -= 1;
-            if neighbour.count == 0 {
-                self.open.remove(shared);
-            }
+        if let Some(neighbour) = self.lock().get_mut(shared) {
+            neighbour.count = neighbour.count.saturating_sub(1);
+            neighbour.used = Instant::now();
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::cast_slice;
-use perigee_backend::{BackendError, CacheShape, LatentReader, PAGE_TOKENS, Result, Row, Segment, StepBatch};
+use perigee_backend::{Asked, BackendError, CacheShape, LatentReader, PAGE_TOKENS, Result, Row, Segment, StepBatch};
 
 use crate::buffer::Buffer;
 use crate::cache::Cache;
@@ -60,11 +60,13 @@ impl Reader {
     }
 
     fn check(&self, question: &Question<'_>) -> Result<()> {
-        self.check_place(question.layer, question.pages)?;
         let (width, latent) = (self.shape.latent_width, question.latent);
-        if question.heads == 0 || latent > width || !question.queries.len().is_multiple_of(question.heads * width) {
-            let expected = [question.heads, width];
-            return Err(BackendError::shape("queries for latent pages", &expected, &[question.queries.len(), latent]));
+        for one in question.asked {
+            self.check_place(question.layer, one.pages)?;
+            if question.heads == 0 || latent > width || !one.queries.len().is_multiple_of(question.heads * width) {
+                let expected = [question.heads, width];
+                return Err(BackendError::shape("queries for latent pages", &expected, &[one.queries.len(), latent]));
+            }
         }
         Ok(())
     }
@@ -90,13 +92,37 @@ impl LatentReader for Reader {
         latent: usize,
         queries: &[f32],
     ) -> Result<(Vec<f32>, Vec<f32>)> {
-        let question = Question { layer, pages, heads, scale, latent, queries };
-        self.check(&question)?;
-        let rows = queries.len() / self.shape.latent_width;
-        if pages.is_empty() || rows == 0 {
-            return Ok((vec![0.0; rows * latent], vec![f32::NEG_INFINITY; rows]));
+        let parts = self.attend_all(layer, heads, scale, latent, &[Asked { pages, queries }])?;
+        parts.into_iter().next().ok_or_else(|| BackendError::Device("an answer is missing".into()))
+    }
+
+    fn attend_all(
+        &self,
+        layer: usize,
+        heads: usize,
+        scale: f32,
+        latent: usize,
+        asked: &[Asked<'_>],
+    ) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
+        self.check(&Question { layer, heads, scale, latent, asked })?;
+        let width = self.shape.latent_width;
+        let is_asked = |one: &&Asked<'_>| !one.pages.is_empty() && !one.queries.is_empty();
+        let some: Vec<Asked<'_>> = asked.iter().filter(is_asked).copied().collect();
+        let (mut output, mut lse) = (Vec::new(), Vec::new());
+        if !some.is_empty() {
+            let question = Question { layer, heads, scale, latent, asked: &some };
+            (output, lse) = self.on_a_lane(|lane| lane.answer(self, &question))?;
         }
-        self.on_a_lane(|lane| lane.answer(self, &question))
+        // Every sequence's rows, in order; over no pages there is nothing.
+        let (mut output, mut lse) = (output.into_iter(), lse.into_iter());
+        let part = |one: &Asked<'_>| {
+            let rows = one.queries.len() / width;
+            match is_asked(&one) {
+                true => (output.by_ref().take(rows * latent).collect(), lse.by_ref().take(rows).collect()),
+                false => (vec![0.0; rows * latent], vec![f32::NEG_INFINITY; rows]),
+            }
+        };
+        Ok(asked.iter().map(part).collect())
     }
 
     fn page(&self, layer: usize, page: u32) -> Result<Vec<u8>> {
@@ -110,31 +136,34 @@ impl LatentReader for Reader {
     }
 }
 
-/// What is asked, as [`LatentReader::attend`] has it.
+/// What is asked, as [`LatentReader::attend_all`] has it.
 struct Question<'a> {
     layer: usize,
-    pages: &'a [u32],
     heads: usize,
     scale: f32,
     latent: usize,
-    queries: &'a [f32],
+    asked: &'a [Asked<'a>],
 }
 
 impl Question<'_> {
-    /// Who attends to what: all tokens at the position behind the pages, so that they see every key.
-    fn plan(&self, tokens: usize, device: &Device) -> Result<Attention> {
-        let end = (self.pages.len() * PAGE_TOKENS) as u64;
-        if end + tokens as u64 > u64::from(u32::MAX) {
-            return Err(BackendError::Range { what: "position", index: end, limit: u64::from(u32::MAX) });
+    /// Who attends to what: all tokens of a sequence at the position behind its pages, so that they see every key.
+    fn plan(&self, width: usize, device: &Device) -> Result<Attention> {
+        let mut rows = Vec::with_capacity(self.asked.len());
+        for one in self.asked {
+            let tokens = one.queries.len() / (self.heads * width);
+            let end = (one.pages.len() * PAGE_TOKENS) as u64;
+            if end + tokens as u64 > u64::from(u32::MAX) {
+                return Err(BackendError::Range { what: "position", index: end, limit: u64::from(u32::MAX) });
+            }
+            rows.push(Row {
+                tokens: tokens as u32,
+                position: end,
+                read_slot: 0,
+                write_slot: 0,
+                segments: vec![Segment { start: 0, end, pages: one.pages.to_vec() }],
+            });
         }
-        let row = Row {
-            tokens: tokens as u32,
-            position: end,
-            read_slot: 0,
-            write_slot: 0,
-            segments: vec![Segment { start: 0, end, pages: self.pages.to_vec() }],
-        };
-        let batch = StepBatch { tokens: Vec::new(), rows: vec![row], logits: Vec::new() };
+        let batch = StepBatch { tokens: Vec::new(), rows, logits: Vec::new() };
         let planning = Planning { heads: self.heads, items: 2 * device.multiprocessors() as usize };
         Ok(Attention::plan(&batch, planning))
     }
@@ -165,14 +194,17 @@ impl Lane {
 
     fn answer(&mut self, reader: &Reader, question: &Question<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
         let width = reader.shape.latent_width;
-        let (rows, latent) = (question.queries.len() / width, question.latent);
-        let plan = question.plan(rows / question.heads, &reader.device)?;
+        let latent = question.latent;
+        let values: Vec<&[f32]> = question.asked.iter().map(|one| one.queries).collect();
+        let values = values.concat();
+        let rows = values.len() / width;
+        let plan = question.plan(width, &reader.device)?;
         let part_rows = question.heads.max(ITEM_ROWS);
         let parts = plan.parts as usize * part_rows;
 
         // What goes to the device lies first, in one piece.
         let mut sent = Vec::new();
-        let queries = append(&mut sent, cast_slice(question.queries));
+        let queries = append(&mut sent, cast_slice(&values));
         let items = append(&mut sent, cast_slice(&plan.items));
         let ranges = append(&mut sent, cast_slice(&plan.ranges));
         let merges = append(&mut sent, cast_slice(&plan.merges));

@@ -9,7 +9,7 @@ use perigee_proto::v1::{GetModelInfoRequest, MigrateMode, MigrateResponse};
 use super::cluster::Cluster;
 use super::numbers::{Change, change, gaps, median, milliseconds};
 use super::stream::Stream;
-use super::{Beside, MigrateArgs, Remote, Row};
+use super::{Beside, Home, MigrateArgs, Remote, Row};
 
 /// Positions of a latent page.
 const PAGE_TOKENS: usize = 64;
@@ -53,6 +53,7 @@ impl Moves {
             stalls_ms: self.stalls_ms,
             remote: None,
             beside: None,
+            home: None,
         }
     }
 }
@@ -74,10 +75,15 @@ pub(super) async fn run(args: &MigrateArgs, context: usize) -> anyhow::Result<Ve
     let away = cluster.other(&home)?;
 
     let mut whole = Moves::default();
+    let mut undisturbed_ms = 0.0;
     for round in 0..args.whole + args.whole % 2 {
         let to = if round % 2 == 0 { &away } else { &home };
         let (stall_ms, moved) = migrate(&cluster, &mut long, to, MigrateMode::Whole).await?;
         whole.add(stall_ms, &moved);
+        if round == 0 {
+            let mut short = Stream::open(inference.clone(), prompt(32, 2), TOKENS).await?;
+            undisturbed_ms = beside(&cluster, &mut short, &home, args.window).await?;
+        }
     }
 
     let mut short = Stream::open(inference.clone(), prompt(32, 1), TOKENS).await?;
@@ -86,6 +92,7 @@ pub(super) async fn run(args: &MigrateArgs, context: usize) -> anyhow::Result<Ve
     let (stall_ms, moved) = migrate(&cluster, &mut long, &away, MigrateMode::Split).await?;
     split.add(stall_ms, &moved);
     let beside_remote_ms = beside(&cluster, &mut short, &away, args.window).await?;
+    let answering_ms = beside(&cluster, &mut short, &home, args.window).await?;
     drop(short);
     long.next(REST, PATIENCE).await?;
     let (tpot_remote_ms, remote) = distance(&cluster, &mut long, &away, args.window).await?;
@@ -108,9 +115,10 @@ pub(super) async fn run(args: &MigrateArgs, context: usize) -> anyhow::Result<Ve
     replay.add(gap_ms - local_ms, &MigrateResponse { token_bytes, ..MigrateResponse::default() });
 
     let beside = Some(Beside { local_ms: beside_local_ms, remote_ms: beside_remote_ms });
+    let home = Some(Home { undisturbed_ms, answering_ms });
     let (remote, tpot_remote_ms) = (Some(remote), Some(tpot_remote_ms));
     Ok(vec![
-        Row { tpot_remote_ms, remote, beside, ..split.row(context, "split", local_ms) },
+        Row { tpot_remote_ms, remote, beside, home, ..split.row(context, "split", local_ms) },
         whole.row(context, "whole", local_ms),
         replay.row(context, "replay", local_ms),
     ])
