@@ -136,7 +136,7 @@ def test_a_client_that_goes_away_ends_its_request(cluster):
 def test_lm_evals_loglikelihood_is_that_of_score(cluster, client, protos):
     """The requests of lm_eval.models.openai_completions.LocalCompletionsAPI and its way to read the answer, against Score.
 
-    lm-eval itself needs torch and transformers, which would be most of what this repository installs.
+    lm-eval itself, which brings torch and transformers, runs in test_lm_eval.py where it is installed.
     """
     inference_pb2, inference_pb2_grpc, *_ = protos
     cases = [(list(range(3, 23)), list(range(30, 37))), ([9], [8]), (list(b"context"), list(b" and a long continuation"))]

@@ -65,6 +65,20 @@ pub fn byte_level_tokenizer(vocab_size: u32, special: SpecialIds) -> Result<Valu
     }))
 }
 
+/// The tokenizer_config.json beside [`byte_level_tokenizer`]: which special token is what, for programs of others that load
+/// the directory (their evaluations begin texts with one of them).
+///
+/// # Errors
+/// [`TextError::SpecialIdOutOfRange`].
+pub fn byte_level_config(vocab_size: u32, special: SpecialIds) -> Result<Value, TextError> {
+    let mut config = json!({"tokenizer_class": "PreTrainedTokenizerFast"});
+    for (name, _) in named_special_ids(vocab_size, special)? {
+        let field = format!("{}_token", name.trim_matches(['<', '|', '>']));
+        config[field] = name.into();
+    }
+    Ok(config)
+}
+
 /// The distinct special ids with their names.
 fn named_special_ids(vocab_size: u32, special: SpecialIds) -> Result<Vec<(&'static str, u32)>, TextError> {
     let fields = [
@@ -156,6 +170,11 @@ mod tests {
         assert_eq!(vocab["A"], 3 + 65);
         assert_eq!(vocab["ÿ"], 258);
         assert_eq!(vocab.as_object().unwrap().len(), 259);
+        let names = byte_level_config(512, special).unwrap();
+        assert_eq!(
+            (&names["bos_token"], &names["eos_token"], &names["pad_token"]),
+            (&"<|bos|>".into(), &"<|eos|>".into(), &"<|pad|>".into())
+        );
 
         let high = byte_level_tokenizer(163_840, SpecialIds { bos: Some(163_584), eos: Some(100), pad: None }).unwrap();
         assert_eq!(high["model"]["vocab"]["Ā"], 0);

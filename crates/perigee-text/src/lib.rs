@@ -16,7 +16,7 @@ mod tiktoken;
 pub mod tokenizer;
 pub mod tool_calls;
 
-pub use byte_level::{SpecialIds, byte_level_tokenizer};
+pub use byte_level::{SpecialIds, byte_level_config, byte_level_tokenizer};
 pub use detokenize::DetokenizeStream;
 pub use error::TextError;
 pub use generation_config::GenerationConfig;

@@ -34,7 +34,8 @@ class Cluster:
 
     def __init__(self, binary, *options, stderr=None):
         self.binary = binary
-        command = [binary, "up", "--json", "--port", "0", "--http-port", "0", "--model", "random:tiny", *options]
+        model = [] if "--model" in options else ["--model", "random:tiny"]
+        command = [binary, "up", "--json", "--port", "0", "--http-port", "0", *model, *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
         guard = threading.Timer(START_SECONDS, self.process.kill)
         guard.start()

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use perigee_model::{ModelSpec, WeightSource};
 use perigee_text::template::DEFAULT_TEMPLATE;
-use perigee_text::{SpecialIds, byte_level_tokenizer};
+use perigee_text::{SpecialIds, byte_level_config, byte_level_tokenizer};
 
 /// Arguments of `init-model`.
 #[derive(clap::Args)]
@@ -28,6 +28,7 @@ pub(crate) fn run(args: &InitModelArgs) -> anyhow::Result<()> {
     let config = source.config();
     let special = SpecialIds { bos: config.bos, eos: config.eos.first().copied(), pad: config.pad };
     let tokenizer = byte_level_tokenizer(config.vocab as u32, special)?;
+    let names = byte_level_config(config.vocab as u32, special)?;
     let shown = std::io::stderr().is_terminal();
     let mut written = 0;
     perigee_model::init_model(&args.directory, &spec, &mut |done, all| {
@@ -39,8 +40,10 @@ pub(crate) fn run(args: &InitModelArgs) -> anyhow::Result<()> {
     if shown {
         eprintln!();
     }
-    let path = args.directory.join("tokenizer.json");
-    std::fs::write(&path, serde_json::to_vec_pretty(&tokenizer)?).with_context(|| path.display().to_string())?;
+    for (name, content) in [("tokenizer.json", &tokenizer), ("tokenizer_config.json", &names)] {
+        let path = args.directory.join(name);
+        std::fs::write(&path, serde_json::to_vec_pretty(content)?).with_context(|| path.display().to_string())?;
+    }
     let path = args.directory.join("chat_template.jinja");
     std::fs::write(&path, DEFAULT_TEMPLATE).with_context(|| path.display().to_string())?;
     if args.json {
