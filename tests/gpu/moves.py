@@ -25,7 +25,7 @@ AT_ONCE, WAIT_SECONDS, MOST_MOVES = 8, 60, 5
 # Where the undisturbed run's own two best logits are nearer than that, rounding may choose; one run of a hundred may need it.
 MARGIN, EXCUSED = 1e-4, 0.01
 # What an operator's move may end with where the session had ended or was on its way already.
-NOT_MOVED = ("not found", "aborted", "precondition")
+NOT_MOVED = ("notfound", "aborted", "failedprecondition")
 
 
 class Board:
@@ -139,7 +139,7 @@ def judged(cluster, seed, planned, expected, found, done):
 def random_schedules(cluster, count, first):
     """Runs them, some at once."""
     names = [replica["replica"] for replica in cluster.replicas]
-    tally, excused, sizes = collections.Counter(), 0, collections.defaultdict(set)
+    tally, excused, times = collections.Counter(), 0, collections.defaultdict(list)
 
     def run(seed):
         planned = schedule(seed, len(names))
@@ -160,10 +160,12 @@ def random_schedules(cluster, count, first):
                 tally[mode] += 1
                 tally["in the prompt"] += status == "prefill"
                 tally["from several homes"] += segments > 2
-                sizes["stall ms, " + mode].add(what["stall_ms"])
+                phases = {"stall": what["stall_ms"], **{phase.removesuffix("_ms"): ms for phase, ms in what["phases"].items()}}
+                for phase, ms in phases.items():
+                    times[f"{mode}, {phase}"].append(ms)
     print(f"{count} schedules from seed {first}: {dict(tally)}, {excused} excused", flush=True)
-    for what, values in sorted(sizes.items()):
-        print(f"{what}: median {sorted(values)[len(values) // 2]:.1f}, most {max(values):.1f}")
+    for what, values in sorted(times.items()):
+        print(f"ms of a move, {what}: median {sorted(values)[len(values) // 2]:.1f}, most {max(values):.1f}", flush=True)
     assert tally["split"] and tally["whole"] and tally["in the prompt"] and tally["from several homes"], "some kind of move is missing"
     assert excused <= max(1, EXCUSED * count), f"{excused} of {count} needed an excuse"
 

@@ -4,15 +4,16 @@
 #
 #   tests/gpu/multi.sh [PART...]   all of: golden grid moves distance kill
 #
-# golden    golden cases with one rank a card, 2, 4 and 8 of them
+# golden    golden cases with 2 and 4 ranks, one a card where there are so many
 # grid      `bench engine` on random:48b (random:48b-e16 with one card), all cards one replica: batch by context
-# moves     streams that move between replicas on different cards, in float32 by invariant 1; the same devices in bf16, where
-#           digests hold state bits equal
-# distance  `bench migrate`: bytes, stalls and the price of remote attention by context
+# moves     streams that move between replicas on different cards, in float32: tests/gpu/moves.py
+# distance  `bench migrate` in bf16, where digests hold the bits of states equal: bytes, stalls, the price of remote attention
 # kill      a rank is killed, the others leave
 #
-# PERIGEE_GPU_BIN, PERIGEE_GOLDEN and PYTHON as in tests/gpu/run; PERIGEE_CONTEXTS are the contexts of grid and distance (default
-# 1024,8192,65536,524288), PERIGEE_BATCHES the batches of grid (default 1,8,64,256). Exit status 1 when something failed.
+# Replicas hand sessions to each other by CUDA's handles of memory, over NVLink where there is one; communicators of NCCL between
+# replicas do not exist. PERIGEE_GPU_BIN, PERIGEE_GOLDEN and PYTHON as in tests/gpu/run; PERIGEE_CONTEXTS are the contexts of grid and
+# distance (default 1024,8192,65536,524288), PERIGEE_BATCHES the batches of grid (default 1,8,64,256). Exit status 1 when something
+# failed.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$root" || exit 1
@@ -62,12 +63,12 @@ part_grid() {
 part_moves() {
   local case_dir
   for case_dir in $(golden_cases); do
-    check "moved streams, ${case_dir##*/}" "$PYTHON" tests/gpu/moves.py "$perigee" "$case_dir" "$apart"
+    check "moved streams, ${case_dir##*/}" "$PYTHON" tests/gpu/moves.py "$perigee" "$case_dir" "$all"
   done
 }
 
 part_distance() {
-  check "price of distance, random:48b-e16" "$perigee" bench migrate --model random:48b-e16 --device "$apart" --context "$contexts"
+  check "price of distance, random:48b-e16" "$perigee" bench migrate --model random:48b-e16 --device "$all" --context "$contexts"
 }
 
 part_kill() {
@@ -80,8 +81,8 @@ if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L; then
 fi
 cards=$(nvidia-smi -L | wc -l)
 printf '%s, %d cards\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" "$cards"
-# Devices of one replica over all cards, of two ranks, and of replicas on different cards.
-all=cuda:$(seq -s, 0 $((cards - 1))) pair=cuda apart=cuda
+# Devices of one replica over all cards, which replicas of one rank share out among them, and of two ranks.
+all=cuda:$(seq -s, 0 $((cards - 1))) pair=cuda
 if ((cards > 1)); then
   pair=cuda:0,1
 else

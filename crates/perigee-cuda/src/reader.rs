@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytemuck::cast_slice;
 use perigee_backend::{Asked, BackendError, CacheShape, LatentReader, PAGE_TOKENS, Result, Row, Segment, StepBatch};
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Pinned};
 use crate::cache::Cache;
 use crate::device::Device;
 use crate::kernels::{AttentionKernels, Kernels};
@@ -169,27 +169,32 @@ impl Question<'_> {
     }
 }
 
-/// A stream with memory for one question at a time.
+/// A stream with memory for one question at a time. Fields are dropped in order: copies end with the stream.
 #[derive(Debug)]
 struct Lane {
     stream: Stream,
     /// The last is in use. Smaller ones stay until the end: freeing memory waits for all work of the device, and an answer
     /// must not.
     memory: Vec<Buffer>,
+    /// The same for what crosses: question and answer as they lie at the beginning of the memory.
+    host: Vec<Pinned>,
 }
 
 impl Lane {
     fn new(device: &Device) -> Result<Self> {
-        Ok(Self { stream: Stream::new(device)?, memory: Vec::new() })
+        Ok(Self { stream: Stream::new(device)?, memory: Vec::new(), host: Vec::new() })
     }
 
-    /// Number of the buffer to use, which has at least `bytes`.
-    fn grow(&mut self, bytes: usize) -> Result<usize> {
+    /// Makes room for `bytes` on the device, of which the first `crossing` are copied.
+    fn grow(&mut self, bytes: usize, crossing: usize) -> Result<()> {
         if self.memory.last().is_none_or(|buffer| buffer.bytes() < bytes) {
             let bytes = bytes.next_power_of_two();
             self.memory.push(Buffer::new(self.stream.device(), bytes, "answers for other replicas")?);
         }
-        Ok(self.memory.len() - 1)
+        if self.host.last().is_none_or(|host| host.as_slice().len() < crossing) {
+            self.host.push(Pinned::new(self.stream.device(), crossing.next_power_of_two())?);
+        }
+        Ok(())
     }
 
     fn answer(&mut self, reader: &Reader, question: &Question<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
@@ -214,9 +219,12 @@ impl Lane {
         let part_output = (lse + rows * 4).next_multiple_of(ALIGNMENT);
         let part_lse = (part_output + parts * latent * 4).next_multiple_of(ALIGNMENT);
 
-        let last = self.grow(part_lse + parts * 4)?;
-        let memory = &self.memory[last];
-        self.stream.write(memory, 0, &sent)?;
+        self.grow(part_lse + parts * 4, lse + rows * 4)?;
+        let missing = || BackendError::Device("no memory for an answer".into());
+        let memory = self.memory.last().ok_or_else(missing)?;
+        let host = self.host.last_mut().ok_or_else(missing)?;
+        host.as_mut_slice()[..sent.len()].copy_from_slice(&sent);
+        self.stream.write_pinned(memory, host, sent.len())?;
         let at = |offset: usize| memory.address() + offset as u64;
         let params = MlaAttendParams {
             queries: at(queries),
@@ -238,8 +246,9 @@ impl Lane {
         };
         let launch = Launch { items: plan.items.len(), merges: plan.merges.len(), item_tokens: plan.item_tokens };
         reader.kernels.launch(&self.stream, &params, &launch)?;
-        let mut values = vec![0.0_f32; rows * (latent + 1)];
-        self.stream.read(memory, output, bytemuck::cast_slice_mut(&mut values))?;
+        let found = &mut host.as_mut_slice()[output..lse + rows * 4];
+        self.stream.read(memory, output, found)?;
+        let mut values: Vec<f32> = found.as_chunks().0.iter().map(|&bytes| f32::from_ne_bytes(bytes)).collect();
         let sums = values.split_off(rows * latent);
         Ok((values, sums))
     }

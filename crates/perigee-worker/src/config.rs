@@ -37,7 +37,8 @@ pub struct EngineOptions {
     /// Model: a checkpoint directory, or `random:PRESET[@SEED]` with preset tiny, wide, 48b or 48b-e16.
     #[arg(long, default_value = "random:tiny")]
     pub model: String,
-    /// Device: cpu, cuda or cuda:I,J,..; rank r takes entry r modulo the length.
+    /// Device: cpu, cuda or cuda:I,J,..; rank r takes entry r modulo the length, and replicas of
+    /// `up` the entries behind each other's.
     #[arg(long, default_value = "cpu")]
     pub device: Device,
     /// Type of activations and caches; by default fp32 on cpu and bf16 on cuda.
