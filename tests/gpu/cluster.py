@@ -38,7 +38,7 @@ class Cluster(Client):
         command = [binary, "up", "--json", "--model", model, "--device", device, "--dtype", dtype, "--port", "0",
                    "--http-port", "0", *map(str, options)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True,
-                                        env=os.environ | {"PERIGEE_LOG": "info"})
+                                        env=os.environ | {"PERIGEE_LOG": "info,perigee_cuda=debug"})
         guard = threading.Timer(START_SECONDS, self.process.kill)
         guard.start()
         line = self.process.stdout.readline()

@@ -32,6 +32,7 @@ def a_stream_is_right(binary, case, device):
         assert client.returncode == 0, error
         tokens = json.loads(out)["choices"][0]["tokens"]
         assert tokens == greedy, f"{tokens} instead of {greedy}"
+        assert "recorded a decode step" in replica.said(), "no decode step was recorded"
         assert "ranks exchange by NCCL" in replica.said(), f"the ranks do not use NCCL: {replica.said()[-2000:]}"
         pids, began = replica.pids, time.monotonic()
     while any(map(runs, pids)):

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use crate::batch::StepBatch;
+use crate::batch::{Row, StepBatch};
 use crate::error::{BackendError, Result};
 use crate::shapes::{CacheShape, KdaShape, MlaShape, MlpShape, MoeShape};
 use crate::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, TensorSlice};
@@ -220,7 +220,13 @@ pub trait Backend: Send {
         queries: &Self::Tensor,
         partials: &mut Partials<Self::Tensor>,
     ) -> Result<()>;
-    /// Merges another part, computed elsewhere, into `partials` for one token of the step:
+    /// Whether `mla_project` and `mla_attend` leave this row's absorbed queries and partials for others to see. A backend may
+    /// compute a row with all its keys here in another form; then what they leave is for its own next op only.
+    fn shows_partials(&self, row: &Row) -> bool {
+        let _ = row;
+        true
+    }
+    /// Merges another part, computed elsewhere, into `partials` for one token of the step whose row's partials are shown:
     /// `output` [heads * R], `lse` `[heads]`.
     fn mla_merge(
         &mut self,
@@ -270,6 +276,27 @@ pub trait Backend: Send {
             .map(|(row, draw)| perigee_sampling::sample(row, draw, scratch))
             .collect::<std::result::Result<_, _>>()
             .map_err(|error| BackendError::Sampling(error.to_string()))
+    }
+
+    // Steps ahead: a step is queued before what the one before it drew is read.
+
+    /// Whether draws can be queued and fed to the next step. If not, as provided, the three calls below fail.
+    fn runs_ahead(&self) -> bool {
+        false
+    }
+    /// Queues draws as [`Self::sample`] makes them. Only the first rank of a group draws.
+    fn queue_draws(&mut self, _logits: &Self::Tensor, _draws: &[Draw<'_>]) -> Result<()> {
+        Err(BackendError::Unsupported("draws that are read later".into()))
+    }
+    /// What the oldest queued draws that were not collected gave, entry by entry; waits for it. None for one that cannot be
+    /// made without the logits, which may be gone: it is to be made again.
+    fn collect_draws(&mut self) -> Result<Vec<Option<Sampled>>> {
+        Err(BackendError::Unsupported("draws that are read later".into()))
+    }
+    /// Token `i` of the next step is what draw `from[i]` of the draws queued last gave, whatever its batch says. The other
+    /// ranks of a group have the tokens from the first.
+    fn feed_drawn(&mut self, _from: &[u32]) -> Result<()> {
+        Err(BackendError::Unsupported("steps that are fed with draws".into()))
     }
 
     /// Waits until the work of this step is done and reports what went wrong in it, a rank lost in the exchange too. Nothing to

@@ -1,7 +1,7 @@
 //! Times the ops of one layer of each kind at the 48B shape on one GPU, with random weights: prefill of one prompt and decode
 //! of a batch; and draws from logits. Medians of several runs, each run one op with all its products. It judges nothing.
 //!
-//! usage: bench_ops [PREFIX of the op's name]
+//! usage: bench_ops [PREFIX of the op's name [SHAPE, part of its name, e.g. "x 8192" [RUNS]]]
 
 use perigee_backend::random::{Distribution, RandomFill};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, QueryWeights};
@@ -109,17 +109,24 @@ fn batch(rows: usize, tokens: usize, context: usize) -> StepBatch {
     StepBatch { tokens: vec![1; rows * tokens], rows: (0..rows).map(row).collect(), logits: vec![] }
 }
 
+/// Runs that a median is taken of; with one, for profilers, nothing is run before it.
+fn runs() -> usize {
+    std::env::args().nth(3).and_then(|text| text.parse().ok()).unwrap_or(15)
+}
+
 fn median(backend: &mut CudaBackend, mut work: impl FnMut(&mut CudaBackend) -> Result<()>) -> Result<f32> {
-    for _ in 0..3 {
+    let runs = runs();
+    for _ in 0..if runs > 1 { 3 } else { 0 } {
         work(backend)?;
     }
-    let mut times = (0..15).map(|_| backend.timed(&mut work)).collect::<Result<Vec<_>>>()?;
+    let mut times = (0..runs).map(|_| backend.timed(&mut work)).collect::<Result<Vec<_>>>()?;
     times.sort_by(f32::total_cmp);
     Ok(times[times.len() / 2])
 }
 
 fn main() -> Result<()> {
     let prefix = std::env::args().nth(1).unwrap_or_default();
+    let shape = std::env::args().nth(2).unwrap_or_default();
     let mut backend = CudaBackend::open(Options { device: 0, precision: DType::Bf16 }, Box::new(Solo))?;
     println!("{:?}", backend.device()?);
     let kda = backend.load_kda(&KDA, &kda_weights())?;
@@ -157,6 +164,9 @@ fn main() -> Result<()> {
         (1, 64, 0),
         (1, 1024, 0),
         (1, 8192, 0),
+        (8, 1024, 0),
+        (1, 8192, 24_576),
+        (1, 8192, 122_880),
         (1, 1, 1023),
         (8, 1, 1023),
         (32, 1, 1023),
@@ -167,6 +177,9 @@ fn main() -> Result<()> {
     ];
     for (rows, tokens, context) in shapes {
         let name = format!("{rows} x {tokens} after {context}");
+        if !name.contains(&shape) {
+            continue;
+        }
         backend.begin_step(&batch(rows, tokens, context))?;
         if "kda".starts_with(&prefix) {
             let ms = median(&mut backend, |backend| backend.kda_mixer(&kda, 0, &x, &mut out))?;
@@ -187,7 +200,7 @@ fn main() -> Result<()> {
             println!("moe          {name:24} {ms:9.4} ms");
         }
     }
-    if "sample".starts_with(&prefix) { times_of_draws(&mut backend) } else { Ok(()) }
+    if shape.is_empty() && "sample".starts_with(&prefix) { times_of_draws(&mut backend) } else { Ok(()) }
 }
 
 /// Draws from flat logits over the published vocabulary, one set of parameters for all rows.

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use perigee_backend::batch::StepBatch;
+use perigee_backend::batch::{Row, StepBatch};
 use perigee_backend::ops::{Backend, LatentReader, Partials, Precision, Recorded, Routing, StatePart};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
@@ -16,6 +16,7 @@ use crate::buffer::Buffer;
 use crate::cache::Cache;
 use crate::device::{Device, DeviceInfo};
 use crate::exchange::Exchange;
+use crate::expand::is_expanded;
 use crate::formula::Formula;
 use crate::ipc::{self, Neighbours};
 use crate::kernels::Kernels;
@@ -28,13 +29,14 @@ use crate::ops::mla::Mla;
 use crate::ops::mlp::Mlp;
 use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
-use crate::ops::sample::Draws;
+use crate::ops::sample::{Draws, MOST_TOKENS};
 use crate::reader::Reader;
 use crate::recorder::Recorder;
 use crate::scratch::Scratch;
 use crate::step::{Planning, Step};
-use crate::stream::{Download, Stream};
+use crate::stream::Stream;
 use crate::tensor::Tensor;
+use crate::transfer::Download;
 
 /// How a backend is opened.
 #[derive(Debug, Clone, Copy)]
@@ -63,12 +65,20 @@ pub struct CudaBackend {
     pub(crate) sums: Option<Download>,
     /// Slots of other processes. They go before the stream that copies out of them.
     neighbours: Neighbours,
+    /// The draws that the next step is fed with.
+    pub(crate) feed: Vec<u32>,
     cache: Option<Cache>,
     /// Query heads of MLA layers, once one is loaded.
     pub(crate) mla_heads: Option<usize>,
+    /// Whether all MLA layers have the expanded form, once one is loaded.
+    pub(crate) mla_expands: Option<bool>,
     latent: usize,
     /// Rows of the largest tensor: the most tokens of a step.
     pub(crate) most_rows: usize,
+    /// Most rows of the head on any rank.
+    pub(crate) head_rows: usize,
+    /// Rows of the head on all ranks.
+    pub(crate) vocabulary: usize,
     /// Rows of the smallest: the most rows of a step in which every token wants its logits.
     least_rows: usize,
     pub(crate) blas: Blas,
@@ -100,10 +110,14 @@ impl CudaBackend {
             draws: Draws::default(),
             sums: None,
             neighbours: Neighbours::default(),
+            feed: Vec::new(),
             cache: None,
             mla_heads: None,
+            mla_expands: None,
             latent: 0,
             most_rows: 0,
+            head_rows: 0,
+            vocabulary: 0,
             least_rows: usize::MAX,
             blas: Blas::new(&stream)?,
             kernels: Kernels::load(&device, options.precision, formula)?,
@@ -138,7 +152,11 @@ impl CudaBackend {
 
     /// What the attention plan of any step depends on.
     pub(crate) fn planning(&self) -> Planning {
-        Planning { heads: self.mla_heads.unwrap_or(0), items: 2 * self.stream.device().multiprocessors() as usize }
+        Planning {
+            heads: self.mla_heads.unwrap_or(0),
+            items: 2 * self.stream.device().multiprocessors() as usize,
+            stretch: if self.mla_expands == Some(true) { needs::stretch_keys(self.most_rows) } else { 0 },
+        }
     }
 
     /// Makes room for the current step of `tokens` tokens, and for any decode step of its size.
@@ -161,6 +179,8 @@ impl CudaBackend {
 
 impl Drop for CudaBackend {
     fn drop(&mut self) {
+        // A communicator is not left while a recording holds its calls.
+        self.abandon_recording();
         // A group is left by ranks whose work is done. An error here was somebody's before, or is nobody's any more.
         let _ = self.stream.wait();
     }
@@ -234,8 +254,10 @@ impl Backend for CudaBackend {
         self.stream.device().bind()?;
         self.exchange.check()?;
         self.abandon_recording();
-        self.step.begin(&self.stream, batch, self.planning(), self.formula)?;
+        let feed = std::mem::take(&mut self.feed);
+        self.step.begin(&self.stream, batch, &feed, self.planning(), self.formula)?;
         self.reserve_scratch(batch.tokens.len())?;
+        self.feed_run(feed.len())?;
         self.recorder.note_run();
         Ok(())
     }
@@ -276,6 +298,10 @@ impl Backend for CudaBackend {
         partials: &mut Partials<Tensor>,
     ) -> Result<()> {
         self.mla_attend_run(layer, index, queries, partials)
+    }
+
+    fn shows_partials(&self, row: &Row) -> bool {
+        self.planning().stretch == 0 || !is_expanded(row)
     }
 
     fn mla_merge(
@@ -324,6 +350,27 @@ impl Backend for CudaBackend {
         // What kernels leave when the group breaks is no result, and no fault of theirs.
         self.exchange.check()?;
         sampled
+    }
+
+    fn runs_ahead(&self) -> bool {
+        !matches!(self.exchange, Exchange::Host(_)) && self.vocabulary <= MOST_TOKENS
+    }
+
+    fn queue_draws(&mut self, logits: &Tensor, draws: &[Draw<'_>]) -> Result<()> {
+        self.draws_queue(logits, draws)
+    }
+
+    fn collect_draws(&mut self) -> Result<Vec<Option<Sampled>>> {
+        let sampled = self.draws_collect();
+        // As above.
+        self.exchange.check()?;
+        sampled
+    }
+
+    fn feed_drawn(&mut self, from: &[u32]) -> Result<()> {
+        self.feed.clear();
+        self.feed.extend_from_slice(from);
+        Ok(())
     }
 
     fn finish(&mut self) -> Result<()> {

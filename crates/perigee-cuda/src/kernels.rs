@@ -11,8 +11,9 @@ use crate::module::{Kernel, Modules};
 use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
-    ElementParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaMergeParams, MlaStoreParams,
-    MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, NormParams, SampleParams,
+    ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaExpandedParams,
+    MlaGatherParams, MlaMergeParams, MlaStoreParams, MoeCombineParams, MoeGatherParams, MoeProductParams,
+    MoeRouterParams, MoeSelectParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, SampleParams,
     StateSumParams,
 };
 
@@ -35,6 +36,8 @@ pub(crate) struct Kernels {
     pub(crate) kda_fast: Vec<KdaFast>,
     pub(crate) mla_store: Kernel<MlaStoreParams>,
     pub(crate) mla_attention: AttentionKernels,
+    /// With bfloat16 activations only.
+    pub(crate) mla_expanded: Option<MlaExpanded>,
     pub(crate) mla_merge_other: Kernel<MlaMergeParams>,
     pub(crate) moe_router: Kernel<MoeRouterParams>,
     pub(crate) moe_router_tile: Kernel<MoeRouterParams>,
@@ -44,12 +47,15 @@ pub(crate) struct Kernels {
     pub(crate) moe_down: Kernel<MoeProductParams>,
     /// By ascending rows of a tile; with bfloat16 activations only.
     pub(crate) moe_tensor: Vec<MoeTensor>,
+    /// For steps of many rows an expert; with bfloat16 activations only.
+    pub(crate) moe_wide: Option<MoeWide>,
     pub(crate) moe_combine: Kernel<MoeCombineParams>,
     pub(crate) sample_logprobs: Kernel<SampleParams>,
     pub(crate) sample_prepare: Kernel<SampleParams>,
     pub(crate) sample_filter: Kernel<SampleParams>,
     pub(crate) sample_draw: Kernel<SampleParams>,
     pub(crate) sample_finish: Kernel<SampleParams>,
+    pub(crate) sample_feed: Kernel<FeedParams>,
     pub(crate) state_sums: Kernel<StateSumParams>,
     modules: Arc<Modules>,
 }
@@ -62,6 +68,7 @@ pub(crate) struct KdaFast {
     pub(crate) chunk_shared: usize,
     pub(crate) scan: Kernel<KdaParams>,
     pub(crate) scan_shared: usize,
+    pub(crate) scan_threads: u32,
     pub(crate) decode: Kernel<KdaParams>,
 }
 
@@ -70,20 +77,25 @@ impl KdaFast {
         let decode_fault = formula.suffix(&[Fault::DecayAfterRead, Fault::RoundedState, Fault::SiluGate]);
         let chunk_fault = formula.suffix(&[Fault::DecayAfterRead]);
         let scan_fault = formula.suffix(&[Fault::RoundedState]);
-        let (element, is_bf16) = if suffix == "bf16" { (2, true) } else { (4, false) };
-        // Sizes of the structures `Shared` of kda_chunk.cu and `ScanShared` of kda_scan.cu, which assert them.
-        let pitch = head_dim + 16 / element;
+        let is_bf16 = suffix == "bf16";
+        // Sizes of the structures `Shared` of kda_chunk.cu and kda_chunk_tensor.cu and `ScanShared` of kda_scan.cu, which
+        // assert them.
         let column = 64 * (head_dim + 4) * 4;
-        let tiles = (64 * pitch * element).max(column) + 64 * pitch * element + column;
-        let chunk_shared = tiles + 64 * 64 * 4 + 3 * 64 * 4 + 4 * head_dim * 4;
-        let stage = (3 * 64 * (head_dim + 8) + 64 * 72) * 2;
-        let scan_shared = if is_bf16 { 2 * stage + (head_dim + 64) * 40 * 2 } else { 0 };
+        let (module, chunk_shared) = if is_bf16 {
+            let rows = 2 * 64 * (head_dim + 8) * 2 + column;
+            ("kda_chunk_tensor", rows + 2 * 64 * 68 * 4 + 4 * 64 * 4 + 4 * head_dim * 4)
+        } else {
+            ("kda_chunk", 3 * column + 64 * 64 * 4 + 3 * 64 * 4 + 4 * head_dim * 4)
+        };
+        let stage = (3 * 64 * (head_dim + 8) + 64 * 72) * 2 + 64 * 40 * 4 + head_dim * 4;
+        let scan_shared = if is_bf16 { 3 * stage + (head_dim + 64) * 40 * 2 } else { 0 };
         let kernels = Self {
             head_dim,
-            chunk: modules.kernel("kda_chunk", &format!("kda_chunk_{suffix}_{head_dim}{chunk_fault}"))?,
+            chunk: modules.kernel(module, &format!("kda_chunk_{suffix}_{head_dim}{chunk_fault}"))?,
             chunk_shared,
             scan: modules.kernel("kda_scan", &format!("kda_scan_{suffix}_{head_dim}{scan_fault}"))?,
             scan_shared,
+            scan_threads: if is_bf16 { 256 } else { 128 },
             decode: modules.kernel("kda_decode", &format!("kda_decode_{suffix}_{head_dim}{decode_fault}"))?,
         };
         kernels.chunk.allow_shared(chunk_shared)?;
@@ -136,6 +148,24 @@ impl MlaTensor {
     }
 }
 
+/// Attention in the expanded form.
+#[derive(Debug)]
+pub(crate) struct MlaExpanded {
+    pub(crate) gather: Kernel<MlaGatherParams>,
+    pub(crate) attend: Kernel<MlaExpandedParams>,
+    pub(crate) shared: usize,
+}
+
+impl MlaExpanded {
+    fn load(modules: &Modules) -> Result<Self> {
+        // The size of the structure `Shared` of mla_expanded.cu, which asserts it.
+        let shared = (3 + 2 * 5) * 128 * 128 + 1024;
+        let attend = modules.overlapping("mla_expanded", "mla_attend_expanded")?;
+        attend.allow_shared(shared)?;
+        Ok(Self { gather: modules.overlapping("mla_expanded", "mla_gather")?, attend, shared })
+    }
+}
+
 /// Grouped products on tensor cores, for one number of rows of a tile.
 #[derive(Debug)]
 pub(crate) struct MoeTensor {
@@ -151,6 +181,48 @@ impl MoeTensor {
         let shared = stages * (rows + 128) * 72 * 2;
         let gate_up = modules.overlapping("moe_product_tensor", &format!("moe_gate_up_tensor_{rows}"))?;
         let down = modules.overlapping("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
+        gate_up.allow_shared(shared)?;
+        down.allow_shared(shared)?;
+        Ok(Self { rows, gate_up, down, shared })
+    }
+}
+
+/// Grouped products for many rows an expert, and the sort that makes their tiles.
+#[derive(Debug)]
+pub(crate) struct MoeWide {
+    pub(crate) count: Kernel<MoeSpreadParams>,
+    pub(crate) spread: Kernel<MoeSpreadParams>,
+    pub(crate) gather: Kernel<MoeGatherParams>,
+    /// By ascending rows of a tile.
+    pub(crate) products: [WideProduct; 2],
+}
+
+/// The products for one number of rows of a tile.
+#[derive(Debug)]
+pub(crate) struct WideProduct {
+    pub(crate) rows: usize,
+    pub(crate) gate_up: Kernel<MoeWideParams>,
+    pub(crate) down: Kernel<MoeWideParams>,
+    pub(crate) shared: usize,
+}
+
+impl MoeWide {
+    fn load(modules: &Modules) -> Result<Self> {
+        Ok(Self {
+            count: modules.overlapping("moe_sort_wide", "moe_count")?,
+            spread: modules.overlapping("moe_sort_wide", "moe_spread")?,
+            gather: modules.overlapping("moe_sort_wide", "moe_gather")?,
+            products: [WideProduct::load(modules, 64, 8)?, WideProduct::load(modules, 256, 4)?],
+        })
+    }
+}
+
+impl WideProduct {
+    fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
+        // The size of the structure `Shared` of moe_product_wide.cu, which asserts it.
+        let shared = stages * (128 + rows) * 128 + 8 * 2 * 512 + 1024;
+        let gate_up = modules.overlapping("moe_product_wide", &format!("moe_gate_up_wide_{rows}"))?;
+        let down = modules.overlapping("moe_product_wide", &format!("moe_down_wide_{rows}"))?;
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
         Ok(Self { rows, gate_up, down, shared })
@@ -188,6 +260,10 @@ impl Kernels {
                 .collect::<Result<_>>()?,
             mla_store: modules.overlapping("mla_store", &(typed("mla_store") + store_fault))?,
             mla_attention: AttentionKernels::load(&modules, suffix, precision)?,
+            mla_expanded: match precision {
+                DType::Bf16 => Some(MlaExpanded::load(&modules)?),
+                DType::Fp32 => None,
+            },
             mla_merge_other: modules.kernel("mla_merge", "mla_merge_other")?,
             moe_router: modules.overlapping("moe_router", &typed("moe_router"))?,
             moe_router_tile: modules.overlapping("moe_router", &typed("moe_router_tile"))?,
@@ -205,12 +281,17 @@ impl Kernels {
                 }
                 DType::Fp32 => Vec::new(),
             },
+            moe_wide: match precision {
+                DType::Bf16 => Some(MoeWide::load(&modules)?),
+                DType::Fp32 => None,
+            },
             moe_combine: modules.overlapping("moe_router", &typed("moe_combine"))?,
             sample_logprobs: ranking(&modules, "sample_logprobs")?,
             sample_prepare: modules.kernel("sample_draw", "sample_prepare")?,
             sample_filter: ranking(&modules, "sample_filter")?,
             sample_draw: modules.kernel("sample_draw", "sample_draw")?,
             sample_finish: modules.kernel("sample_draw", "sample_finish")?,
+            sample_feed: modules.kernel("sample_feed", "sample_feed")?,
             state_sums: modules.kernel("state_sums", &typed("state_sums"))?,
             modules,
         })

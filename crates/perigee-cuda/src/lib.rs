@@ -15,6 +15,8 @@ mod device;
 #[cfg(feature = "cuda")]
 mod exchange;
 #[cfg(feature = "cuda")]
+mod expand;
+#[cfg(feature = "cuda")]
 mod formula;
 #[cfg(feature = "cuda")]
 mod graph;
@@ -48,13 +50,17 @@ mod step;
 mod stream;
 #[cfg(feature = "cuda")]
 mod tensor;
+#[cfg(feature = "cuda")]
+mod tensor_map;
+#[cfg(feature = "cuda")]
+mod transfer;
 
 #[cfg(feature = "cuda")]
 pub use backend::{CudaBackend, Options};
 #[cfg(feature = "cuda")]
 pub use device::{DeviceInfo, devices};
 pub use ladder::ladder;
-pub use needs::{LayerShapes, working_bytes};
+pub use needs::{LayerShapes, gathered_bytes, working_bytes};
 #[cfg(feature = "cuda")]
 pub use ops::embed::Embedding;
 #[cfg(feature = "cuda")]

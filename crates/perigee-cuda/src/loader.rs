@@ -2,14 +2,16 @@
 //! its file while the one before is on its way) or lets the device follow the random rule, and places rows where an op wants
 //! them. It counts the bytes that it loaded.
 
+use bytemuck::Zeroable;
 use perigee_backend::random::{Distribution, RandomFill};
 use perigee_backend::{BackendError, DType, Result, TensorSlice, TensorSource};
 
 use crate::buffer::Buffer;
 use crate::kernels::Kernels;
 use crate::params::LoadParams;
-use crate::stream::{Grid, Stream, Upload};
+use crate::stream::{Grid, Stream};
 use crate::tensor::Matrix;
+use crate::transfer::Upload;
 
 const STAGE_BYTES: usize = 64 << 20;
 
@@ -37,6 +39,8 @@ impl Placement {
 #[derive(Debug, Default)]
 pub(crate) struct Loader {
     stage: Option<Upload>,
+    /// Room for two matrices in a wider type than they are kept in.
+    wide: [Option<Buffer>; 2],
     bytes: u64,
 }
 
@@ -49,6 +53,51 @@ impl Loader {
     /// Frees the staging buffer; the next load makes a new one.
     pub(crate) fn finish(&mut self) {
         self.stage = None;
+    }
+
+    /// Makes room for [`Self::widened`] of such matrices.
+    pub(crate) fn reserve_widened(&mut self, stream: &Stream, matrices: [&Matrix; 2], target: DType) -> Result<()> {
+        for (matrix, room) in matrices.into_iter().zip(&mut self.wide) {
+            let bytes = matrix.rows * matrix.pitch * target.bytes();
+            if matrix.dtype != target && room.as_ref().is_none_or(|room| room.bytes() < bytes) {
+                *room = None;
+                *room = Some(Buffer::new(stream.device(), bytes, "weights in the type of products")?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Device addresses of two matrices in the type `target`: their own, or those of copies that hold until the next call.
+    pub(crate) fn widened(
+        &self,
+        stream: &Stream,
+        kernels: &Kernels,
+        matrices: [&Matrix; 2],
+        target: DType,
+    ) -> Result<[u64; 2]> {
+        let mut addresses = matrices.map(Matrix::address);
+        for ((matrix, room), address) in matrices.into_iter().zip(&self.wide).zip(&mut addresses) {
+            if matrix.dtype == target {
+                continue;
+            }
+            let Some(room) = room else {
+                return Err(BackendError::Device("no room was made for widened weights".into()));
+            };
+            let params = LoadParams {
+                source: matrix.address(),
+                destination: room.part(0, matrix.rows * matrix.pitch * target.bytes())?,
+                rows: matrix.rows as u64,
+                columns: matrix.pitch as u64,
+                pitch: matrix.pitch as u64,
+                row_stride: matrix.pitch as u64,
+                kind: if matrix.dtype == DType::Bf16 { 3 } else { 4 },
+                stored_bf16: u32::from(matrix.dtype == DType::Bf16),
+                ..placed(Placement::at(0))
+            };
+            run(stream, kernels, target, &params)?;
+            *address = room.address();
+        }
+        Ok(addresses)
     }
 
     /// A matrix of zeros.
@@ -74,21 +123,13 @@ impl Loader {
             return Err(BackendError::shape(&slice.name, &[matrix.rows, matrix.pitch], &slice.shape));
         }
         let mut params = LoadParams {
-            source: 0,
             destination: matrix.address(),
             rows: rows as u64,
             columns: columns as u64,
             pitch: matrix.pitch as u64,
-            row_offset: placement.offset as u64,
-            group: placement.group as u64,
-            group_pitch: placement.group_pitch as u64,
-            key: 0,
-            first: 0,
             row_stride: columns as u64,
-            a: 0.0,
-            b: 0.0,
-            kind: 0,
             stored_bf16: u32::from(slice.dtype == DType::Bf16),
+            ..placed(placement)
         };
         match &slice.source {
             TensorSource::Random(fill) => {
@@ -154,6 +195,16 @@ impl Loader {
             run(stream, kernels, job.target, &piece_params)?;
         }
         Ok(())
+    }
+}
+
+/// Parameters of rows placed like this, of which nothing else is known.
+fn placed(placement: Placement) -> LoadParams {
+    LoadParams {
+        row_offset: placement.offset as u64,
+        group: placement.group as u64,
+        group_pitch: placement.group_pitch as u64,
+        ..LoadParams::zeroed()
     }
 }
 

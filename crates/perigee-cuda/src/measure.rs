@@ -15,7 +15,7 @@ impl CudaBackend {
     /// Milliseconds that the device spends on `work`, for measurements.
     ///
     /// # Errors
-    /// Those of `work`, and [`BackendError::Device`] with a fault of the device in it.
+    /// Those of `work`, and [`perigee_backend::BackendError::Device`] with a fault of the device in it.
     pub fn timed(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<f32> {
         let (start, end) = (Event::new(self.stream.device(), true)?, Event::new(self.stream.device(), true)?);
         start.record(&self.stream)?;

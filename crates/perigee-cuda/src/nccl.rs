@@ -15,6 +15,7 @@ use perigee_collectives::Collective;
 
 use crate::buffer::Buffer;
 use crate::device::Device;
+use crate::needs;
 use crate::stream::{Pitched, Stream};
 
 use communicator::Communicator;
@@ -69,19 +70,30 @@ impl Nccl {
         self.communicator.all_reduce(stream, address, count, dtype)
     }
 
+    /// Queues a copy of `count` 32-bit integers at `address` from rank 0 to all.
+    pub(crate) fn broadcast(&self, stream: &Stream, address: u64, count: usize) -> Result<()> {
+        stream.device().bind()?;
+        self.communicator.broadcast(stream, address, count)
+    }
+
     /// Device address of the parts of the vocabulary, 0 while there are none.
     pub(crate) fn gathered_address(&self) -> u64 {
         self.gathered.as_ref().map_or(0, Buffer::address)
     }
 
-    /// Memory for a gather of `count` float32 numbers from each rank: where this rank puts its own.
-    pub(crate) fn gather_place(&mut self, stream: &Stream, count: usize) -> Result<u64> {
-        let bytes = count * self.size * 4;
+    /// Makes room for a gather of `count` float32 numbers from each rank.
+    pub(crate) fn reserve_gather(&mut self, stream: &Stream, count: usize) -> Result<()> {
+        let bytes = needs::gathered_bytes(1, count, self.size) as usize;
         if self.gathered.as_ref().is_none_or(|buffer| buffer.bytes() < bytes) {
             self.gathered = None;
-            let room = bytes.next_power_of_two();
-            self.gathered = Some(Buffer::new(stream.device(), room, "logits of all ranks")?);
+            self.gathered = Some(Buffer::new(stream.device(), bytes, "logits of all ranks")?);
         }
+        Ok(())
+    }
+
+    /// Memory for a gather of `count` float32 numbers from each rank: where this rank puts its own.
+    pub(crate) fn gather_place(&mut self, stream: &Stream, count: usize) -> Result<u64> {
+        self.reserve_gather(stream, count)?;
         let Some(buffer) = &self.gathered else { return Ok(0) };
         buffer.part(self.rank * count * 4, count * 4)
     }

@@ -1,7 +1,7 @@
 //! Device memory that steps work in, as arithmetic over shapes. It is compiled without a GPU too: ops state their needs from
 //! here when they load, and a memory plan is made from the same numbers before a device is touched.
 
-use perigee_backend::{DType, KdaShape, MlaShape, MlpShape, MoeShape};
+use perigee_backend::{DType, KdaShape, MlaShape, MlpShape, MoeShape, PAGE_TOKENS};
 
 /// Query rows (tokens times heads) of one attention item.
 pub(crate) const ITEM_ROWS: usize = 64;
@@ -11,6 +11,8 @@ pub(crate) const CHUNK_TOKENS: usize = 64;
 pub(crate) const MORE_CHUNKS: usize = 32;
 /// Head sizes that have kernels of their own in the chunked KDA form.
 pub(crate) const KDA_HEAD_DIMS: [usize; 3] = [32, 64, 128];
+/// Most keys that the expanded form of attention works on together.
+const MOST_STRETCH: usize = 8192;
 /// Gate rows and up rows of experts alternate in blocks of this size.
 pub(crate) const EXPERT_BLOCK: usize = 8;
 /// Bytes of an expert's tile in the list of tiles.
@@ -62,15 +64,30 @@ pub(crate) fn mla_rows(shape: &MlaShape) -> (usize, usize) {
     (latent, (latent + shape.cache_width()).next_multiple_of(8))
 }
 
-/// The MLA mixer: projections, values, and a part that another replica computed.
-pub(crate) fn mla(shape: &MlaShape, element: usize) -> [Need; 3] {
+/// Whether layers of this shape have kernels for the expanded form of attention, with bfloat16 activations.
+pub(crate) fn expands(shape: &MlaShape) -> bool {
+    (shape.nope, shape.rope, shape.value, shape.latent, shape.query_rank) == (128, 64, 128, 512, None)
+}
+
+/// Keys that the expanded form works on together where steps have up to `tokens` tokens.
+pub(crate) fn stretch_keys(tokens: usize) -> usize {
+    tokens.next_multiple_of(PAGE_TOKENS).clamp(PAGE_TOKENS, MOST_STRETCH)
+}
+
+/// The MLA mixer: projections, values, a part that another replica computed, and a stretch of the expanded form.
+pub(crate) fn mla(shape: &MlaShape, element: usize) -> [Need; 4] {
     let queries = shape.heads * (shape.nope + shape.rope);
+    // Keys, values and latents of a stretch in the expanded form.
+    let key = (shape.cache_width() + shape.heads * (shape.nope + shape.value)) * element;
+    let expands = expands(shape) && element == DType::Bf16.bytes();
+    let key = if expands { key } else { 0 };
     let low_rank = shape.query_rank.map_or(0, |rank| rank.next_multiple_of(8) + queries);
     let fixed = 8 * ALIGNMENT;
     [
         Need { per_token: (mla_rows(shape).1 + low_rank) * element, fixed },
         Need { per_token: shape.heads * (shape.latent + shape.value) * element, fixed },
         Need { per_token: 0, fixed: shape.heads * (shape.latent + 1) * 4 + 4 * ALIGNMENT },
+        Need { per_token: key, fixed: PAGE_TOKENS * key + 2 * ALIGNMENT },
     ]
 }
 
@@ -94,14 +111,24 @@ pub(crate) fn expert_width(shape: &MoeShape) -> usize {
     shape.width.next_multiple_of(EXPERT_BLOCK)
 }
 
+/// Entries of a block of the sort of many (token, choice) entries.
+pub(crate) const SORT_ENTRIES: usize = 2048;
+
+/// Blocks' counts of that sort.
+pub(crate) fn sort_counts(entries: usize, experts: usize) -> usize {
+    entries.div_ceil(SORT_ENTRIES) * experts * 4
+}
+
 /// A mixture of experts with its shared experts.
 pub(crate) fn moe(shape: &MoeShape, element: usize) -> Need {
-    let entry = 5 * 4 + (expert_width(shape) + shape.hidden) * element + TILE_BYTES;
+    // Of the sort's counts, an entry's part of a block's.
+    let counts = ((shape.experts + 1) * 4).div_ceil(SORT_ENTRIES);
+    let entry = 5 * 4 + counts + (expert_width(shape) + shape.hidden) * element + TILE_BYTES;
     let shared = mlp(&MlpShape { hidden: shape.hidden, width: shape.shared_width }, element);
     Need {
         // One entry more for a shared expert that is computed like the routed ones.
         per_token: (shape.top_k + 1) * entry + shape.experts * 4 + shape.hidden * element + shared.per_token,
-        fixed: (shape.experts + 2) * TILE_BYTES + 16 * ALIGNMENT + shared.fixed,
+        fixed: (shape.experts + 2) * TILE_BYTES + 17 * ALIGNMENT + sort_counts(1, shape.experts + 1) + shared.fixed,
     }
 }
 
@@ -127,19 +154,33 @@ pub struct LayerShapes {
 /// included: the largest op's, since ops run one after the other.
 pub fn working_bytes(shapes: &LayerShapes, tokens: usize, precision: DType) -> u64 {
     let element = precision.bytes();
-    let [project, values, other] = mla(&shapes.mla, element);
+    let [project, values, other, stretch] = mla(&shapes.mla, element);
     let needs = [
         kda(&shapes.kda, element),
         project,
         values,
         other,
+        stretch,
         mlp(&shapes.mlp, element),
         moe(&shapes.moe, element),
         head(shapes.mla.hidden, 0, element),
     ];
     let most = needs.iter().map(|need| need.bytes(tokens)).max().unwrap_or(0);
     // Twice what fills a device of up to 160 multiprocessors: more items are not split.
-    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64
+    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64 + widened_bytes(&shapes.moe, precision)
+}
+
+/// Bytes of the logits of all ranks in each rank's order, for `rows` rows of at most `head_rows` columns from each of `ranks`.
+pub fn gathered_bytes(rows: usize, head_rows: usize, ranks: usize) -> u64 {
+    if ranks == 1 { 0 } else { (rows * head_rows * ranks * DType::Fp32.bytes()).next_power_of_two() as u64 }
+}
+
+/// Room for a layer's experts in the type of products, where that is wider than the bfloat16 that they are stored in.
+fn widened_bytes(shape: &MoeShape, precision: DType) -> u64 {
+    match precision {
+        DType::Bf16 => 0,
+        DType::Fp32 => (shape.experts + 1) as u64 * (3 * expert_width(shape) * shape.hidden * precision.bytes()) as u64,
+    }
 }
 
 #[cfg(test)]

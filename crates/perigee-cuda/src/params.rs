@@ -3,6 +3,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::tensor_map::TensorMap;
+
 /// `load/params.h`
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
@@ -215,6 +217,56 @@ pub(crate) struct MlaMergeParams {
     pub(crate) reserved: u32,
 }
 
+/// `mla/params.h`: keys of one page that go to a stretch.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct GatherRun {
+    pub(crate) place: u32,
+    pub(crate) row: u32,
+    pub(crate) keys: u32,
+}
+
+/// `mla/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MlaGatherParams {
+    pub(crate) latents: u64,
+    pub(crate) out: u64,
+    pub(crate) runs: u64,
+    pub(crate) pieces: u32,
+    pub(crate) reserved: u32,
+}
+
+/// `mla/params.h`: query tokens against the keys of one stretch.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct ExpandedItem {
+    pub(crate) first_token: u32,
+    pub(crate) tokens: u32,
+    pub(crate) first_position: u32,
+    pub(crate) first_key: u32,
+    pub(crate) first_row: u32,
+    pub(crate) keys: u32,
+    pub(crate) flags: u32,
+}
+
+/// `mla/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MlaExpandedParams {
+    pub(crate) queries: TensorMap,
+    pub(crate) expanded: TensorMap,
+    pub(crate) latents: TensorMap,
+    pub(crate) output: u64,
+    pub(crate) lse: u64,
+    pub(crate) values: u64,
+    pub(crate) items: u64,
+    pub(crate) heads: u32,
+    pub(crate) value_pitch: u32,
+    pub(crate) scale: f32,
+    pub(crate) reserved: [u32; 5],
+}
+
 /// `moe/params.h`: rows of one expert.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
@@ -277,6 +329,25 @@ pub(crate) struct MoeSortParams {
 /// `moe/params.h`
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MoeSpreadParams {
+    pub(crate) chosen: u64,
+    pub(crate) source: u64,
+    pub(crate) position: u64,
+    pub(crate) tiles: u64,
+    pub(crate) tile_count: u64,
+    pub(crate) touched: u64,
+    pub(crate) counts: u64,
+    pub(crate) entries: u32,
+    pub(crate) experts: u32,
+    pub(crate) tile_rows: u32,
+    pub(crate) routed: u32,
+    pub(crate) block_entries: u32,
+    pub(crate) reserved: u32,
+}
+
+/// `moe/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub(crate) struct MoeProductParams {
     pub(crate) input: u64,
     pub(crate) weight: u64,
@@ -288,6 +359,33 @@ pub(crate) struct MoeProductParams {
     pub(crate) width: u32,
     pub(crate) top_k: u32,
     pub(crate) reserved: u32,
+}
+
+/// `moe/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MoeWideParams {
+    pub(crate) weight: TensorMap,
+    pub(crate) rows: TensorMap,
+    pub(crate) out: u64,
+    pub(crate) tiles: u64,
+    pub(crate) tile_count: u64,
+    pub(crate) depth: u32,
+    pub(crate) width: u32,
+    pub(crate) reserved: [u32; 8],
+}
+
+/// `moe/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MoeGatherParams {
+    pub(crate) x: u64,
+    pub(crate) out: u64,
+    pub(crate) source: u64,
+    pub(crate) tiles: u64,
+    pub(crate) tile_count: u64,
+    pub(crate) pieces: u32,
+    pub(crate) top_k: u32,
 }
 
 /// `moe/params.h`
@@ -348,6 +446,17 @@ pub(crate) struct SampleResult {
     pub(crate) reserved: u32,
     pub(crate) tokens: [u32; 20],
     pub(crate) logprobs: [f32; 20],
+}
+
+/// `sample/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct FeedParams {
+    pub(crate) results: u64,
+    pub(crate) from: u64,
+    pub(crate) tokens: u64,
+    pub(crate) count: u32,
+    pub(crate) reserved: u32,
 }
 
 /// `sample/params.h`

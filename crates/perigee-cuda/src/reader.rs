@@ -164,7 +164,7 @@ impl Question<'_> {
             });
         }
         let batch = StepBatch { tokens: Vec::new(), rows, logits: Vec::new() };
-        let planning = Planning { heads: self.heads, items: 2 * device.multiprocessors() as usize };
+        let planning = Planning { heads: self.heads, items: 2 * device.multiprocessors() as usize, stretch: 0 };
         Ok(Attention::plan(&batch, planning))
     }
 }

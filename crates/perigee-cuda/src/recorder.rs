@@ -55,19 +55,22 @@ impl CudaBackend {
     /// See [`perigee_backend::Backend::run_recorded`].
     pub(crate) fn recorded_run(&mut self, batch: &StepBatch) -> Result<Recorded> {
         self.abandon_recording();
-        // A replica of two ranks over NCCL did not get through its recorded first steps on one card; why is not known yet.
-        let is_alone = matches!(self.exchange, Exchange::Alone);
+        // What goes through host memory waits for it. All ranks decide alike: it depends on the plan and on the steps before.
+        let on_device = !matches!(self.exchange, Exchange::Host(_));
         let size = rung(&self.recorder.ladder, batch.rows.len())
-            .filter(|_| self.recorder.has_run && is_alone && self.formula.is_plain() && only_decodes(batch));
+            .filter(|_| self.recorder.has_run && on_device && self.formula.is_plain() && only_decodes(batch));
         let Some(rows) = size else { return Ok(Recorded::No) };
         self.stream.device().bind()?;
         self.exchange.check()?;
         let planning = self.planning();
         let form = DecodeForm { rows, pages: self.cache()?.shape().pages };
-        if !self.step.begin_decode(&self.stream, batch, planning, form)? {
+        if !self.step.begin_decode(&self.stream, batch, &self.feed, planning, form)? {
             return Ok(Recorded::No);
         }
+        let fed = std::mem::take(&mut self.feed).len();
+        self.feed_run(fed)?;
         self.reserve_scratch(rows)?;
+        self.reserve_gather(rows)?;
         let bases = self.bases();
         if self.recorder.bases != bases {
             // What they address has moved.

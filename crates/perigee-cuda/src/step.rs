@@ -1,13 +1,17 @@
 //! What kernels know of the current step: tokens, rows, places of latents and the attention plan, packed into one block and
 //! sent once. Sections have sizes rounded up to powers of two, so that steps of like size find them at the same addresses.
 
+use std::mem::take;
+
 use bytemuck::{NoUninit, cast_slice};
 use perigee_backend::{BackendError, PAGE_TOKENS, Result, Row, StepBatch};
 
+use crate::expand::{Expansion, is_expanded};
 use crate::formula::{Fault, Formula};
 use crate::needs::{CHUNK_TOKENS, ITEM_ROWS};
 use crate::params::{AttendItem, AttendMerge, AttendRange, KdaChunk, KdaRow};
-use crate::stream::{Stream, Upload};
+use crate::stream::Stream;
+use crate::transfer::Upload;
 
 /// An item's result that needs no merge.
 const NO_PART: u32 = u32::MAX;
@@ -29,6 +33,8 @@ pub(crate) struct Step {
     decode_upload: Option<Upload>,
     packed: Vec<u8>,
     pub(crate) tokens: Section,
+    /// The draw that each token comes from, where the step is fed with draws.
+    pub(crate) feed: Section,
     /// One number: tokens that do not pad the step.
     pub(crate) live: Section,
     pub(crate) logits: Section,
@@ -46,6 +52,10 @@ pub(crate) struct Step {
     pub(crate) ranges: Section,
     pub(crate) items: Section,
     pub(crate) merges: Section,
+    pub(crate) gather_runs: Section,
+    pub(crate) expanded_items: Section,
+    /// Rows that attend in the expanded form.
+    pub(crate) expansion: Expansion,
     /// The numbers in `row_chunks`, for launches by groups of rows.
     pub(crate) chunk_bounds: Vec<u32>,
     /// Partial results of attention.
@@ -61,6 +71,8 @@ pub(crate) struct Planning {
     pub(crate) heads: usize,
     /// Items that fill the device.
     pub(crate) items: usize,
+    /// Keys of a stretch of the expanded form of attention, 0 where no row attends in it.
+    pub(crate) stretch: usize,
 }
 
 impl Step {
@@ -69,6 +81,7 @@ impl Step {
         &mut self,
         stream: &Stream,
         batch: &StepBatch,
+        feed: &[u32],
         planning: Planning,
         formula: Formula,
     ) -> Result<()> {
@@ -78,8 +91,12 @@ impl Step {
             rows.places.extend(positions.map(|position| position as u32));
         }
         let attention = Attention::plan(batch, planning);
+        self.expansion =
+            if planning.stretch > 0 { Expansion::plan(batch, planning.stretch) } else { Expansion::default() };
+        let (runs, items) = (take(&mut self.expansion.runs), take(&mut self.expansion.items));
         self.packed.clear();
         self.tokens = self.pack(&batch.tokens);
+        self.feed = self.pack(feed);
         self.live = self.pack(&[batch.tokens.len() as u32]);
         self.logits = self.pack(&batch.logits);
         self.places = self.pack(&rows.places);
@@ -90,6 +107,8 @@ impl Step {
         self.items = self.pack(&attention.items);
         self.merges = self.pack(&attention.merges);
         self.ranges = self.pack(&attention.ranges);
+        self.gather_runs = self.pack(&runs);
+        self.expanded_items = self.pack(&items);
         self.pages = self.pack(&attention.pages);
         self.chunk_bounds = rows.row_chunks;
         self.parts = attention.parts as usize;
@@ -124,6 +143,7 @@ impl Step {
     fn shift(&mut self, base: u64) {
         for section in [
             &mut self.tokens,
+            &mut self.feed,
             &mut self.live,
             &mut self.logits,
             &mut self.places,
@@ -134,6 +154,8 @@ impl Step {
             &mut self.items,
             &mut self.merges,
             &mut self.ranges,
+            &mut self.gather_runs,
+            &mut self.expanded_items,
             &mut self.pages,
         ] {
             section.address += base;
@@ -146,6 +168,7 @@ impl Step {
         &mut self,
         stream: &Stream,
         batch: &StepBatch,
+        feed: &[u32],
         planning: Planning,
         form: DecodeForm,
     ) -> Result<bool> {
@@ -170,6 +193,7 @@ impl Step {
         }
         self.packed.clear();
         self.tokens = self.pack_fixed(&batch.tokens, form.rows, 0);
+        self.feed = self.pack_fixed(feed, form.rows, 0);
         self.live = self.pack_fixed(&[batch.tokens.len() as u32], 1, 0);
         self.logits = self.pack_fixed(&batch.logits, form.rows, 0);
         self.places = self.pack_fixed(&rows.places, form.rows, 0xff);
@@ -179,6 +203,8 @@ impl Step {
         self.ranges = self.pack_fixed(&attention.ranges, items * RANGES_PER_ITEM, 0);
         let none = Section { address: 0, count: 0 };
         (self.prefill_rows, self.chunks, self.row_chunks) = (none, none, none);
+        (self.gather_runs, self.expanded_items) = (none, none);
+        self.expansion = Expansion::default();
         self.pages = self.pack(&attention.pages);
         self.chunk_bounds.clear();
         // Not the parts of this step: where they lie in working memory is recorded, and other steps have more of them.
@@ -236,7 +262,7 @@ impl DecodeForm {
     fn fixed_bytes(self, planning: Planning) -> usize {
         let section = |elements: usize, bytes: usize| (elements * bytes).next_multiple_of(SECTION_ALIGNMENT);
         let items = self.items(planning);
-        section(self.rows, 4) * 3
+        section(self.rows, 4) * 4
             + section(1, 4)
             + section(self.rows, size_of::<KdaRow>())
             + section(items, size_of::<AttendItem>())
@@ -325,14 +351,20 @@ impl Attention {
             return plan;
         }
         let tile = (ITEM_ROWS / planning.heads).max(1);
-        let tiles: usize = batch.rows.iter().map(|row| (row.tokens as usize).div_ceil(tile)).sum();
+        let is_apart = |row: &Row| planning.stretch > 0 && is_expanded(row);
+        let rows = || batch.rows.iter().filter(|row| !is_apart(row));
+        let tiles: usize = rows().map(|row| (row.tokens as usize).div_ceil(tile)).sum();
         let keys: u64 =
-            batch.rows.iter().map(|row| keys_before(row, u64::MAX) * (row.tokens as usize).div_ceil(tile) as u64).sum();
+            rows().map(|row| keys_before(row, u64::MAX) * (row.tokens as usize).div_ceil(tile) as u64).sum();
         let free = planning.items.saturating_sub(tiles).max(1);
         let even = if tiles >= planning.items { usize::MAX } else { (keys as usize).div_ceil(free) };
         let split = even.max(LEAST_SPLIT).checked_next_multiple_of(PAGE_TOKENS).unwrap_or(usize::MAX);
         let mut first_token = 0;
         for row in &batch.rows {
+            if is_apart(row) {
+                first_token += row.tokens;
+                continue;
+            }
             let tables = plan.tables(row);
             for first in (0..row.tokens).step_by(tile) {
                 let tokens = (row.tokens - first).min(tile as u32);
@@ -473,7 +505,7 @@ mod tests {
         ]);
         for heads in [4, 32, 100] {
             for items in [1, 8, 264] {
-                let plan = Attention::plan(&batch, Planning { heads, items });
+                let plan = Attention::plan(&batch, Planning { heads, items, stretch: 0 });
                 check_cover(&batch, &plan);
                 let merged: u32 = plan.merges.iter().map(|merge| merge.parts).sum();
                 assert_eq!(merged, plan.parts);
@@ -484,11 +516,11 @@ mod tests {
     #[test]
     fn a_long_context_fills_the_device_and_a_full_batch_is_not_split() {
         let long = batch(vec![row(131_071, 1, vec![segment(0, 131_072, 0)])]);
-        let plan = Attention::plan(&long, Planning { heads: 32, items: 264 });
+        let plan = Attention::plan(&long, Planning { heads: 32, items: 264, stretch: 0 });
         assert!((200..=264).contains(&plan.items.len()), "{} items", plan.items.len());
         assert_eq!(plan.merges.len(), 1);
         let many = batch((0..300).map(|at| row(999, 1, vec![segment(0, 1000, at * 16)])).collect());
-        let plan = Attention::plan(&many, Planning { heads: 32, items: 264 });
+        let plan = Attention::plan(&many, Planning { heads: 32, items: 264, stretch: 0 });
         assert_eq!((plan.items.len(), plan.parts), (300, 0));
     }
 
@@ -499,7 +531,7 @@ mod tests {
                 let pages = (context as u32).div_ceil(64);
                 let batch =
                     batch((0..rows).map(|at| row(context - 1, 1, vec![segment(0, context, at * pages)])).collect());
-                let planning = Planning { heads: 32, items: 264 };
+                let planning = Planning { heads: 32, items: 264, stretch: 0 };
                 let plan = Attention::plan(&batch, planning);
                 let form = DecodeForm { rows: rows as usize, pages: (rows * pages) as usize };
                 assert!(plan.items.len() <= form.items(planning), "{rows} x {context}: {} items", plan.items.len());

@@ -129,6 +129,20 @@ impl Stream {
         unsafe { result::memcpy_htod_async(address, source, self.raw) }.map_err(fault("copying to the device"))
     }
 
+    /// Queues a copy to page-locked memory. The owner of `to` neither reads nor drops it until the copy is done.
+    pub(crate) fn read_pinned(&self, from: &Buffer, to: &mut Pinned, bytes: usize) -> Result<()> {
+        let address = from.part(0, bytes)?;
+        self.device.bind()?;
+        let room = to.as_mut_slice().get_mut(..bytes).ok_or(BackendError::Range {
+            what: "byte of a copy to the host",
+            index: bytes as u64,
+            limit: from.bytes() as u64,
+        })?;
+        // SAFETY: both ranges were checked; `Download` owns `to` and waits on an event recorded after this copy before it reads,
+        // refills or drops it.
+        unsafe { result::memcpy_dtoh_async(room, address, self.raw) }.map_err(fault("copying to the host"))
+    }
+
     /// Copies to the host and waits for it.
     pub(crate) fn read(&self, from: &Buffer, offset: usize, bytes: &mut [u8]) -> Result<()> {
         let address = from.part(offset, bytes.len())?;
@@ -269,102 +283,5 @@ impl Drop for Event {
             // SAFETY: created by `new`, destroyed once; the driver defers it while a record is pending.
             let _ = unsafe { result::event::destroy(self.raw) };
         }
-    }
-}
-
-/// Host data on its way to one device buffer, step after step: two page-locked buffers in turn, so that filling one does not
-/// wait for the copy of the other.
-#[derive(Debug)]
-pub(crate) struct Upload {
-    device: Device,
-    target: Buffer,
-    turns: [(Pinned, Event); 2],
-    turn: usize,
-}
-
-impl Upload {
-    pub(crate) fn new(device: &Device, bytes: usize, what: &str) -> Result<Self> {
-        let side = || Ok::<_, BackendError>((Pinned::new(device, bytes)?, Event::new(device, false)?));
-        Ok(Self {
-            target: Buffer::new(device, bytes, what)?,
-            turns: [side()?, side()?],
-            turn: 0,
-            device: device.clone(),
-        })
-    }
-
-    /// Bytes that fit.
-    pub(crate) fn capacity(&self) -> usize {
-        self.target.bytes()
-    }
-
-    /// Where the data lies on the device.
-    pub(crate) fn address(&self) -> u64 {
-        self.target.address()
-    }
-
-    /// Sends `bytes`, at most `capacity`, in stream order.
-    pub(crate) fn send(&mut self, stream: &Stream, bytes: &[u8]) -> Result<()> {
-        self.turn = 1 - self.turn;
-        let (pinned, sent) = &mut self.turns[self.turn];
-        sent.wait()?;
-        let room = pinned.as_mut_slice().get_mut(..bytes.len()).ok_or(BackendError::Range {
-            what: "upload byte",
-            index: bytes.len() as u64,
-            limit: self.target.bytes() as u64,
-        })?;
-        room.copy_from_slice(bytes);
-        stream.write_pinned(&self.target, pinned, bytes.len())?;
-        sent.record(stream)
-    }
-}
-
-impl Drop for Upload {
-    fn drop(&mut self) {
-        if self.device.bind().is_ok() {
-            for (_, sent) in &self.turns {
-                // A failed wait means a broken context, in which no copy runs any more.
-                let _ = sent.wait();
-            }
-        }
-    }
-}
-
-/// Device results on their way to the host: a device buffer that kernels fill and page-locked memory of the same size.
-#[derive(Debug)]
-pub(crate) struct Download {
-    source: Buffer,
-    pinned: Pinned,
-}
-
-impl Download {
-    pub(crate) fn new(device: &Device, bytes: usize, what: &str) -> Result<Self> {
-        Ok(Self { source: Buffer::new(device, bytes, what)?, pinned: Pinned::new(device, bytes)? })
-    }
-
-    /// Bytes that fit.
-    pub(crate) fn capacity(&self) -> usize {
-        self.source.bytes()
-    }
-
-    /// Makes everything zero, in stream order.
-    pub(crate) fn clear(&self, stream: &Stream) -> Result<()> {
-        stream.fill(&self.source, 0, self.source.bytes(), 0)
-    }
-
-    /// Where kernels write on the device.
-    pub(crate) fn address(&self) -> u64 {
-        self.source.address()
-    }
-
-    /// The first `bytes`, at most `capacity`, as work queued before left them; waits for it.
-    pub(crate) fn receive(&mut self, stream: &Stream, bytes: usize) -> Result<&[u8]> {
-        let room = self.pinned.as_mut_slice().get_mut(..bytes).ok_or(BackendError::Range {
-            what: "download byte",
-            index: bytes as u64,
-            limit: self.source.bytes() as u64,
-        })?;
-        stream.read(&self.source, 0, room)?;
-        Ok(room)
     }
 }

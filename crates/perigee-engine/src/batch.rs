@@ -40,13 +40,7 @@ impl EngineCore {
                 draws.push(draw(sequence, session.grammar.as_ref()));
             }
             batch.tokens.extend_from_slice(tokens);
-            batch.rows.push(Row {
-                tokens: row.tokens as u32,
-                position: row.position,
-                read_slot: row.read_slot,
-                write_slot: row.write_slot,
-                segments: row.segments.clone(),
-            });
+            batch.rows.push(batch_row(row));
         }
         let positions = batch.logits.len();
         let step = StepPlan {
@@ -56,6 +50,7 @@ impl EngineCore {
             remote: self.remote_plan(rows),
             traces,
             batch,
+            feed: Vec::new(),
         };
         let vocab = self.executor.limits().vocab;
         let output = self.executor.step(&step, &draws, wants_logits)?;
@@ -65,6 +60,43 @@ impl EngineCore {
             return Err(defect(format!("{drawn} of {} draws, {got} logits for {positions} positions", draws.len())));
         }
         Ok(output)
+    }
+
+    /// Launches rows that draw a token each. With `feed` every one is fed with the draw of that row of the step in flight,
+    /// which nobody knows yet.
+    pub(crate) fn launch(&mut self, plan: &Plan, rows: &[&PlannedRow], feed: Vec<u32>) -> Result<(), ExecutorError> {
+        let traces = self.rank_notes(rows);
+        let ahead = u64::from(!feed.is_empty());
+        let mut batch = StepBatch::default();
+        let mut draws = Vec::with_capacity(rows.len());
+        for (row, index) in rows.iter().zip(0..) {
+            let Some(session) = self.sessions.get(&row.task) else {
+                return Err(defect(format!("a row of session {} which does not exist", row.task.0)));
+            };
+            let sequence = &session.sequence;
+            let token = sequence.tokens.get(row.position as usize).copied().unwrap_or_default();
+            if row.end() != sequence.length() + ahead {
+                return Err(defect(format!(
+                    "a decode row up to {} of {} tokens",
+                    row.end(),
+                    sequence.length() + ahead
+                )));
+            }
+            draws.push(draw_ahead(sequence, ahead));
+            batch.logits.push(index);
+            batch.tokens.push(token);
+            batch.rows.push(batch_row(row));
+        }
+        let step = StepPlan {
+            clear_slots: plan.clear_slots.clone(),
+            copy_slots: plan.copy_slots.clone(),
+            copy_pages: plan.copy_pages.clone(),
+            traces,
+            batch,
+            feed,
+            ..StepPlan::default()
+        };
+        self.executor.launch(&step, &draws)
     }
 
     /// Takes a step's results into sessions and scheduler.
@@ -85,7 +117,7 @@ impl EngineCore {
             }
             if row.draws {
                 logits.next();
-                if let Some(sampled) = sampled.next().filter(|_| counts) {
+                if let Some(sampled) = sampled.next().flatten().filter(|_| counts) {
                     self.take_token(row.task, &sampled, now)?;
                 }
             } else if let Some(from) = row.prompt_logits_from {
@@ -138,14 +170,29 @@ impl EngineCore {
     }
 }
 
+fn batch_row(row: &PlannedRow) -> Row {
+    Row {
+        tokens: row.tokens as u32,
+        position: row.position,
+        read_slot: row.read_slot,
+        write_slot: row.write_slot,
+        segments: row.segments.clone(),
+    }
+}
+
 fn draw<'a>(sequence: &'a Sequence, grammar: Option<&'a Grammar>) -> Draw<'a> {
+    Draw { allowed: grammar.map(Grammar::allowed), ..draw_ahead(sequence, 0) }
+}
+
+/// The draw that follows after `ahead` further tokens.
+fn draw_ahead(sequence: &Sequence, ahead: u64) -> Draw<'_> {
     Draw {
         params: &sequence.sampling,
         choice: sequence.choice,
-        position: sequence.length(),
+        position: sequence.length() + ahead,
         counts: &sequence.counts,
-        banned: sequence.banned(),
-        allowed: grammar.map(Grammar::allowed),
+        banned: sequence.banned(sequence.completion() + ahead),
+        allowed: None,
     }
 }
 

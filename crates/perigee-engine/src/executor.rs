@@ -25,13 +25,17 @@ pub struct StepPlan {
     pub remote: RemotePlan,
     /// Traced sessions that begin with this step, and those that ended before it.
     pub traces: TraceNotes,
+    /// Where the step is fed with what the one before it drew, the draw for each token of the batch, whose own tokens are of
+    /// no meaning then; else empty.
+    pub feed: Vec<u32>,
 }
 
 /// What a step gave.
 #[derive(Debug, Default)]
 pub struct StepOutput {
-    /// One draw for every entry of the `draws` that the step was given, in order.
-    pub sampled: Vec<Sampled>,
+    /// One draw for every entry of the `draws` that the step was given, in order. None for one that has to be made again,
+    /// only where the step was launched: what its row was fed with next is nothing.
+    pub sampled: Vec<Option<Sampled>>,
     /// Logits [batch.logits.len(), vocab], where they were asked for.
     pub logits: Option<Vec<f32>>,
     /// Rows (indices into `batch.rows`, ascending) that missed an answer on any rank: what they drew, and what they wrote
@@ -78,6 +82,11 @@ pub struct ExecutorError {
 }
 
 impl ExecutorError {
+    /// The answer of an executor whose steps are done when they return.
+    fn runs_nothing_ahead() -> Self {
+        Self { rank: 0, message: "this executor does not run ahead".into(), fatal: false }
+    }
+
     /// The answer of an executor that has nothing of moves.
     fn moves_nothing() -> Self {
         Self { rank: 0, message: "this executor does not move sessions".into(), fatal: false }
@@ -121,6 +130,19 @@ pub trait Executor: Send {
     /// Runs a step. `draws[i]` draws from row `i` of the logits (`batch.logits`); there may be fewer draws than rows of
     /// logits, never more. With `want_logits` the logits come back too. The engine asks for at most `step_rows` rows.
     fn step(&mut self, plan: &StepPlan, draws: &[Draw<'_>], want_logits: bool) -> Result<StepOutput, ExecutorError>;
+    /// Whether [`Self::launch`] and [`Self::collect`] do anything. If not, as provided, they fail.
+    fn runs_ahead(&self) -> bool {
+        false
+    }
+    /// Begins a step in which every row draws, without waiting for it. It may be fed with the draws of the step launched before
+    /// (`plan.feed`), of which at most that one is not collected.
+    fn launch(&mut self, _plan: &StepPlan, _draws: &[Draw<'_>]) -> Result<(), ExecutorError> {
+        Err(ExecutorError::runs_nothing_ahead())
+    }
+    /// What the step launched first, of those not collected, gave; waits for it.
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        Err(ExecutorError::runs_nothing_ahead())
+    }
     /// Copies a session's slot and pages into every rank's host memory under `key`; slot and pages are free afterwards.
     fn park(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ExecutorError>;
     /// Writes a parked session back to a slot and as many pages as it had, in order; the copy is kept until `drop_parked`.

@@ -196,7 +196,7 @@ mod tests {
         let context = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".parse().unwrap();
         for command in [
             RankCommand::Step {
-                plan: StepPlan { remote: remote(), ..StepPlan::default() }.into(),
+                plan: StepPlan { remote: remote(), feed: vec![1, 0], ..StepPlan::default() }.into(),
                 forced: vec![(1, vec![2])],
             },
             RankCommand::ExportSlot { from: StateSource::Parked(5) },

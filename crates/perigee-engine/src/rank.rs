@@ -113,6 +113,10 @@ impl<B: Backend> Rank<B> {
             pages: self.limits.pages,
         })?;
         plan.remote.validate(&plan.batch)?;
+        if !plan.feed.is_empty() && plan.feed.len() != plan.batch.tokens.len() {
+            let (fed, tokens) = (plan.feed.len(), plan.batch.tokens.len());
+            return Err(BackendError::Batch(format!("{fed} draws feed {tokens} tokens")).into());
+        }
         self.traces.take(&plan.traces);
         self.traces.stepped();
         self.backend.clear_slots(&plan.clear_slots)?;
@@ -121,6 +125,9 @@ impl<B: Backend> Rank<B> {
         }
         for &(from, to) in &plan.copy_pages {
             self.backend.copy_page(from, to)?;
+        }
+        if !plan.feed.is_empty() {
+            self.backend.feed_drawn(&plan.feed)?;
         }
         if plan.remote.rows.is_empty() {
             self.model.step(&mut self.backend, &plan.batch, hooks)?;
@@ -156,6 +163,27 @@ impl<B: Backend> Rank<B> {
     /// There are fewer rows, or nothing can be drawn from one.
     pub(crate) fn sample(&mut self, draws: &[Draw<'_>], scratch: &mut Scratch) -> Result<Vec<Sampled>, BackendError> {
         self.backend.sample(self.model.logits(), draws, scratch)
+    }
+
+    /// Whether this rank's steps can be queued before the last one's draws are read.
+    pub(crate) fn runs_ahead(&self) -> bool {
+        self.backend.runs_ahead()
+    }
+
+    /// Queues draws like those of [`Self::sample`].
+    ///
+    /// # Errors
+    /// There are fewer rows, or the device failed.
+    pub(crate) fn queue_draws(&mut self, draws: &[Draw<'_>]) -> Result<(), BackendError> {
+        self.backend.queue_draws(self.model.logits(), draws)
+    }
+
+    /// What the oldest queued draws gave.
+    ///
+    /// # Errors
+    /// The device failed, or a rank was lost in the exchange.
+    pub(crate) fn collect_draws(&mut self) -> Result<Vec<Option<Sampled>>, BackendError> {
+        self.backend.collect_draws()
     }
 
     /// Executes any command but `Shutdown`, which needs no work.

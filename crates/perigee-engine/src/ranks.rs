@@ -1,8 +1,10 @@
 //! A replica's ranks as the leader drives them: its own, and the others behind links. Every command goes to all before any
 //! answer is awaited, and every rank's answer is part of the result, so that a failed rank can never look healthy.
 
+mod ahead;
 mod moves;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,8 +12,9 @@ use perigee_backend::{Backend, LatentReader, Routing, StateKind, StatePart};
 use perigee_migration::{Digest, Geometry, PageSlice, StateSlice, TensorDigests};
 use perigee_model::ModelError;
 use perigee_model::forward::StepHooks;
-use perigee_sampling::{Draw, Scratch};
+use perigee_sampling::{Draw, Sampled, Scratch};
 
+use self::ahead::Flight;
 use crate::executor::{
     CacheBytes, Executor, ExecutorError, ExecutorLimits, PageSpan, StateSource, StepOutput, StepPlan,
 };
@@ -40,6 +43,8 @@ pub struct Ranks<B: Backend> {
     timeout: Duration,
     weight_bytes: Vec<u64>,
     scratch: Scratch,
+    /// Steps that were launched and not collected, oldest first.
+    in_flight: VecDeque<Flight>,
 }
 
 impl<B: Backend> Ranks<B> {
@@ -49,7 +54,14 @@ impl<B: Backend> Ranks<B> {
     /// # Errors
     /// A rank does not answer.
     pub fn new(own: Rank<B>, others: Vec<Box<dyn LeaderLink>>, timeout: Duration) -> Result<Self, ExecutorError> {
-        let mut ranks = Self { own, others, timeout, weight_bytes: Vec::new(), scratch: Scratch::new() };
+        let mut ranks = Self {
+            own,
+            others,
+            timeout,
+            weight_bytes: Vec::new(),
+            scratch: Scratch::new(),
+            in_flight: VecDeque::new(),
+        };
         let replies = ranks.tell(&RankCommand::WeightBytes)?;
         for (rank, reply) in replies.into_iter().enumerate() {
             match reply {
@@ -150,8 +162,14 @@ impl<B: Backend> Ranks<B> {
         }
     }
 
-    /// Sends a command to the other ranks.
+    /// Sends a command to the other ranks, whose answers to those before have been taken in then.
     fn send(&mut self, command: &RankCommand) -> Result<(), ExecutorError> {
+        self.hear_flights();
+        self.send_behind(command)
+    }
+
+    /// Sends a command to the other ranks.
+    fn send_behind(&mut self, command: &RankCommand) -> Result<(), ExecutorError> {
         for (index, link) in self.others.iter_mut().enumerate() {
             link.send(command).map_err(|error| lost(index + 1, &error))?;
         }
@@ -226,9 +244,19 @@ impl<B: Backend> Executor for Ranks<B> {
         let report = self.run(plan, &ForcedExperts::new(), None)?;
         let sampled = self.own.sample(draws, &mut self.scratch).map_err(|error| local(&error.into()))?;
         let logits = want_logits.then(|| self.own.logits(rows)).transpose().map_err(|error| local(&error.into()))?;
-        let StepReport { faulty, refusals, counts } = report;
-        let refusals = refusals.into_iter().map(|Refusal { row, status }| (row, status)).collect();
-        Ok(StepOutput { sampled, logits, faulty, refusals, remote: counts })
+        Ok(output(sampled.into_iter().map(Some).collect(), logits, report))
+    }
+
+    fn runs_ahead(&self) -> bool {
+        self.own.runs_ahead()
+    }
+
+    fn launch(&mut self, plan: &StepPlan, draws: &[Draw<'_>]) -> Result<(), ExecutorError> {
+        self.launch_step(plan, draws)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        self.collect_step()
     }
 
     fn park(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ExecutorError> {
@@ -346,6 +374,12 @@ impl StepHooks for LeaderHooks<'_, '_> {
             trace.experts.push((layer, selected));
         }
     }
+}
+
+fn output(sampled: Vec<Option<Sampled>>, logits: Option<Vec<f32>>, report: StepReport) -> StepOutput {
+    let StepReport { faulty, refusals, counts } = report;
+    let refusals = refusals.into_iter().map(|Refusal { row, status }| (row, status)).collect();
+    StepOutput { sampled, logits, faulty, refusals, remote: counts }
 }
 
 fn local(error: &ModelError) -> ExecutorError {

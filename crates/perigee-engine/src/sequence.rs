@@ -198,9 +198,9 @@ impl Sequence {
         self.end_tokens.binary_search(&token).is_ok()
     }
 
-    /// Tokens that may not be drawn next: the ends, before `min_tokens` are there.
-    pub fn banned(&self) -> &[u32] {
-        if self.completion() < u64::from(self.stop.min_tokens) { &self.end_tokens } else { &[] }
+    /// Tokens that may not be drawn after `completion` generated ones: the ends, before `min_tokens` are there.
+    pub fn banned(&self, completion: u64) -> &[u32] {
+        if completion < u64::from(self.stop.min_tokens) { &self.end_tokens } else { &[] }
     }
 
     /// Counts for the client.

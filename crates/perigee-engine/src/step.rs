@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use perigee_text::grammar::Grammar;
 
+use crate::ahead::Flight;
 use crate::cache::CacheError;
 use crate::config::EngineConfig;
 use crate::executor::{Executor, ExecutorError};
@@ -14,7 +15,7 @@ use crate::handle::{Command, EngineHealth, QueuePermit, ScoreReply, Shared};
 use crate::moves::{Arriving, Follows, Homes, KeptEvents, Seats};
 use crate::observer::{Preemption, StepPhase, TokenKind};
 use crate::outbox::{LOAD_INTERVAL, Outbox};
-use crate::request::{FinishReason, Load, RouterId, SessionId};
+use crate::request::{Load, RouterId, SessionId};
 use crate::scheduler::{Limits, Plan, PlannedRow, Scheduler, TaskId};
 use crate::sequence::Sequence;
 use crate::traces::{SessionSpan, TraceNotes};
@@ -62,6 +63,8 @@ pub(crate) struct Session {
     pub(crate) misses: u32,
     /// When it steps again after that.
     pub(crate) retry_at: Option<Instant>,
+    /// Whether its draws are made between steps, because the device could not make one.
+    pub(crate) draws_late: bool,
     /// What another router may still want to hear, where it may come to have one.
     pub(crate) kept: Option<KeptEvents>,
     pub(crate) span: SessionSpan,
@@ -78,7 +81,21 @@ impl Session {
         let kept = sequence.resumable.then(|| KeptEvents::from(sequence.completion()));
         let span = SessionSpan::open(&sequence, arrived);
         let (grammar, last_token, retry_at) = (None, None, None);
-        Self { sequence, grammar, sink, deadline, arrived, last_token, permit, misses: 0, retry_at, kept, span }
+        let draws_late = false;
+        Self {
+            sequence,
+            grammar,
+            sink,
+            deadline,
+            arrived,
+            last_token,
+            permit,
+            misses: 0,
+            retry_at,
+            draws_late,
+            kept,
+            span,
+        }
     }
 }
 
@@ -105,7 +122,13 @@ pub struct EngineCore {
     pub(crate) offered: Option<Box<Arriving>>,
     /// The way in for tasks that carry handoffs.
     pub(crate) commands: mpsc::Sender<Command>,
-    inbox: mpsc::Receiver<Command>,
+    pub(crate) inbox: mpsc::Receiver<Command>,
+    /// A command that came while a step was in flight.
+    pub(crate) held_back: Option<Command>,
+    /// The step that was launched and not read.
+    pub(crate) flight: Option<Flight>,
+    /// When the last step in flight was read.
+    pub(crate) landed: Option<Instant>,
     steps: u64,
     step_ms: f32,
 }
@@ -135,6 +158,9 @@ impl EngineCore {
             offered: None,
             commands,
             inbox,
+            held_back: None,
+            flight: None,
+            landed: None,
             steps: 0,
             step_ms: 0.0,
         }
@@ -160,7 +186,9 @@ impl EngineCore {
 
     /// A turn whose events wait for [`Self::tell`]: in a simulation the time that the step takes passes between the two.
     pub fn work(&mut self) -> Turn {
-        let worked = match self.take_commands().and_then(|()| self.try_turn()) {
+        let done =
+            if self.flight.is_some() { self.go_on() } else { self.take_commands().and_then(|()| self.try_turn()) };
+        let worked = match done {
             Ok(worked) => worked,
             Err(fatal) => {
                 self.fail(&fatal);
@@ -224,6 +252,9 @@ impl EngineCore {
     }
 
     fn take_commands(&mut self) -> Result<(), Fatal> {
+        if let Some(command) = self.held_back.take() {
+            self.handle(command)?;
+        }
         while !self.ended {
             match self.inbox.try_recv() {
                 Ok(command) => self.handle(command)?,
@@ -265,17 +296,15 @@ impl EngineCore {
             return Ok(!plan.is_empty());
         }
         let started = self.config.clock.now();
-        let output = match self.execute(&plan, &rows) {
-            Ok(output) => output,
-            Err(error) if error.fatal => return Err(Fatal::Executor(error)),
-            Err(error) => {
-                tracing::error!(%error, rows = rows.len(), "a step failed; its sessions end");
-                for row in rows {
-                    let id = self.scheduler.session_of(row.task);
-                    self.end(id, FinishReason::Error, Some(format!("a step failed: {error}; try again")))?;
-                }
-                return Ok(true);
-            }
+        let done = if self.may_launch(&rows) {
+            self.take_off(&plan, &rows).map(|()| None)
+        } else {
+            self.execute(&plan, &rows).map(Some)
+        };
+        let output = match done {
+            Ok(Some(output)) => output,
+            Ok(None) => return Ok(true),
+            Err(error) => return self.end_failed(&rows, error).map(|()| true),
         };
         let now = self.config.clock.now();
         self.note_step(&rows, now.saturating_duration_since(started));
@@ -360,7 +389,7 @@ impl EngineCore {
         }
     }
 
-    fn note_step(&mut self, rows: &[&PlannedRow], time: Duration) {
+    pub(crate) fn note_step(&mut self, rows: &[&PlannedRow], time: Duration) {
         let (decode, prefill): (Vec<&PlannedRow>, Vec<&PlannedRow>) =
             rows.iter().copied().partition(|row| row.draws && row.tokens == 1);
         let phase = match (decode.is_empty(), prefill.is_empty()) {
@@ -387,10 +416,9 @@ impl EngineCore {
             if gone.is_empty() {
                 break;
             }
-            for router in gone {
-                if let Err(fatal) = self.detach(router) {
-                    self.fail(&fatal);
-                }
+            let detached = self.settle().and_then(|()| gone.into_iter().try_for_each(|router| self.detach(router)));
+            if let Err(fatal) = detached {
+                self.fail(&fatal);
             }
         }
     }
@@ -399,6 +427,7 @@ impl EngineCore {
     fn fail(&mut self, fatal: &Fatal) {
         let message = fatal.to_string();
         tracing::error!(error = %message, sessions = self.sessions.len(), "the replica failed");
+        self.flight = None;
         self.end_without_ranks(&message);
         self.shared.health.send_replace(EngineHealth::Failed { message });
         self.ended = true;

@@ -103,19 +103,32 @@ pub fn weight_bytes(config: &ModelConfig, rank: usize, tp: usize) -> u64 {
     total
 }
 
-/// Elements of weights on `rank` of `tp`, a possible degree; and those among them that backends keep in float32 whatever the
-/// activations are, because they select experts.
-pub fn weight_elements(config: &ModelConfig, rank: usize, tp: usize) -> (u64, u64) {
-    let (mut total, mut routers) = (0, 0);
+/// Elements of a rank's weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WeightElements {
+    /// All of them.
+    pub total: u64,
+    /// Those that select experts, which backends keep in float32 whatever the activations are.
+    pub routers: u64,
+    /// Those of routed experts, which a device keeps as they are stored.
+    pub experts: u64,
+}
+
+/// Elements of weights on `rank` of `tp`, a possible degree.
+pub fn weight_elements(config: &ModelConfig, rank: usize, tp: usize) -> WeightElements {
+    let mut counted = WeightElements::default();
     visit(config, &mut |spec| {
         let (rows, columns) = spec.part(config, rank, tp);
         let elements = rows.len() as u64 * columns.len() as u64;
-        total += elements;
+        counted.total += elements;
         if spec.name.ends_with("block_sparse_moe.gate.weight") {
-            routers += elements;
+            counted.routers += elements;
+        }
+        if spec.name.contains("block_sparse_moe.experts.") {
+            counted.experts += elements;
         }
     });
-    (total, routers)
+    counted
 }
 
 const NORMAL: Distribution = Distribution::Normal { deviation: 0.02 };

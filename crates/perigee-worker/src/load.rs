@@ -8,7 +8,7 @@ use perigee_collectives::Collective;
 use perigee_engine::executor::ExecutorLimits;
 use perigee_engine::rank::{Rank, RankShape};
 use perigee_model::forward::activation_bytes;
-use perigee_model::inventory::weight_elements;
+use perigee_model::inventory::{WeightElements, weight_elements};
 use perigee_model::{Model, ModelConfig, ModelSpec, StepLimits, WeightSource, model_digest};
 use perigee_text::{ChatTemplate, GenerationConfig, SpecialIds, TextError, Tokenizer, byte_level_tokenizer};
 
@@ -100,7 +100,7 @@ fn divide(
     card: u64,
 ) -> Result<MemoryPlan> {
     let (precision, tp) = (options.activation(), seat.tp);
-    let (elements, routers) = weight_elements(model, seat.rank, tp);
+    let WeightElements { total, routers, experts } = weight_elements(model, seat.rank, tp);
     let shapes = perigee_cuda::LayerShapes {
         kda: model.kda_shape(tp),
         mla: model.mla_shape(tp),
@@ -114,8 +114,12 @@ fn divide(
     let request = memory::Request {
         card,
         fraction: options.memory_fraction / options.sharers(seat.rank, tp) as f64,
-        weights: (elements - routers) * element + routers * DType::Fp32.bytes() as u64,
-        working: working + activation_bytes(model, tp, steps, precision),
+        weights: (total - routers - experts) * element
+            + routers * DType::Fp32.bytes() as u64
+            + experts * DType::Bf16.bytes() as u64,
+        working: working
+            + activation_bytes(model, tp, steps, precision)
+            + perigee_cuda::gathered_bytes(steps.logits, model.vocab.div_ceil(tp), tp),
         graphs: perigee_cuda::ladder(options.max_batch.min(options.state_slots)).len(),
         slots: options.state_slots,
         slot_bytes: cache.slot_bytes(precision),

@@ -48,6 +48,7 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
         ("four groups, negative bias", grouped, Bias::Negative),
         ("four groups, no renormalisation", MoeShape { renormalize: false, ..grouped }, Bias::Negative),
         ("many experts", MoeShape { hidden: 128, experts: 64, top_k: 8, width: 64, ..PLAIN }, Bias::Mixed),
+        ("depths of 72 and 200", MoeShape { hidden: 72, width: 200, shared_width: 0, ..PLAIN }, Bias::Mixed),
     ];
     for (name, shape, bias) in variants {
         cases.push(Case::new(format!("moe/{name}"), move |factory: &mut F, checks| {
@@ -86,7 +87,7 @@ fn moe<F: Factory>(factory: &mut F, checks: &mut Checks, shape: MoeShape, bias: 
     let (mut x, mut out) = (h.activations(width)?, h.activations(width)?);
     let mut draw = Draw::new(24);
     let mut moved = 0;
-    for count in [1, 2, 33, 128] {
+    for count in [1, 2, 33, 128, 301] {
         let values = model.inputs(&mut draw, count, h.activation);
         let tokens: Vec<&[f64]> = values.chunks_exact(width).collect();
         let own: Vec<Vec<u32>> = tokens.iter().map(|x| model.choose(x).experts).collect();

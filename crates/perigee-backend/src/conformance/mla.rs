@@ -45,6 +45,9 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
             }));
         }
     }
+    cases.push(Case::new("mla/long rows/latent 512".into(), |factory: &mut F, checks| {
+        long_rows(factory, checks, &MlaLayer::draw(PUBLISHED, 52, Origin::Bytes))
+    }));
     cases.push(Case::new("mla/random rule".into(), |factory: &mut F, checks| {
         chunks(factory, checks, &MlaLayer::draw(PUBLISHED, 51, Origin::Rules))
     }));
@@ -147,6 +150,34 @@ fn batch<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer) -> 
     }
     for (sequence, (segments, end)) in sequences.iter().zip(placed.iter().zip(positions)) {
         bench.check_pages(checks, sequence, segments, end)?;
+    }
+    Ok(())
+}
+
+/// Rows of many tokens, which a backend may compute in another form: odd lengths, beside rows of one token and of a few, with
+/// contexts before them that are longer than any step, in segments, and with a key that only another replica holds.
+fn long_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer) -> Result<()> {
+    let mut bench = MlaBench::open(factory, model)?;
+    let mut draw = Draw::new(10);
+    let sequence = bench.sequence(&mut draw, 620);
+    let other = bench.sequence(&mut draw, 64);
+    let beside = bench.place(&[0, 64])?;
+    bench.fill(&[MlaRow { sequence: &other, segments: &beside, tokens: 0..30 }])?;
+    for bounds in [vec![0, 620], vec![0, 1, 65, 311, 500, 620]] {
+        let segments = bench.place(&bounds)?;
+        let row = |tokens| MlaRow { sequence: &sequence, segments: &segments, tokens };
+        bench.step(checks, &format!("311 tokens in segments {bounds:?}"), &[row(0..311)])?;
+        let few = MlaRow { sequence: &other, segments: &beside, tokens: 30..32 };
+        let one = MlaRow { sequence: &other, segments: &beside, tokens: 30..31 };
+        bench.step(checks, &format!("1 token, then 257 after 311 in segments {bounds:?}"), &[one, row(311..568)])?;
+        bench.step(checks, &format!("256 tokens after 364, then 2, in segments {bounds:?}"), &[row(364..620), few])?;
+        bench.check_pages(checks, &sequence, &segments, 620)?;
+        if bounds.len() > 2 {
+            let local = &segments[1..];
+            let row = MlaRow { sequence: &sequence, segments: local, tokens: 300..560 };
+            bench.step(checks, "260 tokens after 300 of which the first is elsewhere", &[row])?;
+        }
+        bench.release(segments);
     }
     Ok(())
 }

@@ -50,6 +50,17 @@ impl MlaRow<'_> {
     }
 }
 
+/// The row of a batch, in slots of its own.
+fn batch_row((slot, row): (usize, &MlaRow<'_>)) -> Row {
+    Row {
+        tokens: row.tokens.len() as u32,
+        position: row.tokens.start as u64,
+        read_slot: slot as u32,
+        write_slot: slot as u32,
+        segments: row.local(),
+    }
+}
+
 /// The layer under test.
 pub(super) struct MlaBench<'m, B: Backend> {
     pub(super) harness: Harness<B>,
@@ -105,13 +116,6 @@ impl<'m, B: Backend> MlaBench<'m, B> {
     /// Runs the first two thirds; latents are in their pages and partials over the local segments in `partials`.
     fn attend(&mut self, rows: &[MlaRow<'_>]) -> Result<Vec<f32>> {
         let width = self.model.shape.hidden;
-        let batch_row = |(slot, row): (usize, &MlaRow<'_>)| Row {
-            tokens: row.tokens.len() as u32,
-            position: row.tokens.start as u64,
-            read_slot: slot as u32,
-            write_slot: slot as u32,
-            segments: row.local(),
-        };
         let x: Vec<f64> = rows
             .iter()
             .flat_map(|row| &row.sequence.x[row.tokens.start * width..row.tokens.end * width])
@@ -140,15 +144,33 @@ impl<'m, B: Backend> MlaBench<'m, B> {
         };
 
         let queries = self.attend(rows)?;
-        let expected = gather(&|row, t| row.sequence.absorbed[t].clone());
+        // What a backend keeps to itself is judged by the output alone.
+        let shown: Vec<bool> = rows
+            .iter()
+            .enumerate()
+            .flat_map(|row| {
+                std::iter::repeat_n(self.harness.backend.shows_partials(&batch_row(row)), row.1.tokens.len())
+            })
+            .collect();
+        let keep = |values: Vec<f32>, width: usize| -> Vec<f32> {
+            let rows = values.chunks_exact(width).zip(&shown);
+            rows.filter(|(_, shown)| **shown).flat_map(|(row, _)| row.iter().copied()).collect()
+        };
+        let gather_shown = |of: &dyn Fn(&MlaRow<'_>, usize) -> Vec<f64>| -> Vec<f64> {
+            let shown = tokens.iter().zip(&shown).filter(|(_, shown)| **shown);
+            shown.flat_map(|((row, t), _)| of(row, *t)).collect()
+        };
+        let expected = gather_shown(&|row, t| row.sequence.absorbed[t].clone());
         let width = shape.heads * shape.cache_width();
-        checks.close(&format!("queries, {what}"), Quantity::Query, width, &queries, &expected);
+        checks.close(&format!("queries, {what}"), Quantity::Query, width, &keep(queries, width), &expected);
 
-        let output = self.harness.backend.read(&self.partials.output, tokens.len())?;
-        let lse = self.harness.backend.read(&self.partials.lse, tokens.len())?;
+        let output = keep(self.harness.backend.read(&self.partials.output, tokens.len())?, shape.heads * shape.latent);
+        let lse = keep(self.harness.backend.read(&self.partials.lse, tokens.len())?, shape.heads);
         let parts: Vec<_> = tokens
             .iter()
-            .map(|(row, t)| {
+            .zip(&shown)
+            .filter(|(_, shown)| **shown)
+            .map(|((row, t), _)| {
                 let held = row.segments.iter().flat_map(|segment| segment.start as usize..segment.end as usize);
                 self.model.part(row.sequence, *t, held)
             })

@@ -102,6 +102,15 @@ impl Communicator {
         })
     }
 
+    /// Copies `count` 32-bit integers at `address` from rank 0 to all.
+    pub(super) fn broadcast(&self, stream: &Stream, address: u64, count: usize) -> Result<()> {
+        self.call("queueing a broadcast", |library, raw| {
+            let data = address as *mut _;
+            // SAFETY: as above, for `count` integers (a section of the step's plan, checked by the step).
+            unsafe { (library.broadcast)(data, data, count, library::UINT32, 0, raw, stream.raw().cast()) }
+        })
+    }
+
     /// Leaves, when all work of all ranks is done.
     pub(super) fn close(&self) {
         let _call = self.begin_call();
@@ -165,8 +174,11 @@ impl Watched for Communicator {
     fn abort(&self, reason: &str) {
         // Before the kernels end: who waited for them asks for it.
         let _ = self.failure.set(reason.to_owned());
-        let _call = self.between_calls();
+        let call = self.between_calls();
         let raw = self.raw.swap(null_mut(), Ordering::AcqRel);
+        // The abort returns once no graph holds calls of this communicator any more. Their owner, who finds nothing to call
+        // from now on, must not wait for the abort before it drops them.
+        drop(call);
         if !raw.is_null() {
             // SAFETY: the pointer was taken out, so no call begins any more. None is under way, or one hangs, which the
             // library allows to end like this, from another thread.

@@ -10,6 +10,7 @@ use perigee_backend::{BackendError, Result};
 pub(super) const ID_BYTES: usize = 128;
 
 pub(super) const SUCCESS: c_int = 0;
+pub(super) const UINT32: c_int = 3;
 pub(super) const FLOAT32: c_int = 7;
 pub(super) const BFLOAT16: c_int = 9;
 pub(super) const SUM: c_int = 0;
@@ -27,6 +28,8 @@ pub(super) struct UniqueId {
 type OfCommunicator = unsafe extern "C" fn(RawCommunicator) -> c_int;
 type AllReduce =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, RawCommunicator, *mut c_void) -> c_int;
+type Broadcast =
+    unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, RawCommunicator, *mut c_void) -> c_int;
 type AllGather = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, RawCommunicator, *mut c_void) -> c_int;
 
 /// The loaded library.
@@ -40,6 +43,7 @@ pub(crate) struct Library {
     pub(super) async_error: unsafe extern "C" fn(RawCommunicator, *mut c_int) -> c_int,
     pub(super) all_reduce: AllReduce,
     pub(super) all_gather: AllGather,
+    pub(super) broadcast: Broadcast,
     error_string: unsafe extern "C" fn(c_int) -> *const c_char,
     last_error: unsafe extern "C" fn(RawCommunicator) -> *const c_char,
     /// Keeps the functions where they are.
@@ -75,6 +79,7 @@ impl Library {
                 async_error: find(&library, "ncclCommGetAsyncError")?,
                 all_reduce: find(&library, "ncclAllReduce")?,
                 all_gather: find(&library, "ncclAllGather")?,
+                broadcast: find(&library, "ncclBroadcast")?,
                 error_string: find(&library, "ncclGetErrorString")?,
                 last_error: find(&library, "ncclGetLastError")?,
                 _library: library,

@@ -250,7 +250,7 @@ impl CudaBackend {
             params.first_chunk = group.first_chunk as u32;
             let grid = Grid::new(group.chunks, heads, 256).shared(fast.chunk_shared);
             self.stream.launch(&fast.chunk, grid, &params)?;
-            let mut grid = Grid::new(group.rows, heads, 128).shared(fast.scan_shared);
+            let mut grid = Grid::new(group.rows, heads, fast.scan_threads).shared(fast.scan_shared);
             grid.blocks.2 = (dim / SCAN_COLUMNS) as u32;
             self.stream.launch(&fast.scan, grid, &params)?;
         }

@@ -44,7 +44,10 @@ impl CudaBackend {
         if vocabulary == 0 {
             return Err(BackendError::shape(&rows.name, &[1, weight.pitch], &rows.shape));
         }
-        Ok(Head { weight, counts: counts.to_vec() })
+        let head = Head { weight, counts: counts.to_vec() };
+        self.head_rows = self.head_rows.max(head.most_rows());
+        self.vocabulary = self.vocabulary.max(vocabulary);
+        Ok(head)
     }
 
     pub(crate) fn logits_run(&mut self, head: &Head, x: &Tensor, out: &mut Tensor) -> Result<()> {

@@ -6,10 +6,12 @@ use perigee_backend::{BackendError, DType, MlaShape, Partials, Result};
 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
+use crate::expand::Span;
 use crate::formula::Fault;
 use crate::loader::{Loader, Placement};
 use crate::needs;
 use crate::ops::attention::Launch;
+use crate::ops::expanded::{value_pitch, values_address};
 use crate::ops::norm::{Norm, NormRows};
 use crate::params::{ElementParams, MlaAttendParams, MlaMergeParams, MlaStoreParams};
 use crate::stream::Grid;
@@ -29,15 +31,15 @@ struct LowRank {
 /// An MLA layer's mixer.
 #[derive(Debug)]
 pub struct Mla {
-    shape: MlaShape,
+    pub(crate) shape: MlaShape,
     /// Rows, padded to 8: the query (or its low-rank down projection), then the latent R and the shared key r.
-    projection: Matrix,
+    pub(crate) projection: Matrix,
     /// First row of the latent in `projection`.
     kv_offset: usize,
     low_rank: Option<LowRank>,
     norm: Norm,
     /// [heads (n + m), R]: per head n key rows, then m value rows.
-    kv_b: Matrix,
+    pub(crate) kv_b: Matrix,
     /// [d, heads m]
     output: Matrix,
 }
@@ -54,6 +56,8 @@ impl CudaBackend {
         if *self.mla_heads.get_or_insert(shape.heads) != shape.heads {
             return Err(BackendError::Unsupported(format!("MLA layers with different head counts, {}", shape.heads)));
         }
+        let expands = self.kernels.mla_expanded.is_some() && needs::expands(shape);
+        self.mla_expands = Some(expands && self.mla_expands != Some(false));
         let first = match &weights.query {
             QueryWeights::Full(weight) => weight,
             QueryWeights::LowRank { down, .. } => down,
@@ -84,16 +88,46 @@ impl CudaBackend {
     }
 
     pub(crate) fn mla_project_run(&mut self, layer: &Mla, index: usize, x: &Tensor, queries: &Tensor) -> Result<()> {
-        let (tokens, shape, element) = (self.tokens(), layer.shape, self.precision.bytes());
+        let (tokens, shape) = (self.tokens(), layer.shape);
         x.expect("mla_project input", tokens, shape.hidden, self.precision)?;
         queries.expect("absorbed queries", tokens, shape.heads * shape.cache_width(), DType::Fp32)?;
+        let spans = self.mla_spans();
+        for span in spans {
+            if span.is_expanded {
+                self.mla_project_expanded(layer, index, x, queries, span)?;
+            } else {
+                self.mla_project_absorbed(layer, index, x, queries, span)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The step's tokens by the form in which they attend: in most steps all of them are absorbed.
+    fn mla_spans(&self) -> Vec<Span> {
+        let spans = &self.step.expansion.spans;
+        if spans.is_empty() {
+            return vec![Span { first: 0, tokens: self.tokens(), is_expanded: false }];
+        }
+        spans.clone()
+    }
+
+    fn mla_project_absorbed(
+        &mut self,
+        layer: &Mla,
+        index: usize,
+        x: &Tensor,
+        queries: &Tensor,
+        span: Span,
+    ) -> Result<()> {
+        let (tokens, shape, element) = (span.tokens, layer.shape, self.precision.bytes());
         let width = layer.projection.rows;
         self.scratch.reset();
         let projected = self.scratch.take(tokens * width * element)?;
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
-        let operands = Operands { input: x.address(), weight: layer.projection.address(), out: projected };
+        let input = x.address() + (span.first * shape.hidden * element) as u64;
+        let operands = Operands { input, weight: layer.projection.address(), out: projected };
         self.blas.run(&self.stream, &product, operands)?;
-        let (query, query_pitch) = self.mla_queries(layer, projected)?;
+        let (query, query_pitch) = self.mla_queries(layer, projected, tokens)?;
 
         // Keys of a head absorbed into its query: [tokens, n] . [n, R].
         let kv_rows = shape.nope + shape.value;
@@ -109,31 +143,45 @@ impl CudaBackend {
             result: DType::Fp32,
             ..Product::dense(tokens, shape.nope, shape.latent, self.precision)
         };
-        let operands = Operands { input: query, weight: layer.kv_b.address(), out: queries.address() };
-        self.blas.run(&self.stream, &product, operands)?;
+        let out = queries.address() + (span.first * shape.heads * shape.cache_width() * 4) as u64;
+        self.blas.run(&self.stream, &product, Operands { input: query, weight: layer.kv_b.address(), out })?;
 
         let params = MlaStoreParams {
             projected,
+            queries: out,
+            places: self.step.places.address + (span.first * 4) as u64,
+            pitch: width as u32,
+            query_pitch: query_pitch as u32,
+            query_source: query,
+            ..self.mla_store_params(layer, index)?
+        };
+        self.stream.launch(&self.kernels.mla_store, Grid::new(tokens, 1, 256), &params)
+    }
+
+    /// The latent store of a layer, without what it stores.
+    pub(crate) fn mla_store_params(&self, layer: &Mla, index: usize) -> Result<MlaStoreParams> {
+        let shape = layer.shape;
+        Ok(MlaStoreParams {
+            projected: 0,
             norm: layer.norm.weight.address(),
             latents: self.mla_latents(layer, index)?,
-            queries: queries.address(),
-            places: self.step.places.address,
-            pitch: width as u32,
+            queries: 0,
+            places: 0,
+            pitch: 0,
             kv_offset: layer.kv_offset as u32,
             heads: shape.heads as u32,
             nope: shape.nope as u32,
             rope: shape.rope as u32,
             latent: shape.latent as u32,
             eps: layer.norm.eps,
-            query_pitch: query_pitch as u32,
-            query_source: query,
-        };
-        self.stream.launch(&self.kernels.mla_store, Grid::new(tokens, 1, 256), &params)
+            query_pitch: 0,
+            query_source: 0,
+        })
     }
 
     /// Where the queries lie, [tokens, heads (n + r)], and their pitch.
-    fn mla_queries(&mut self, layer: &Mla, projected: u64) -> Result<(u64, usize)> {
-        let (tokens, width) = (self.tokens(), layer.projection.rows);
+    fn mla_queries(&mut self, layer: &Mla, projected: u64, tokens: usize) -> Result<(u64, usize)> {
+        let width = layer.projection.rows;
         let Some(low_rank) = &layer.low_rank else { return Ok((projected, width)) };
         let element = self.precision.bytes();
         let rank = low_rank.norm.width;
@@ -217,7 +265,11 @@ impl CudaBackend {
         };
         let plan =
             Launch { items: self.step.items.count, merges: self.step.merges.count, item_tokens: self.step.item_tokens };
-        self.kernels.mla_attention.launch(&self.stream, &params, &plan)
+        self.kernels.mla_attention.launch(&self.stream, &params, &plan)?;
+        if self.step.expansion.stretches.is_empty() {
+            return Ok(());
+        }
+        self.mla_attend_expanded(layer, params.latents, queries, partials, params.scale)
     }
 
     pub(crate) fn mla_merge_run(
@@ -230,6 +282,9 @@ impl CudaBackend {
     ) -> Result<()> {
         let shape = layer.shape;
         expect_partials(partials, token + 1, &shape)?;
+        if self.step.expansion.holds(token) {
+            return Err(BackendError::Batch(format!("token {token} has all its keys here: there is nothing to merge")));
+        }
         if output.len() != shape.heads * shape.latent || lse.len() != shape.heads {
             let expected = [shape.heads * shape.latent, shape.heads];
             return Err(BackendError::shape("part to merge", &expected, &[output.len(), lse.len()]));
@@ -252,25 +307,52 @@ impl CudaBackend {
         let (tokens, shape, element) = (self.tokens(), layer.shape, self.precision.bytes());
         expect_partials(partials, tokens, &shape)?;
         out.expect("mla_output", tokens, shape.hidden, self.precision)?;
+        let width = shape.heads * shape.value;
         self.scratch.reset();
+        let (values, pitch) = if self.step.expansion.spans.is_empty() {
+            let values = self.scratch.take(tokens * width * element)?;
+            self.mla_values(layer, partials, (0, tokens), (values, width))?;
+            (values, width)
+        } else {
+            // Where the expanded form left its own.
+            let pitch = value_pitch(&shape);
+            for span in self.step.expansion.spans.clone().iter().filter(|span| !span.is_expanded) {
+                self.scratch.reset();
+                let place = values_address(partials, &shape, span.first);
+                self.mla_values(layer, partials, (span.first, span.tokens), (place, pitch))?;
+            }
+            (values_address(partials, &shape, 0), pitch)
+        };
+        let product = Product { input_pitch: pitch, ..Product::dense(tokens, width, shape.hidden, self.precision) };
+        let operands = Operands { input: values, weight: layer.output.address(), out: out.address() };
+        self.blas.run(&self.stream, &product, operands)
+    }
+
+    /// Values of a head out of its latent average, [tokens, R] . [m, R] transposed, for some tokens, given by their first and
+    /// number, to an address with a pitch.
+    fn mla_values(
+        &mut self,
+        layer: &Mla,
+        partials: &Partials<Tensor>,
+        (first, tokens): (usize, usize),
+        (values, pitch): (u64, usize),
+    ) -> Result<()> {
+        let (shape, element) = (layer.shape, self.precision.bytes());
         let count = tokens * shape.heads * shape.latent;
+        let input = partials.output.address() + (first * shape.heads * shape.latent * 4) as u64;
         let latent = match self.precision {
-            DType::Fp32 => partials.output.address(),
+            DType::Fp32 => input,
             DType::Bf16 => {
                 let narrow = self.scratch.take(count * element)?;
-                let input = partials.output.address();
                 let params = ElementParams { input, out: narrow, count: count as u64, width: 0, block: 0 };
                 let grid = Grid::new(count.div_ceil(256).min(1 << 16), 1, 256);
                 self.stream.launch(&self.kernels.convert_bf16, grid, &params)?;
                 narrow
             }
         };
-        // Values of a head out of its latent average: [tokens, R] . [m, R] transposed.
-        let width = shape.heads * shape.value;
-        let values = self.scratch.take(tokens * width * element)?;
         let product = Product {
             input_pitch: shape.heads * shape.latent,
-            out_pitch: width,
+            out_pitch: pitch,
             batch: shape.heads,
             input_stride: shape.latent,
             weight_stride: (shape.nope + shape.value) * shape.latent,
@@ -278,9 +360,6 @@ impl CudaBackend {
             ..Product::dense(tokens, shape.latent, shape.value, self.precision)
         };
         let operands = Operands { input: latent, weight: layer.kv_b.row(shape.nope), out: values };
-        self.blas.run(&self.stream, &product, operands)?;
-        let product = Product::dense(tokens, width, shape.hidden, self.precision);
-        let operands = Operands { input: values, weight: layer.output.address(), out: out.address() };
         self.blas.run(&self.stream, &product, operands)
     }
 }

@@ -3,6 +3,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod embed;
+pub(crate) mod expanded;
 pub(crate) mod kda;
 pub(crate) mod logits;
 pub(crate) mod mla;
@@ -12,3 +13,4 @@ pub(crate) mod norm;
 pub(crate) mod reduce;
 pub(crate) mod sample;
 pub(crate) mod state;
+pub(crate) mod wide;

@@ -1,17 +1,21 @@
 //! The mixture of experts: router and selection, sort of (token, choice) entries by expert, grouped products, and the sum
 //! with the shared experts.
 
-use perigee_backend::weights::MoeWeights;
-use perigee_backend::{BackendError, DType, MlpShape, MoeShape, Result, Routing};
+use perigee_backend::weights::{MlpWeights, MoeWeights};
+use perigee_backend::{BackendError, DType, MlpShape, MoeShape, Result, Routing, TensorSlice};
 
 use crate::backend::CudaBackend;
+use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
 use crate::formula::Fault;
 use crate::kernels::MoeTensor;
 use crate::loader::{Loader, Placement};
 use crate::needs::{self, EXPERT_BLOCK as BLOCK};
 use crate::ops::mlp::{GatedWeights, Mlp};
-use crate::params::{MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, MoeTile};
+use crate::ops::wide::WideWeights;
+use crate::params::{
+    ElementParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, MoeTile,
+};
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
 
@@ -31,17 +35,21 @@ const ROUTER_TOKENS: usize = 4;
 const ROUTER_EXPERTS: usize = 4;
 /// Tokens from which the router is a tiled product, of tiles of this size.
 const ROUTER_TILE: usize = 64;
+/// Tokens from which the router is a dense product, where its weights are bfloat16 as stored.
+const ROUTER_PRODUCT: usize = 512;
 /// Dynamic shared memory that any block may use without asking.
 const PLAIN_SHARED: usize = 48 << 10;
 
 /// A mixture of experts.
 #[derive(Debug)]
 pub struct Moe {
-    shape: MoeShape,
+    pub(crate) shape: MoeShape,
     /// Inner width of an expert, padded to a multiple of [`BLOCK`] with zeros.
-    width: usize,
+    pub(crate) width: usize,
     /// [E, d] float32
     router: Matrix,
+    /// The same in bfloat16, where that is how it was stored: products with it are exact, and many tokens go through tensor cores.
+    narrow_router: Option<Matrix>,
     bias: Buffer,
     /// Shared experts that are as wide as a routed one lie behind the others as one more expert: 1, else 0.
     extra: usize,
@@ -51,6 +59,8 @@ pub struct Moe {
     down: Matrix,
     /// Shared experts of another width.
     shared: Option<Mlp>,
+    /// Where the kernels for many rows an expert fit.
+    pub(crate) wide: Option<WideWeights>,
 }
 
 impl Moe {
@@ -60,23 +70,30 @@ impl Moe {
     }
 
     /// Experts of a token.
-    fn choices(&self, tokens: usize) -> usize {
+    pub(crate) fn choices(&self, tokens: usize) -> usize {
         self.shape.top_k + self.shared_choices(tokens)
     }
 
     /// Experts that tokens choose from.
-    fn experts(&self, tokens: usize) -> usize {
+    pub(crate) fn experts(&self, tokens: usize) -> usize {
         self.shape.experts + self.shared_choices(tokens)
     }
 
     /// The shared expert as an MLP, where it lies behind the routed ones.
-    fn last_expert(&self) -> Option<GatedWeights> {
+    fn last_expert(&self, weights: &ExpertWeights, precision: DType) -> Option<GatedWeights> {
+        let matrix = self.shape.experts * self.width * self.shape.hidden * precision.bytes();
         (self.extra == 1).then(|| GatedWeights {
-            gate_up: self.gate_up.row(self.shape.experts * 2 * self.width),
-            down: self.down.row(self.shape.experts * self.shape.hidden),
+            gate_up: weights.gate_up + 2 * matrix as u64,
+            down: weights.down + matrix as u64,
             block: BLOCK as u32,
         })
     }
+}
+
+/// Device addresses of all experts' weights in the type of products.
+struct ExpertWeights {
+    gate_up: u64,
+    down: u64,
 }
 
 /// Where the last layer's own selection lies.
@@ -87,16 +104,18 @@ pub(crate) struct Selected {
 }
 
 /// Working memory of one run, by address.
-struct Work {
+pub(crate) struct Work {
     scores: u64,
-    chosen: u64,
+    pub(crate) chosen: u64,
     weights: u64,
-    source: u64,
-    position: u64,
-    tiles: u64,
-    tile_count: u64,
-    inner: u64,
-    rows: u64,
+    pub(crate) source: u64,
+    pub(crate) position: u64,
+    pub(crate) tiles: u64,
+    pub(crate) tile_count: u64,
+    /// Entries of each expert in each block of the sort of many entries.
+    pub(crate) counts: u64,
+    pub(crate) inner: u64,
+    pub(crate) rows: u64,
     shared: u64,
 }
 
@@ -107,6 +126,11 @@ impl CudaBackend {
         let name = &weights.router.name;
         let router = Loader::matrix(&self.stream, shape.experts, shape.hidden, DType::Fp32, name)?;
         self.loader.place(&self.stream, &self.kernels, &weights.router, &router, Placement::at(0))?;
+        let narrow_router = if self.precision == DType::Bf16 && weights.router.dtype == DType::Bf16 {
+            Some(self.moe_narrow(&router, shape.hidden)?)
+        } else {
+            None
+        };
         let bias = self.loader.vector(&self.stream, &self.kernels, &weights.bias)?;
         if self.formula.has(Fault::UnbiasedSelection) {
             self.stream.fill(&bias, 0, bias.bytes(), 0)?;
@@ -114,9 +138,10 @@ impl CudaBackend {
         let extra = usize::from(shape.shared_width == shape.width);
         let experts = shape.experts + extra;
         let gate_up_rows = experts * 2 * width;
-        let gate_up = Loader::matrix(&self.stream, gate_up_rows, shape.hidden, self.precision, "expert gate and up")?;
-        let down = Loader::matrix(&self.stream, experts * shape.hidden, width, self.precision, "expert down")?;
         let as_expert = weights.shared.as_ref().filter(|_| extra == 1);
+        let dtype = self.stored_type(weights.experts.iter().chain(as_expert));
+        let gate_up = Loader::matrix(&self.stream, gate_up_rows, shape.hidden, dtype, "expert gate and up")?;
+        let down = Loader::matrix(&self.stream, experts * shape.hidden, width, dtype, "expert down")?;
         for (index, expert) in weights.experts.iter().chain(as_expert).enumerate() {
             let first = index * 2 * width;
             let alternate = |offset| Placement { offset, group: BLOCK, group_pitch: 2 * BLOCK };
@@ -125,13 +150,26 @@ impl CudaBackend {
             let rows = Placement::at(index * shape.hidden);
             self.loader.place(&self.stream, &self.kernels, &expert.down, &down, rows)?;
         }
+        self.loader.reserve_widened(&self.stream, [&gate_up, &down], self.precision)?;
         let shared_shape = MlpShape { hidden: shape.hidden, width: shape.shared_width };
         let shared = match weights.shared.as_ref().filter(|_| extra == 0) {
             Some(shared) => Some(self.mlp_load(&shared_shape, shared)?),
             None => None,
         };
         self.scratch.require(needs::moe(shape, self.precision.bytes()));
-        Ok(Moe { shape: *shape, width, router, bias, extra, gate_up, down, shared })
+        let wide = self.moe_wide_weights((&gate_up, shape.hidden), (&down, width))?;
+        Ok(Moe { shape: *shape, width, router, narrow_router, bias, extra, gate_up, down, shared, wide })
+    }
+
+    /// A float32 matrix in bfloat16.
+    fn moe_narrow(&self, wide: &Matrix, columns: usize) -> Result<Matrix> {
+        let narrow = Loader::matrix(&self.stream, wide.rows, columns, DType::Bf16, "router in bfloat16")?;
+        let count = wide.rows * columns;
+        let params =
+            ElementParams { input: wide.address(), out: narrow.address(), count: count as u64, width: 0, block: 0 };
+        let grid = Grid::new(count.div_ceil(256).min(1 << 16), 1, 256);
+        self.stream.launch(&self.kernels.convert_bf16, grid, &params)?;
+        Ok(narrow)
     }
 
     pub(crate) fn moe_run(&mut self, layer: &Moe, x: &Tensor, routing: Routing<'_>, out: &Tensor) -> Result<()> {
@@ -142,9 +180,10 @@ impl CudaBackend {
         let forced = self.moe_forced(&shape, routing)?;
         let work = self.moe_work(layer)?;
         self.moe_route(layer, x, forced, &work)?;
-        self.moe_products(layer, x, &work)?;
+        let weights = self.moe_weights(layer)?;
+        self.moe_products(layer, x, &weights, &work)?;
         let mut is_apart = layer.shared_choices(tokens) == 0;
-        match (&layer.shared, layer.last_expert()) {
+        match (&layer.shared, layer.last_expert(&weights, self.precision)) {
             (Some(shared), _) => self.mlp_rows(shared, x.address(), work.shared)?,
             (None, Some(weights)) if is_apart => {
                 let shape = MlpShape { hidden: shape.hidden, width: layer.width };
@@ -177,13 +216,29 @@ impl CudaBackend {
         kernels.iter().find(|kernel| kernel.rows >= wanted)
     }
 
-    fn moe_products(&self, layer: &Moe, x: &Tensor, work: &Work) -> Result<()> {
+    /// In float32 mode experts stay as they are stored, since they would not fit otherwise, and are widened for each product.
+    fn stored_type<'a>(&self, mut experts: impl Iterator<Item = &'a MlpWeights<'a>>) -> DType {
+        let is_narrow = |slice: &TensorSlice<'_>| slice.dtype == DType::Bf16;
+        if experts.all(|expert| [&expert.gate, &expert.up, &expert.down].into_iter().all(is_narrow)) {
+            DType::Bf16
+        } else {
+            self.precision
+        }
+    }
+
+    fn moe_weights(&self, layer: &Moe) -> Result<ExpertWeights> {
+        let [gate_up, down] =
+            self.loader.widened(&self.stream, &self.kernels, [&layer.gate_up, &layer.down], self.precision)?;
+        Ok(ExpertWeights { gate_up, down })
+    }
+
+    fn moe_products(&self, layer: &Moe, x: &Tensor, weights: &ExpertWeights, work: &Work) -> Result<()> {
         let shape = layer.shape;
         let tokens = self.tokens();
         let entries = tokens * layer.choices(tokens);
         let up = MoeProductParams {
             input: x.address(),
-            weight: layer.gate_up.address(),
+            weight: weights.gate_up,
             out: work.inner,
             source: work.source,
             tiles: work.tiles,
@@ -195,13 +250,16 @@ impl CudaBackend {
         };
         let down = MoeProductParams {
             input: work.inner,
-            weight: layer.down.address(),
+            weight: weights.down,
             out: work.rows,
             depth: layer.width as u32,
             width: shape.hidden as u32,
             ..up
         };
         let tiles = |rows| entries.div_ceil(rows) + layer.experts(tokens).min(entries);
+        if let Some((kernels, weights)) = self.moe_wide(layer) {
+            return self.moe_wide_products(layer, kernels, weights, x.address(), work);
+        }
         if let Some(tensor) = self.moe_tensor(layer) {
             let grid = |weight_rows: usize| {
                 Grid::new(weight_rows.div_ceil(TENSOR_COLUMNS), tiles(tensor.rows), 256).shared(tensor.shared)
@@ -244,6 +302,7 @@ impl CudaBackend {
             position: scratch.take(entries * 4)?,
             tiles: scratch.take(tiles * size_of::<MoeTile>())?,
             tile_count: scratch.take(4)?,
+            counts: scratch.take(needs::sort_counts(entries, layer.experts(tokens)))?,
             inner: scratch.take(entries * layer.width * element)?,
             rows: scratch.take(entries * shape.hidden * element)?,
             shared: scratch.take(tokens * shape.hidden * element)?,
@@ -263,7 +322,12 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             reserved: 0,
         };
-        if tokens >= 4 * ROUTER_TILE {
+        if let (Some(weight), true) = (&layer.narrow_router, tokens >= ROUTER_PRODUCT) {
+            let product =
+                Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
+            let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };
+            self.blas.run(&self.stream, &product, operands)?;
+        } else if tokens >= 4 * ROUTER_TILE {
             let grid = Grid::new(shape.experts.div_ceil(ROUTER_TILE), tokens.div_ceil(ROUTER_TILE), 256);
             self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?;
         } else {
@@ -289,6 +353,9 @@ impl CudaBackend {
         };
         let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
         self.stream.launch(&self.kernels.moe_select, grid, &params)?;
+        if let Some((kernels, _)) = self.moe_wide(layer) {
+            return self.moe_wide_sort(layer, kernels, work);
+        }
         let params = MoeSortParams {
             chosen: work.chosen,
             source: work.source,

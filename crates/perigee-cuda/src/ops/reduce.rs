@@ -32,6 +32,23 @@ impl CudaBackend {
         self.write_rows(x, &values)
     }
 
+    /// Makes room for the gather of `rows` rows of logits.
+    pub(crate) fn reserve_gather(&mut self, rows: usize) -> Result<()> {
+        match &mut self.exchange {
+            Exchange::Nccl(nccl) => nccl.reserve_gather(&self.stream, rows * self.head_rows),
+            Exchange::Alone | Exchange::Host(_) => Ok(()),
+        }
+    }
+
+    /// Rank 0's tokens of the current step become those of all.
+    pub(crate) fn share_tokens(&self) -> Result<()> {
+        match &self.exchange {
+            Exchange::Nccl(nccl) => nccl.broadcast(&self.stream, self.step.tokens.address, self.tokens()),
+            Exchange::Alone => Ok(()),
+            Exchange::Host(_) => Err(BackendError::Unsupported("steps ahead of what goes through host memory".into())),
+        }
+    }
+
     /// Where this rank's part of the logits is to be written, [rows, its rows of the head].
     pub(crate) fn logits_place(&mut self, head: &Head, rows: usize, out: &Tensor) -> Result<u64> {
         match &mut self.exchange {

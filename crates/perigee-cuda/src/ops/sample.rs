@@ -2,15 +2,18 @@
 //! stay. What the kernels do not do (rows with logits that are no numbers, thousands of equal logits at a cut, a mask that is too
 //! short) is drawn on the host from that row alone, which also words its errors.
 
+use std::collections::VecDeque;
+
 use bytemuck::{Zeroable, cast_slice, pod_read_unaligned};
 use perigee_backend::{BackendError, DType, Result};
 use perigee_sampling::{Draw, Sampled, Scratch};
 
 use crate::backend::CudaBackend;
 use crate::buffer::Buffer;
-use crate::params::{SampleChange, SampleParams, SampleResult, SampleRow};
-use crate::stream::{Download, Grid, Stream, Upload};
+use crate::params::{FeedParams, SampleChange, SampleParams, SampleResult, SampleRow};
+use crate::stream::{Grid, Stream};
 use crate::tensor::Tensor;
+use crate::transfer::{Download, Upload};
 
 /// Tokens of a block of the drawing kernel.
 const PART_TOKENS: usize = 4096;
@@ -18,7 +21,7 @@ const PART_TOKENS: usize = 4096;
 const CUT_BYTES: usize = 32;
 const PART_BYTES: usize = 24;
 /// Vocabulary up to which the filters' bins hold what a thread may see.
-const MOST_TOKENS: usize = 1 << 18;
+pub(crate) const MOST_TOKENS: usize = 1 << 18;
 /// Dynamic shared memory of a block that ranks a row: `RankShared` of rank.cuh, which asserts it.
 pub(crate) const RANK_SHARED: usize = 81_920;
 const RANK_THREADS: u32 = 512;
@@ -39,6 +42,24 @@ pub(crate) struct Draws {
     changes: Vec<SampleChange>,
     masks: Vec<u64>,
     packed: Vec<u8>,
+    /// Draws that were queued and not collected, oldest first: at most two, as `Download` has it.
+    queued: VecDeque<Queued>,
+}
+
+/// Draws whose results are on their way.
+#[derive(Debug)]
+struct Queued {
+    results: Results,
+    /// Whether each reports the log-probability of its token.
+    reports: Vec<bool>,
+}
+
+#[derive(Debug)]
+enum Results {
+    /// In a copy of this number.
+    Coming(usize),
+    /// Read already.
+    Here(Vec<SampleResult>),
 }
 
 /// Parameters on their way up, what only kernels see, results on their way down.
@@ -76,7 +97,39 @@ impl DeviceSide {
     }
 }
 
+/// What a result says, or none where the host has to draw.
+fn sampled(result: &SampleResult, reports: bool) -> Option<Sampled> {
+    let alternatives = result.tokens.iter().zip(&result.logprobs).take(result.found as usize);
+    (result.status == 0).then(|| Sampled {
+        token: result.token,
+        logprob: reports.then_some(result.logprob),
+        top: if reports { alternatives.map(|(&token, &logprob)| (token, logprob)).collect() } else { Vec::new() },
+        margin: result.margin,
+    })
+}
+
 impl Draws {
+    /// The results of queued draws; waits for them.
+    fn read(&self, queued: &Queued) -> Result<Vec<SampleResult>> {
+        match (&queued.results, &self.device) {
+            (Results::Here(results), _) => Ok(results.clone()),
+            (Results::Coming(number), Some(side)) => {
+                let bytes = side.download.receive(*number, queued.reports.len() * size_of::<SampleResult>())?;
+                Ok(bytes.chunks_exact(size_of::<SampleResult>()).map(pod_read_unaligned).collect())
+            }
+            (Results::Coming(_), None) => Err(BackendError::Batch("results of draws that nobody queued".into())),
+        }
+    }
+
+    /// Reads all results that are still coming, before what they come through goes.
+    fn read_all(&mut self) -> Result<()> {
+        for index in 0..self.queued.len() {
+            let results = self.read(&self.queued[index])?;
+            self.queued[index].results = Results::Here(results);
+        }
+        Ok(())
+    }
+
     fn clear(&mut self) {
         self.rows.clear();
         self.changes.clear();
@@ -194,34 +247,55 @@ impl CudaBackend {
         if !draws.iter().all(|draw| on_device(draw, vocab)) {
             return (0..draws.len()).map(|row| self.sample_on_host(logits, row, &draws[row], scratch)).collect();
         }
-        let results = self.sample_queue(logits, draws)?;
-        draws
-            .iter()
-            .zip(&results)
-            .enumerate()
-            .map(|(row, (draw, result))| {
-                if result.status != 0 {
-                    return self.sample_on_host(logits, row, draw, scratch);
-                }
-                let alternatives = result.tokens.iter().zip(&result.logprobs).take(result.found as usize);
-                let wanted = draw.params.logprobs;
-                Ok(Sampled {
-                    token: result.token,
-                    logprob: wanted.map(|_| result.logprob),
-                    top: if wanted.is_some() {
-                        alternatives.map(|(&token, &logprob)| (token, logprob)).collect()
-                    } else {
-                        Vec::new()
-                    },
-                    margin: result.margin,
-                })
-            })
-            .collect()
+        self.draws_queue(logits, draws)?;
+        let Some(queued) = self.draws.queued.pop_back() else { return Ok(Vec::new()) };
+        let results = self.draws.read(&queued)?;
+        let rows = draws.iter().zip(results.iter().zip(&queued.reports)).enumerate();
+        rows.map(|(row, (draw, (result, &reports)))| match sampled(result, reports) {
+            Some(sampled) => Ok(sampled),
+            None => self.sample_on_host(logits, row, draw, scratch),
+        })
+        .collect()
     }
 
-    /// Draws every row on the device and waits for the results.
-    fn sample_queue(&mut self, logits: &Tensor, draws: &[Draw<'_>]) -> Result<Vec<SampleResult>> {
+    /// See [`perigee_backend::Backend::collect_draws`].
+    pub(crate) fn draws_collect(&mut self) -> Result<Vec<Option<Sampled>>> {
+        let Some(queued) = self.draws.queued.pop_front() else {
+            return Err(BackendError::Batch("no draws are queued".into()));
+        };
+        let results = self.draws.read(&queued)?;
+        Ok(results.iter().zip(&queued.reports).map(|(result, &reports)| sampled(result, reports)).collect())
+    }
+
+    /// Replaces the tokens of the current step, if `fed` of them are to be, by what the draws queued last gave.
+    pub(crate) fn feed_run(&self, fed: usize) -> Result<()> {
+        if fed == 0 {
+            return Ok(());
+        }
+        if self.exchange.rank() == 0 {
+            let Some(DeviceSide { download, .. }) = &self.draws.device else {
+                return Err(BackendError::Batch("a step is fed with draws, and none were queued".into()));
+            };
+            let params = FeedParams {
+                results: download.address(),
+                from: self.step.feed.address,
+                tokens: self.step.tokens.address,
+                count: fed as u32,
+                reserved: 0,
+            };
+            let blocks = fed.div_ceil(DRAW_THREADS as usize);
+            self.stream.launch(&self.kernels.sample_feed, Grid::new(blocks, 1, DRAW_THREADS), &params)?;
+        }
+        self.share_tokens()
+    }
+
+    /// Draws every row on the device and queues the copy of the results.
+    pub(crate) fn draws_queue(&mut self, logits: &Tensor, draws: &[Draw<'_>]) -> Result<()> {
         let vocab = logits.width;
+        logits.expect("logits to draw from", draws.len(), vocab, DType::Fp32)?;
+        if let Some(draw) = draws.iter().position(|draw| !on_device(draw, vocab)) {
+            return Err(BackendError::Sampling(format!("draw {draw} cannot be made on the device")));
+        }
         self.draws.clear();
         for draw in draws {
             self.draws.push(draw, vocab);
@@ -237,9 +311,10 @@ impl CudaBackend {
         if self.draws.device.as_ref().is_none_or(|side| !side.holds(sizes)) {
             // Work already queued may still use what goes.
             self.stream.wait()?;
+            self.draws.read_all()?;
             self.draws.device = Some(DeviceSide::new(&self.stream, sizes)?);
         }
-        let Some(DeviceSide { upload, work, download }) = &mut self.draws.device else { return Ok(Vec::new()) };
+        let Some(DeviceSide { upload, work, download }) = &mut self.draws.device else { return Ok(()) };
         upload.send(&self.stream, &self.draws.packed)?;
         let params = SampleParams {
             logits: logits.address(),
@@ -263,8 +338,10 @@ impl CudaBackend {
         }
         self.stream.launch(&self.kernels.sample_draw, Grid::new(parts_per_row, draws.len(), DRAW_THREADS), &params)?;
         self.stream.launch(&self.kernels.sample_finish, rows, &params)?;
-        let bytes = download.receive(&self.stream, sizes.download)?;
-        Ok(bytes.chunks_exact(size_of::<SampleResult>()).map(pod_read_unaligned).collect())
+        let results = Results::Coming(download.fetch(&self.stream, sizes.download)?);
+        let reports = draws.iter().map(|draw| draw.params.logprobs.is_some()).collect();
+        self.draws.queued.push_back(Queued { results, reports });
+        Ok(())
     }
 
     /// One row's logits, read and drawn from by the reference.

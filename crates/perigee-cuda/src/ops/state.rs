@@ -4,7 +4,8 @@ use perigee_backend::{BackendError, Result};
 
 use crate::backend::CudaBackend;
 use crate::params::StateSumParams;
-use crate::stream::{Download, Grid};
+use crate::stream::Grid;
+use crate::transfer::Download;
 
 /// Tensors of a KDA layer's state.
 const TENSORS: usize = 4;
@@ -35,7 +36,8 @@ impl CudaBackend {
         let grid = Grid::new(BLOCKS, shape.kda_layers, THREADS);
         let grid = Grid { blocks: (grid.blocks.0, grid.blocks.1, TENSORS as u32), ..grid };
         self.stream.launch(&self.kernels.state_sums, grid, &params)?;
-        let found = sums.receive(&self.stream, bytes)?;
+        let number = sums.fetch(&self.stream, bytes)?;
+        let found = sums.receive(number, bytes)?;
         Ok(found.as_chunks().0.iter().map(|&sum| u64::from_le_bytes(sum)).collect())
     }
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use super::MoveConfig;
 use super::follow::remote_home;
 use crate::handle::{Command, EngineHealth};
 use crate::remote::RemoteHome;
@@ -61,7 +62,21 @@ pub(crate) struct Homes {
     short_until: Option<Instant>,
 }
 
+impl Homes {
+    /// Whether it is time to tell homes what is needed of them.
+    fn is_due(&self, now: Instant, config: &MoveConfig) -> bool {
+        let interval = if self.calling.is_empty() { INTERVAL } else { SHORT_INTERVAL };
+        let interval = interval.min(config.grace / 4);
+        self.told_at.is_none_or(|at| now.saturating_duration_since(at) >= interval)
+    }
+}
+
 impl EngineCore {
+    /// Whether homes are to be told something now.
+    pub(super) fn homes_are_due(&self, now: Instant, config: &MoveConfig) -> bool {
+        !self.home_words.given_up.is_empty() || self.home_words.is_due(now, config)
+    }
+
     /// Tells homes what is due, and decides whether this one wants its pages back.
     pub(super) fn tell_homes(&mut self, now: Instant) {
         let Some(config) = self.config.moves.clone() else { return };
@@ -73,9 +88,7 @@ impl EngineCore {
         let is_short = self.home_words.short_until.is_some_and(|until| until > now);
         config.homes.call_back(is_leaving || is_short);
 
-        let interval = if self.home_words.calling.is_empty() { INTERVAL } else { SHORT_INTERVAL };
-        let interval = interval.min(config.grace / 4);
-        let is_due = self.home_words.told_at.is_none_or(|at| now.saturating_duration_since(at) >= interval);
+        let is_due = self.home_words.is_due(now, &config);
         if !is_due && self.home_words.given_up.is_empty() {
             return;
         }

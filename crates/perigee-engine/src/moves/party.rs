@@ -112,6 +112,14 @@ impl EngineCore {
         }
     }
 
+    /// Whether [`Self::mind_moves`] has something to do that cannot wait for long.
+    pub(crate) fn moves_are_due(&self, now: Instant) -> bool {
+        self.config.moves.as_ref().is_some_and(|config| {
+            let ends = self.seats.values().any(|seat| seat.is_due(now));
+            ends || !self.follows.is_empty() || self.homes_are_due(now, config)
+        })
+    }
+
     /// Minds the timers and what homes were asked.
     pub(crate) fn mind_moves(&mut self, now: Instant) -> Result<(), Fatal> {
         let Some(config) = self.config.moves.clone() else { return Ok(()) };

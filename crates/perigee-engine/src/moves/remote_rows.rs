@@ -131,7 +131,7 @@ impl EngineCore {
     }
 
     /// A session is computed anew from its tokens: slower, never wrong.
-    pub(super) fn start_over(&mut self, id: TaskId, why: &'static str) -> Result<(), Fatal> {
+    pub(crate) fn start_over(&mut self, id: TaskId, why: &'static str) -> Result<(), Fatal> {
         self.give_up_homes(id);
         let Some(held) = self.sessions.get_mut(&id) else { return Ok(()) };
         held.misses = 0;

@@ -96,6 +96,11 @@ impl Seat {
         None
     }
 
+    /// Whether a timer ran out.
+    pub(crate) fn is_due(&self, now: Instant) -> bool {
+        self.timers.iter().flatten().any(|(_, due)| *due <= now)
+    }
+
     /// The router is there after all: the silence begins anew.
     pub(crate) fn wait_on(&mut self, side: Side, timer: Timer, now: Instant, config: &MoveConfig) {
         let index = usize::from(side == Side::Target);

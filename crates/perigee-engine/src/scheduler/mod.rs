@@ -2,6 +2,7 @@
 //! and the rules are in the README beside this file. It knows no device, no clock, no channel and no sampling.
 
 mod admit;
+pub mod ahead;
 pub mod arrivals;
 mod audit;
 mod budget;

@@ -1,6 +1,7 @@
 //! Stand-ins for tests and simulations, here and in other crates: a modelled executor, a clock that is set by hand, and
 //! plain requests. Nothing that serves uses them.
 
+mod model_ahead;
 mod model_cache;
 mod model_executor;
 mod model_sizes;

@@ -13,6 +13,7 @@ use perigee_migration::{AnswerStatus, Digest, Geometry, PageSlice, StateSlice, T
 use perigee_sampling::{Draw, Scratch};
 
 use super::mix;
+use super::model_ahead::ModelFlights;
 use super::model_cache::{self, EMPTY_PAGE, GEOMETRY, ModelPages, Page, Words, page, refused};
 use super::model_sizes::{Faults, ModelCounters, ModelSizes, RemoteAnswer};
 use crate::executor::{
@@ -48,6 +49,7 @@ pub struct ModelExecutor {
     remote: Option<RemoteHook>,
     /// Whether what is drawn depends on the pages.
     reads: bool,
+    ahead: ModelFlights,
     scratch: Scratch,
 }
 
@@ -64,6 +66,7 @@ impl ModelExecutor {
             on_step: None,
             remote: None,
             reads: true,
+            ahead: ModelFlights::default(),
             scratch: Scratch::new(),
         }
     }
@@ -83,6 +86,13 @@ impl ModelExecutor {
     /// One that draws by its slots alone: long runs are cheap, and nobody learns whether the pages are the right ones.
     pub fn without_reading(mut self) -> Self {
         self.reads = false;
+        self
+    }
+
+    /// One that runs ahead: what a launched step gives is there at once, but is told only when it is collected. Every `undrawn`th
+    /// draw of launched steps is not made, if that is not 0.
+    pub fn running_ahead(mut self, undrawn: u64) -> Self {
+        self.ahead = ModelFlights::running(undrawn);
         self
     }
 
@@ -271,7 +281,7 @@ impl Executor for ModelExecutor {
             let logits = logits(sight, self.sizes.limits.vocab);
             if let Some(draw) = draws.get(index) {
                 let sampled = perigee_sampling::sample(&logits, draw, &mut self.scratch);
-                output.sampled.push(sampled.map_err(|error| refused(error.to_string()))?);
+                output.sampled.push(Some(sampled.map_err(|error| refused(error.to_string()))?));
             }
             if want_logits {
                 all.extend(logits);
@@ -279,6 +289,24 @@ impl Executor for ModelExecutor {
         }
         output.logits = want_logits.then_some(all);
         Ok(output)
+    }
+
+    fn runs_ahead(&self) -> bool {
+        self.ahead.runs
+    }
+
+    fn launch(&mut self, plan: &StepPlan, draws: &[Draw<'_>]) -> Result<(), ExecutorError> {
+        let mut plan = plan.clone();
+        self.ahead.feed(&mut plan)?;
+        let output = self.step(&plan, draws, false)?;
+        self.ahead.began(output);
+        self.counters.launched.fetch_add(1, Ordering::Relaxed);
+        self.counters.fed.fetch_add(u64::from(!plan.feed.is_empty()), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        self.ahead.collect()
     }
 
     fn park(&mut self, key: u64, slot: u32, pages: &[u32]) -> Result<(), ExecutorError> {

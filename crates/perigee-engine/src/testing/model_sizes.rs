@@ -47,6 +47,10 @@ pub struct Faults {
 pub struct ModelCounters {
     /// Steps asked for.
     pub steps: AtomicU64,
+    /// Of those, steps that were launched.
+    pub launched: AtomicU64,
+    /// Of those, steps that were fed with draws which nobody had read.
+    pub fed: AtomicU64,
     /// Sessions parked.
     pub parks: AtomicU64,
     /// Sessions brought back.

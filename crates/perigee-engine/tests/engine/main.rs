@@ -2,6 +2,8 @@
 //! support. The attribute on each part tells clippy that helpers are test code too.
 
 #[cfg(test)]
+mod ahead;
+#[cfg(test)]
 mod door;
 #[cfg(test)]
 mod draws;

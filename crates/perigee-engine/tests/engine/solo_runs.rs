@@ -92,6 +92,7 @@ fn scarce(numbers: &mut Numbers) -> (ModelSizes, Faults, EngineConfig) {
 
 #[derive(Default)]
 struct Seen {
+    fed: u64,
     parks: u64,
     unparks: u64,
     forks: u64,
@@ -99,10 +100,10 @@ struct Seen {
     reasons: BTreeSet<String>,
 }
 
-fn run(seed: u64, seen: &mut Seen) {
+fn run(seed: u64, seen: &mut Seen, make: impl FnOnce(ModelSizes) -> ModelExecutor) {
     let mut numbers = Numbers(seed);
     let (sizes, faults, config) = scarce(&mut numbers);
-    let mut driver = Driver::new(ModelExecutor::new(sizes).with_faults(faults), config);
+    let mut driver = Driver::new(make(sizes).with_faults(faults), config);
     let requests: Vec<Request> = (0..20).map(|name| request(&mut numbers, name)).collect();
     let mut cancelled = BTreeSet::new();
     for request in &requests {
@@ -138,6 +139,7 @@ fn run(seed: u64, seen: &mut Seen) {
         }
     }
     let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    seen.fed += count(&driver.counters.fed);
     seen.parks += count(&driver.counters.parks);
     seen.unparks += count(&driver.counters.unparks);
     seen.forks += count(&driver.counters.slot_copies);
@@ -148,14 +150,28 @@ fn run(seed: u64, seen: &mut Seen) {
 fn every_session_gives_what_it_gives_alone() {
     let mut seen = Seen::default();
     for seed in 0..40 {
-        run(seed, &mut seen);
+        run(seed, &mut seen, ModelExecutor::new);
     }
+    assert_eq!(seen.fed, 0);
     assert!(seen.parks > 50, "{} parks", seen.parks);
     assert!(seen.unparks > 50, "{} unparks", seen.unparks);
     assert!(seen.forks > 50, "{} forks", seen.forks);
     assert!(seen.fed_again > 5, "{} runs with recomputation", seen.fed_again);
     let reasons: Vec<&str> = seen.reasons.iter().map(String::as_str).collect();
     assert_eq!(reasons, ["Aborted", "Length", "Stop"]);
+}
+
+#[test]
+fn so_does_every_session_whose_steps_are_launched_ahead() {
+    let mut seen = Seen::default();
+    for seed in 100..130 {
+        run(seed, &mut seen, |sizes| ModelExecutor::new(sizes).running_ahead(0));
+    }
+    for seed in 130..140 {
+        run(seed, &mut seen, |sizes| ModelExecutor::new(sizes).running_ahead(40));
+    }
+    assert!(seen.fed > 1000, "{} steps were fed with draws that nobody had read", seen.fed);
+    assert!(seen.parks > 50 && seen.forks > 50, "{} parks, {} forks", seen.parks, seen.forks);
 }
 
 #[test]

@@ -151,55 +151,6 @@ __device__ __forceinline__ void store_pair(Shared<T, kDim>& s, T* attention, int
   }
 }
 
-// Block (I, J) below the diagonal: both sides are factored about the first row of I, so that both exponents are at most 0, and
-// multiplied on tensor cores. One warp a block.
-template <int kDim>
-__device__ __forceinline__ void factored_block(Shared<bf16, kDim>& s, bf16* attention, int row_block, int column_block, uint32_t lane) {
-  const int g = lane / 4, t = lane % 4;
-  Accumulator q_sum[2] = {}, k_sum[2] = {};
-  const float* reference = s.decay[row_block * kBlock];
-#pragma unroll 1
-  for (int base = 0; base < kDim; base += 16) {
-    FragmentA q, k;
-    FragmentB b[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int c = base + half * 8 + t * 2;
-      const float2 r = *reinterpret_cast<const float2*>(reference + c);
-#pragma unroll
-      for (int lower = 0; lower < 2; lower++) {
-        const int i = row_block * kBlock + g + lower * 8;
-        const float2 d = *reinterpret_cast<const float2*>(&s.decay[i][c]);
-        const float2 factor = {exp2f(d.x - r.x), exp2f(d.y - r.y)};
-        const float2 qi = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&s.query[i][c]));
-        const float2 ki = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&s.key[i][c]));
-        q.x[half * 2 + lower] = pack(qi.x * factor.x, qi.y * factor.y);
-        k.x[half * 2 + lower] = pack(ki.x * factor.x, ki.y * factor.y);
-        // Column n = g of fragment `lower`, rows k = c, c + 1.
-        const int j = column_block * kBlock + g + lower * 8;
-        const float2 dj = *reinterpret_cast<const float2*>(&s.decay[j][c]);
-        const float2 kj = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&s.key[j][c]));
-        b[lower].x[half] = pack(kj.x * exp2f(r.x - dj.x), kj.y * exp2f(r.y - dj.y));
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-      mma(q_sum[n], q, b[n]);
-      mma(k_sum[n], k, b[n]);
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < 2; n++) {
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int i = row_block * kBlock + g + e / 2 * 8;
-      const int j = column_block * kBlock + n * 8 + t * 2 + e % 2;
-      store_pair(s, attention, i, j, true, q_sum[n].x[e]);
-      store_pair(s, attention, i, j, false, k_sum[n].x[e]);
-    }
-  }
-}
-
 // Takes column j of Lkk times x out of 16 rows that begin at `first`.
 template <class S>
 __device__ __forceinline__ void eliminate(const S& s, float (&rows)[kBlock], int j, int first, float x) {
@@ -244,23 +195,15 @@ __device__ __forceinline__ void prepare(const KdaParams& p) {
   T* attention = static_cast<T*>(p.attention) + entry * kChunk * kChunk;
   load_chunk<T, kDim>(p, s, first, chunk.tokens, head);
 
-  constexpr bool kTensorCores = sizeof(T) == 2;
 #pragma unroll 1
   for (int i = warp; i < kChunk; i += kWarps) {
     const int diagonal = i / kBlock;
 #pragma unroll 1
-    for (int block = kTensorCores ? diagonal : 0; block <= diagonal; block++) {
+    for (int block = 0; block <= diagonal; block++) {
       const float sum = pairwise_row<T, kDim, kFault>(s, i, block, lane);
       store_pair(s, attention, i, block * kBlock + lane % kBlock, lane < kBlock, sum);
     }
     for (int j = (diagonal + 1) * kBlock + lane; j < kChunk; j += kWarp) attention[i * kChunk + j] = narrow<T>(0.0f);
-  }
-  if constexpr (kTensorCores) {
-    // Blocks (1,0) (2,0) (2,1) (3,0) (3,1) (3,2), one a warp.
-    if (warp < 6) {
-      const int row_block = warp == 0 ? 1 : warp < 3 ? 2 : 3;
-      factored_block<kDim>(s, attention, row_block, warp - row_block * (row_block - 1) / 2, lane);
-    }
   }
   __syncthreads();
 
@@ -313,15 +256,12 @@ __device__ __forceinline__ void prepare(const KdaParams& p) {
 }
 
 #define KDA_CHUNK(type, suffix, dim)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(kThreads, sizeof(type) == 2 && dim == 128 ? 2 : 1) kda_chunk_##suffix##_##dim(const __grid_constant__ KdaParams p) { \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1) kda_chunk_##suffix##_##dim(const __grid_constant__ KdaParams p) { \
     prepare<type, dim>(p);                                                                                               \
   }
 KDA_CHUNK(float, fp32, 32)
 KDA_CHUNK(float, fp32, 64)
 KDA_CHUNK(float, fp32, 128)
-KDA_CHUNK(bf16, bf16, 32)
-KDA_CHUNK(bf16, bf16, 64)
-KDA_CHUNK(bf16, bf16, 128)
 
 #ifdef PERIGEE_PLANTED_FAULTS
 #define KDA_CHUNK_FAULT(dim)                                                                                                          \
@@ -334,5 +274,4 @@ KDA_CHUNK_FAULT(128)
 #endif
 
 // Sizes of the dynamic shared memory, as the launcher computes them.
-static_assert(sizeof(Shared<bf16, 128>) == 64 * 132 * 4 + 64 * 136 * 2 + 64 * 132 * 4 + 64 * 64 * 4 + 3 * 64 * 4 + 4 * 128 * 4, "launcher's size");
 static_assert(sizeof(Shared<float, 32>) == 2 * 64 * 36 * 4 + 64 * 36 * 4 + 64 * 64 * 4 + 3 * 64 * 4 + 4 * 32 * 4, "launcher's size");

@@ -5,7 +5,9 @@
 
 constexpr int kChunk = 64;
 constexpr int kColumns = 32;  // value channels of a block
-constexpr int kThreads = 128;
+constexpr int kThreads = 128;        // of the float32 kernels
+constexpr int kTensorThreads = 256;  // of those on tensor cores
+constexpr int kStages = 3;
 
 // Where a block works.
 struct Place {
@@ -75,62 +77,76 @@ struct Stage {
   bf16 query[kChunk][kPitch];
   bf16 key[kChunk][kPitch];
   bf16 attention[kChunk][kSquarePitch];
+  float update[kChunk][kColumns + 8];
+  float decay[kDim];
 };
 
 template <int kDim>
 struct ScanShared {
   static constexpr int kPitch = kColumns + 8;
-  Stage<kDim> stages[2];
+  Stage<kDim> stages[kStages];
   bf16 state[kDim][kPitch];
   bf16 delta[kChunk][kPitch];
 };
 
 template <int kDim>
-__device__ __forceinline__ void fetch(const KdaParams& p, Stage<kDim>& stage, uint64_t entry) {
+__device__ __forceinline__ void fetch(const KdaParams& p, Stage<kDim>& stage, uint64_t entry, uint32_t column) {
   const bf16* erase = static_cast<const bf16*>(p.erase) + entry * kChunk * kDim;
   const bf16* query = static_cast<const bf16*>(p.query) + entry * kChunk * kDim;
   const bf16* key = static_cast<const bf16*>(p.key) + entry * kChunk * kDim;
   const bf16* attention = static_cast<const bf16*>(p.attention) + entry * kChunk * kChunk;
-  for (int at = threadIdx.x * 8; at < kChunk * kDim; at += kThreads * 8) {
+  const float* update = p.update + entry * kChunk * kDim + column;
+#pragma unroll
+  for (int at = threadIdx.x * 8; at < kChunk * kDim; at += kTensorThreads * 8) {
     const int i = at / kDim, c = at % kDim;
     copy_async(&stage.erase[i][c], erase + at);
     copy_async(&stage.query[i][c], query + at);
     copy_async(&stage.key[i][c], key + at);
   }
-  for (int at = threadIdx.x * 8; at < kChunk * kChunk; at += kThreads * 8) {
+#pragma unroll
+  for (int at = threadIdx.x * 8; at < kChunk * kChunk; at += kTensorThreads * 8) {
     copy_async(&stage.attention[at / kChunk][at % kChunk], attention + at);
   }
-  copy_commit();
+#pragma unroll
+  for (int at = threadIdx.x * 4; at < kChunk * kColumns; at += kTensorThreads * 4) {
+    const int i = at / kColumns, c = at % kColumns;
+    copy_async(&stage.update[i][c], update + i * kDim + c);
+  }
+  for (int c = threadIdx.x * 4; c < kDim; c += kTensorThreads * 4) copy_async(&stage.decay[c], p.decay + entry * kDim + c);
 }
 
-// Four warps. A warp owns 16 rows of Delta and O, and kDim / 4 rows of the state, whose float32 values stay in its registers;
-// the others see the state through its bfloat16 copy in shared memory.
+// Eight warps. A warp owns 16 rows and half of the columns of Delta and O, and 16 rows of the state, whose float32 values stay in its
+// registers; the others see the state through its bfloat16 copy in shared memory.
 template <int kDim>
 __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
   extern __shared__ uint4 dynamic[];
   ScanShared<kDim>& s = *reinterpret_cast<ScanShared<kDim>*>(dynamic);
   constexpr int kTiles = kColumns / 8;
-  constexpr int kStateTiles = kDim >= 64 ? kDim / 64 : 1;  // blocks of 16 state rows of a warp
+  constexpr int kHalfTiles = kTiles / 2;
+  static_assert(kDim <= 16 * kTensorThreads / kWarp, "a warp owns at most 16 rows of the state");
   const Place at = place(p);
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int g = lane / 4, t = lane % 4;
   const uint32_t width = p.heads * kDim;
-  const int first_row = warp * kStateTiles * 16;
-  const bool owns_state = first_row < kDim;  // with 32 channels two of the four warps own none
+  const int first_row = warp * 16;             // of the state
+  const bool owns_state = first_row < kDim;
+  const int row = warp % 4 * 16;               // of Delta and O
+  const int half_column = warp / 4 * kHalfTiles * 8;
 
-  Accumulator state[kStateTiles][kTiles];
+  Accumulator state[kTiles];
   const uint64_t first_entry = static_cast<uint64_t>(at.first_chunk - p.first_chunk) * p.heads + at.head;
-  fetch<kDim>(p, s.stages[0], first_entry);
+#pragma unroll
+  for (int ahead = 0; ahead < kStages - 1; ahead++) {
+    if (at.first_chunk + ahead < at.last_chunk) fetch<kDim>(p, s.stages[ahead], first_entry + ahead * p.heads, at.column);
+    copy_commit();
+  }
   const float* source = p.state + state_offset(p, at.row.read_slot, at.head) + at.column;
   auto each_state = [&](auto visit) {
 #pragma unroll
-    for (int m = 0; m < kStateTiles; m++) {
+    for (int n = 0; n < kTiles; n++) {
 #pragma unroll
-      for (int n = 0; n < kTiles; n++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          visit(first_row + m * 16 + g + half * 8, n * 8 + t * 2, state[m][n].x[half * 2], state[m][n].x[half * 2 + 1]);
-        }
+      for (int half = 0; half < 2; half++) {
+        visit(first_row + g + half * 8, n * 8 + t * 2, state[n].x[half * 2], state[n].x[half * 2 + 1]);
       }
     }
   };
@@ -144,48 +160,37 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
   }
 
   for (uint32_t chunk = at.first_chunk; chunk < at.last_chunk; chunk++) {
-    const uint64_t entry = static_cast<uint64_t>(chunk - p.first_chunk) * p.heads + at.head;
-    Stage<kDim>& stage = s.stages[(chunk - at.first_chunk) % 2];
-    // The other stage was last read before the barrier at the end of the previous turn.
-    if (chunk + 1 < at.last_chunk) {
-      fetch<kDim>(p, s.stages[(chunk + 1 - at.first_chunk) % 2], entry + p.heads);
-    } else {
-      copy_commit();
+    const uint32_t turn = chunk - at.first_chunk;
+    const Stage<kDim>& stage = s.stages[turn % kStages];
+    const KdaChunk info = p.chunks[chunk];
+    copy_wait<kStages - 2>();
+    // Also: the copy of the state is complete, and every warp is done with the stage that is filled next.
+    __syncthreads();
+    if (chunk + kStages - 1 < at.last_chunk) {
+      const uint64_t entry = static_cast<uint64_t>(chunk + kStages - 1 - p.first_chunk) * p.heads + at.head;
+      fetch<kDim>(p, s.stages[(turn + kStages - 1) % kStages], entry, at.column);
     }
-    Accumulator delta[kTiles], output[kTiles];
-    const float* update = p.update + entry * kChunk * kDim + at.column;
+    copy_commit();
+
+    // -Delta = Wd S - U, and O = Q S; the product is added, so the sign is turned twice.
+    Accumulator delta[kHalfTiles], output[kHalfTiles] = {};
 #pragma unroll
-    for (int n = 0; n < kTiles; n++) {
+    for (int n = 0; n < kHalfTiles; n++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const float2 u = *reinterpret_cast<const float2*>(update + (warp * 16 + g + half * 8) * kDim + n * 8 + t * 2);
-        // The product below is added, so the sign is turned twice.
+        const float2 u = *reinterpret_cast<const float2*>(&stage.update[row + g + half * 8][half_column + n * 8 + t * 2]);
         delta[n].x[half * 2] = -u.x;
         delta[n].x[half * 2 + 1] = -u.y;
-        output[n].x[half * 2] = 0.0f;
-        output[n].x[half * 2 + 1] = 0.0f;
       }
     }
-    float decay[kStateTiles][2];
-    if (owns_state) {
-#pragma unroll
-      for (int m = 0; m < kStateTiles; m++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) decay[m][half] = p.decay[entry * kDim + first_row + m * 16 + g + half * 8];
-      }
-    }
-    copy_wait<1>();
-    __syncthreads();
-
-    // -Delta = Wd S - U, and O = Q S, for the warp's 16 rows.
 #pragma unroll
     for (int base = 0; base < kDim; base += 16) {
-      const FragmentA w = load_a(&stage.erase[warp * 16][base], Stage<kDim>::kPitch, lane);
-      const FragmentA q = load_a(&stage.query[warp * 16][base], Stage<kDim>::kPitch, lane);
+      const FragmentA w = load_a(&stage.erase[row][base], Stage<kDim>::kPitch, lane);
+      const FragmentA q = load_a(&stage.query[row][base], Stage<kDim>::kPitch, lane);
 #pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
+      for (int n = 0; n < kHalfTiles; n += 2) {
         FragmentB b[2];
-        load_b_pair(b, &s.state[base][n * 8], ScanShared<kDim>::kPitch, lane);
+        load_b_pair(b, &s.state[base][half_column + n * 8], ScanShared<kDim>::kPitch, lane);
         mma(delta[n], w, b[0]);
         mma(delta[n + 1], w, b[1]);
         mma(output[n], q, b[0]);
@@ -193,73 +198,67 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
       }
     }
 #pragma unroll
-    for (int n = 0; n < kTiles; n++) {
+    for (int n = 0; n < kHalfTiles; n++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        *reinterpret_cast<uint32_t*>(&s.delta[warp * 16 + g + half * 8][n * 8 + t * 2]) =
+        *reinterpret_cast<uint32_t*>(&s.delta[row + g + half * 8][half_column + n * 8 + t * 2]) =
             pack(-delta[n].x[half * 2], -delta[n].x[half * 2 + 1]);
       }
     }
     __syncthreads();
 
-    // O += Pqk Delta.
-    for (int base = 0; base <= warp * 16; base += 16) {
-      const FragmentA a = load_a(&stage.attention[warp * 16][base], Stage<kDim>::kSquarePitch, lane);
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        FragmentB b[2];
-        load_b_pair(b, &s.delta[base][n * 8], ScanShared<kDim>::kPitch, lane);
-        mma(output[n], a, b[0]);
-        mma(output[n + 1], a, b[1]);
-      }
-    }
-    const KdaChunk info = p.chunks[chunk];
-    bf16* mixed = static_cast<bf16*>(p.mixed) + static_cast<uint64_t>(at.row.first_token + info.first) * width + at.head * kDim + at.column;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const uint32_t i = warp * 16 + g + half * 8;
-      if (i < info.tokens) {
-#pragma unroll
-        for (int n = 0; n < kTiles; n++) {
-          *reinterpret_cast<uint32_t*>(mixed + static_cast<uint64_t>(i) * width + n * 8 + t * 2) =
-              pack(output[n].x[half * 2], output[n].x[half * 2 + 1]);
-        }
-      }
-    }
-
-    // S = Gamma S + K^T Delta, for the warp's rows of the state; then its copy.
+    // S = Gamma S + K^T Delta, for the warp's rows of the state; then its copy, the old one of which was read before the barrier.
     if (owns_state) {
 #pragma unroll
-      for (int m = 0; m < kStateTiles; m++) {
+      for (int half = 0; half < 2; half++) {
+        const float decay = stage.decay[first_row + g + half * 8];
 #pragma unroll
         for (int n = 0; n < kTiles; n++) {
-#pragma unroll
-          for (int e = 0; e < 4; e++) state[m][n].x[e] *= decay[m][e / 2];
+          state[n].x[half * 2] *= decay;
+          state[n].x[half * 2 + 1] *= decay;
         }
       }
 #pragma unroll
       for (int base = 0; base < kChunk; base += 16) {
-        FragmentB b[kTiles];
+        const FragmentA a = load_a_transposed(&stage.key[base][first_row], Stage<kDim>::kPitch, lane);
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
-          FragmentB pair[2];
-          load_b_pair(pair, &s.delta[base][n * 8], ScanShared<kDim>::kPitch, lane);
-          b[n] = pair[0];
-          b[n + 1] = pair[1];
-        }
-#pragma unroll
-        for (int m = 0; m < kStateTiles; m++) {
-          const FragmentA a = load_a_transposed(&stage.key[base][first_row + m * 16], Stage<kDim>::kPitch, lane);
-#pragma unroll
-          for (int n = 0; n < kTiles; n++) mma(state[m][n], a, b[n]);
+          FragmentB b[2];
+          load_b_pair(b, &s.delta[base][n * 8], ScanShared<kDim>::kPitch, lane);
+          mma(state[n], a, b[0]);
+          mma(state[n + 1], a, b[1]);
         }
       }
-      // All warps have read the old copy before the barrier above.
       each_state([&](int c, int column, float& x, float& y) {
         *reinterpret_cast<uint32_t*>(&s.state[c][column]) = pack(x, y);
       });
     }
-    __syncthreads();
+
+    // O += Pqk Delta.
+#pragma unroll
+    for (int base = 0; base < kChunk; base += 16) {
+      if (base > row) break;
+      const FragmentA a = load_a(&stage.attention[row][base], Stage<kDim>::kSquarePitch, lane);
+#pragma unroll
+      for (int n = 0; n < kHalfTiles; n += 2) {
+        FragmentB b[2];
+        load_b_pair(b, &s.delta[base][half_column + n * 8], ScanShared<kDim>::kPitch, lane);
+        mma(output[n], a, b[0]);
+        mma(output[n + 1], a, b[1]);
+      }
+    }
+    bf16* mixed = static_cast<bf16*>(p.mixed) + static_cast<uint64_t>(at.row.first_token + info.first) * width + at.head * kDim + at.column;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint32_t i = row + g + half * 8;
+      if (i < info.tokens) {
+#pragma unroll
+        for (int n = 0; n < kHalfTiles; n++) {
+          *reinterpret_cast<uint32_t*>(mixed + static_cast<uint64_t>(i) * width + half_column + n * 8 + t * 2) =
+              pack(output[n].x[half * 2], output[n].x[half * 2 + 1]);
+        }
+      }
+    }
   }
   if (owns_state) {
     float* target = p.state + state_offset(p, at.row.write_slot, at.head) + at.column;
@@ -273,7 +272,7 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
   extern "C" __global__ void __launch_bounds__(kThreads) kda_scan_fp32_##dim(const __grid_constant__ KdaParams p) { \
     scan_fp32<dim>(p);                                                                                              \
   }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(kThreads, 1) kda_scan_bf16_##dim(const __grid_constant__ KdaParams p) { \
+  extern "C" __global__ void __launch_bounds__(kTensorThreads, 1) kda_scan_bf16_##dim(const __grid_constant__ KdaParams p) { \
     scan_bf16<dim>(p);                                                                                              \
   }
 KDA_SCAN(32)
@@ -292,4 +291,4 @@ KDA_SCAN_FAULT(128)
 #endif
 
 // Size of the dynamic shared memory, as the launcher computes it.
-static_assert(sizeof(ScanShared<128>) == 2 * (3 * 64 * 136 + 64 * 72) * 2 + (128 + 64) * 40 * 2, "launcher's size");
+static_assert(sizeof(ScanShared<128>) == 3 * ((3 * 64 * 136 + 64 * 72) * 2 + 64 * 40 * 4 + 128 * 4) + (128 + 64) * 40 * 2, "launcher's size");

@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "common/tensor_map.h"
+
 constexpr uint32_t kPageTokens = 64;
 constexpr uint32_t kNoPart = 0xffffffffu;
 constexpr uint32_t kNoPlace = 0xffffffffu;
@@ -76,4 +78,49 @@ struct MlaMergeParams {
   const float* other_lse;       // [heads]
   uint32_t latent;
   uint32_t reserved;
+};
+
+// The expanded form works through the context by stretches whose latents lie together in working memory.
+
+// Keys of one page: `keys` rows from `place` (page * 64 + offset) to row `row` of the stretch.
+struct GatherRun {
+  uint32_t place;
+  uint32_t row;
+  uint32_t keys;
+};
+
+struct MlaGatherParams {
+  const void* latents;          // [pages][64][R + r] of this layer
+  void* out;                    // [rows][R + r]
+  const GatherRun* runs;
+  uint32_t pieces;              // of 16 bytes a row
+  uint32_t reserved;
+};
+
+constexpr uint32_t kFirstStretch = 1;  // no result of keys before
+constexpr uint32_t kLastStretch = 2;   // none of its tokens sees a key behind this stretch
+
+// Up to 128 query tokens of one row against the keys of one stretch.
+struct ExpandedItem {
+  uint32_t first_token;     // index in the step
+  uint32_t tokens;
+  uint32_t first_position;  // absolute position of the first token
+  uint32_t first_key;       // absolute position of the key in `first_row`
+  uint32_t first_row;       // of the stretch
+  uint32_t keys;            // at least 1
+  uint32_t flags;
+};
+
+struct MlaExpandedParams {
+  TensorMap queries;      // [tokens][heads * 192] T; all boxes are 64 columns by 128 rows with 128-byte swizzle
+  TensorMap expanded;     // [rows][heads * 256] T: a head's 128 of the key, then its value
+  TensorMap latents;      // [rows][576] T
+  float* output;            // [tokens][heads * 512]: the result so far, heads * 128, at the start of a token's
+  float* lse;               // [tokens][heads]
+  void* values;             // [tokens][value_pitch] T: the result, heads * 128
+  const ExpandedItem* items;
+  uint32_t heads;
+  uint32_t value_pitch;
+  float scale;
+  uint32_t reserved[5];
 };

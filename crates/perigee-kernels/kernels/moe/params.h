@@ -4,6 +4,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "common/tensor_map.h"
+
 // Rows of one expert that one block column of a grouped product computes.
 struct MoeTile {
   uint32_t expert;
@@ -54,6 +56,23 @@ struct MoeSortParams {
   uint32_t routed;          // E
 };
 
+// The sort by several blocks, for steps of many tokens. As MoeSortParams, but for what is said.
+struct MoeSpreadParams {
+  const uint32_t* chosen;
+  uint32_t* source;
+  uint32_t* position;
+  MoeTile* tiles;
+  uint32_t* tile_count;
+  unsigned long long* touched;
+  uint32_t* counts;         // [blocks][experts]: workspace
+  uint32_t entries;
+  uint32_t experts;
+  uint32_t tile_rows;       // at most, a multiple of 16
+  uint32_t routed;
+  uint32_t block_entries;   // entries of a block
+  uint32_t reserved;
+};
+
 struct MoeProductParams {
   const void* in;           // gate and up: x [tokens][d] T; down: inner rows [entries][f] T
   const void* weight;       // gate and up: [E][2 f][d] T, blocks of 8 gate rows then 8 up rows; down: [E][d][f] T
@@ -65,6 +84,29 @@ struct MoeProductParams {
   uint32_t width;           // columns of `out`: f, or d
   uint32_t top_k;           // k + s
   uint32_t reserved;
+};
+
+// Grouped products for many rows an expert; a tile has at most 256 rows.
+struct MoeWideParams {
+  TensorMap weight;         // of `depth` columns: as in MoeProductParams; boxes of 64 columns by 128 rows, 128-byte swizzle
+  TensorMap rows;           // [entries][depth] T, sorted; boxes of 64 columns by 32 rows
+  void* out;                // as MoeProductParams
+  const MoeTile* tiles;
+  const uint32_t* tile_count;
+  uint32_t depth;
+  uint32_t width;
+  uint32_t reserved[8];
+};
+
+// Rows of x in the order of the sort.
+struct MoeGatherParams {
+  const void* x;            // [tokens][hidden] T
+  void* out;                // [entries][hidden] T
+  const uint32_t* source;   // [entries]
+  const MoeTile* tiles;
+  const uint32_t* tile_count;
+  uint32_t pieces;          // of 16 bytes a row
+  uint32_t top_k;           // k + s
 };
 
 struct MoeCombineParams {

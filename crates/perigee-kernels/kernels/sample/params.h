@@ -83,3 +83,11 @@ struct SampleParams {
   uint32_t vocab;
   uint32_t parts_per_row;
 };
+
+struct FeedParams {
+  const SampleResult* results;
+  const uint32_t* from;  // [count], into results
+  uint32_t* tokens;      // [count]
+  uint32_t count;
+  uint32_t reserved;
+};

@@ -142,7 +142,7 @@ impl Undisturbed {
                 choice: sequence.choice,
                 position: sequence.length(),
                 counts: &sequence.counts,
-                banned: sequence.banned(),
+                banned: sequence.banned(sequence.completion()),
                 allowed: None,
             };
             let sampled = sample(course.logits(number), &draw, &mut self.scratch);

@@ -12,7 +12,7 @@ use perigee_sampling::SamplingParams;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::Cell;
-use super::shared::SharedRanks;
+use super::shared::{SharedRanks, Touched};
 use crate::error::{Result, WorkerError};
 
 const ROUTER: RouterId = RouterId(1);
@@ -28,8 +28,8 @@ pub(super) struct Run {
     window: Duration,
     /// Steps in that time; all sessions decoded in each.
     pub(super) steps: u64,
-    /// Experts touched in it, over all mixture layers.
-    pub(super) experts: u64,
+    /// Experts touched in one of them, over all mixture layers, the mean.
+    pub(super) experts: f64,
 }
 
 impl Run {
@@ -72,8 +72,8 @@ impl<B: Backend + 'static> Driver<B> {
         for request in requests {
             self.handle.submit(ROUTER, request).map_err(|error| WorkerError::Bench(error.to_string()))?;
         }
-        let mut all_draw: Option<(Instant, u64, u64)> = None;
-        let mut run = Run { ttft: Duration::ZERO, window: Duration::ZERO, steps: 0, experts: 0 };
+        let mut all_draw: Option<(Instant, u64, Touched)> = None;
+        let mut run = Run { ttft: Duration::ZERO, window: Duration::ZERO, steps: 0, experts: 0.0 };
         while progress.ended < cell.batch {
             if self.core.turn() == Turn::Stopped {
                 return Err(WorkerError::Bench("the engine stopped in the middle of a cell".into()));
@@ -84,14 +84,16 @@ impl<B: Backend + 'static> Driver<B> {
             match all_draw {
                 None if least > 0 => {
                     run.ttft = now - begun;
-                    let experts = self.ranks.experts_touched()?;
+                    let touched = self.ranks.touched()?;
                     // Counting is no part of a step.
-                    all_draw = Some((Instant::now(), least, experts));
+                    all_draw = Some((Instant::now(), least, touched));
                 }
-                Some((since, base, experts)) if progress.ended > 0 && run.steps == 0 => {
+                Some((since, base, before)) if progress.ended > 0 && run.steps == 0 => {
                     run.window = now - since;
                     run.steps = least - base;
-                    run.experts = self.ranks.experts_touched()? - experts;
+                    // A step that was launched behind the last one read is counted on both sides.
+                    let touched = self.ranks.touched()?;
+                    run.experts = (touched.experts - before.experts) as f64 / (touched.steps - before.steps) as f64;
                 }
                 _ => {}
             }

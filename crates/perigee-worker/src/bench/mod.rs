@@ -216,8 +216,7 @@ impl Bench<'_> {
         let ttft = alone.unwrap_or(best.ttft).as_secs_f64();
         let model = self.opened.source.config();
         let layers = model.layers.iter().filter(|layer| !layer.dense).count();
-        let steps = best.steps as f64;
-        let experts = if layers == 0 { 0.0 } else { best.experts as f64 / steps / layers as f64 };
+        let experts = if layers == 0 { 0.0 } else { best.experts / layers as f64 };
         let floor_ms = step_bytes(model, cell, experts, self.options.activation()) / bandwidth * 1e3;
         let tpot = best.tpot();
         Ok(CellResult {

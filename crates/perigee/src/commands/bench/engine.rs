@@ -51,7 +51,7 @@ fn grid(batches: &[usize], contexts: &[usize]) -> Vec<Cell> {
     contexts.iter().flat_map(|&context| batches.iter().map(move |&batch| Cell { batch, context })).collect()
 }
 
-fn cell(text: &str) -> Result<Cell, String> {
+pub(super) fn cell(text: &str) -> Result<Cell, String> {
     let parsed = text.split_once('x').and_then(|(batch, context)| {
         let cell = Cell { batch: batch.parse().ok()?, context: context.parse().ok()? };
         (cell.batch > 0 && cell.context > 0).then_some(cell)

@@ -2,6 +2,7 @@
 
 mod child;
 mod engine;
+mod grid;
 mod migrate;
 mod router;
 mod serve;
@@ -21,6 +22,8 @@ pub(crate) struct BenchArgs {
 enum Bench {
     /// Times prefill and decode steps of the engine in this process, and holds them against the bytes that they move.
     Engine(Box<engine::EngineArgs>),
+    /// Times a served replica by batch and context, from a gRPC client of its router.
+    Grid(Box<grid::GridArgs>),
     /// Moves a session between two replicas of this machine, by context, and tells what it cost its stream.
     Migrate(Box<migrate::MigrateArgs>),
     /// Puts a scenario's load on a router, or on any OpenAI-compatible server, and reports how long answers took.
@@ -32,6 +35,7 @@ enum Bench {
 pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.what {
         Bench::Engine(args) => engine::run(*args),
+        Bench::Grid(args) => grid::run(*args),
         Bench::Migrate(args) => migrate::run(*args),
         Bench::Serve(args) => serve::run(*args),
         Bench::Router(args) => router::run(*args),

@@ -1,0 +1,176 @@
+//! `perigee bench grid`: times of a served replica, seen by a gRPC client of its router: a batch of prompts handed in at once,
+//! for every cell of batch and context. Prompts are random tokens, decoding is greedy and goes on whatever is drawn.
+
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use perigee_backend::random::mix;
+use perigee_proto::v1::inference_client::InferenceClient;
+use perigee_proto::v1::{GenerateRequest, GetModelInfoRequest, SamplingParams};
+use perigee_worker::bench::Cell;
+use serde::Serialize;
+use tonic::transport::Channel;
+
+use crate::client::{ClientArgs, block_on, print_json};
+use crate::commands::at_least_one;
+
+/// Token ids of prompts, where the vocabulary has as many.
+const TOKENS: std::ops::Range<u32> = 100..160_000;
+
+/// Arguments of `bench grid`.
+#[derive(clap::Args)]
+pub(super) struct GridArgs {
+    /// Cells BATCHxCONTEXT, in order.
+    #[arg(long, value_delimiter = ',', default_value = "1x1024,8x1024", value_parser = super::engine::cell)]
+    cells: Vec<Cell>,
+    /// Decode steps of the whole batch in each cell, at least.
+    #[arg(long, default_value_t = 64, value_parser = at_least_one())]
+    steps: usize,
+    /// Tokens of prompts that the replica takes into a step, for which its prompts' time is allowed for.
+    #[arg(long, default_value_t = 2048, value_parser = at_least_one())]
+    token_budget: usize,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+/// A cell's figures.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct GridCell {
+    batch: usize,
+    context: usize,
+    /// Seconds from handing in the batch to the last session's first token.
+    ttft_s: f64,
+    prefill_tok_s: f64,
+    /// Milliseconds of a token between the last first token and the first end, the mean.
+    tpot_ms: f64,
+    decode_tok_s: f64,
+    /// Tokens of the slowest session in that time.
+    steps: usize,
+}
+
+/// When each token of one session came, in seconds since the batch was handed in.
+type Times = Vec<f64>;
+
+pub(super) fn run(args: GridArgs) -> anyhow::Result<()> {
+    block_on(async {
+        let mut client = args.client.inference().await?;
+        let info = client.get_model_info(GetModelInfoRequest {}).await.context("GetModelInfo")?.into_inner();
+        let mut results = Vec::new();
+        for (index, &cell) in args.cells.iter().enumerate() {
+            let prompts = prompts(cell, index as u64, info.vocab_size);
+            let times = batch(&client, prompts, max_tokens(cell, args.steps, args.token_budget)).await?;
+            let result = figures(cell, &times).with_context(|| {
+                format!("{}x{}: no steps in which the whole batch decodes", cell.batch, cell.context)
+            })?;
+            if !args.client.json {
+                println!("{}", line(&result));
+            }
+            results.push(result);
+        }
+        if args.client.json { print_json(&results) } else { Ok(()) }
+    })
+}
+
+/// Tokens that each session generates: sessions whose prompt is done decode while the others' are computed.
+fn max_tokens(cell: Cell, steps: usize, budget: usize) -> usize {
+    1 + steps + 2 * (cell.batch * cell.context).div_ceil(budget) + cell.batch * cell.batch / budget
+}
+
+fn prompts(cell: Cell, number: u64, vocabulary: u32) -> Vec<Vec<u32>> {
+    let tokens = if TOKENS.end <= vocabulary { TOKENS } else { 0..vocabulary };
+    let width = u64::from(tokens.end - tokens.start).max(1);
+    let token = |at: u64| tokens.start + (mix(mix(number + 1) ^ at) % width) as u32;
+    let context = cell.context as u64;
+    (0..cell.batch as u64).map(|session| (session * context..(session + 1) * context).map(token).collect()).collect()
+}
+
+/// Hands in all prompts at once; when the tokens of each came.
+async fn batch(
+    client: &InferenceClient<Channel>,
+    prompts: Vec<Vec<u32>>,
+    max_tokens: usize,
+) -> anyhow::Result<Vec<Times>> {
+    let begun = Instant::now();
+    let asked = prompts.into_iter().map(|token_ids| {
+        let request = GenerateRequest {
+            token_ids,
+            sampling: Some(SamplingParams { temperature: Some(0.0), ignore_eos: true, ..SamplingParams::default() }),
+            max_tokens: Some(u32::try_from(max_tokens).unwrap_or(u32::MAX)),
+            ..GenerateRequest::default()
+        };
+        tokio::spawn(stream(client.clone(), request, begun))
+    });
+    let asked: Vec<_> = asked.collect();
+    let mut times = Vec::with_capacity(asked.len());
+    for session in asked {
+        let came = session.await??;
+        if came.len() != max_tokens {
+            bail!("{} of {max_tokens} tokens came", came.len());
+        }
+        times.push(came);
+    }
+    Ok(times)
+}
+
+async fn stream(
+    mut client: InferenceClient<Channel>,
+    request: GenerateRequest,
+    begun: Instant,
+) -> anyhow::Result<Times> {
+    let mut responses = client.generate(request).await?.into_inner();
+    let mut times = Times::new();
+    while let Some(response) = responses.message().await? {
+        if response.token_id.is_some() {
+            times.push(begun.elapsed().as_secs_f64());
+        }
+    }
+    Ok(times)
+}
+
+/// None where no session draws between the last first token and the first end.
+fn figures(cell: Cell, times: &[Times]) -> Option<GridCell> {
+    let first = times.iter().filter_map(|times| times.first().copied()).reduce(f64::max)?;
+    let last = times.iter().filter_map(|times| times.last().copied()).reduce(f64::min)?;
+    let within = |times: &Times| times.iter().filter(|&&at| at > first && at <= last).count();
+    let steps = times.iter().map(within).min().filter(|&steps| steps > 0)?;
+    let tpot = (last - first) / steps as f64;
+    Some(GridCell {
+        batch: cell.batch,
+        context: cell.context,
+        ttft_s: first,
+        prefill_tok_s: (cell.batch * cell.context) as f64 / first,
+        tpot_ms: tpot * 1e3,
+        decode_tok_s: cell.batch as f64 / tpot,
+        steps,
+    })
+}
+
+fn line(cell: &GridCell) -> String {
+    format!(
+        "{:>4} x {:>7}: ttft {:.3} s, {:.0} prompt tokens a second, tpot {:.3} ms, {:.0} tokens a second, {} steps",
+        cell.batch, cell.context, cell.ttft_s, cell.prefill_tok_s, cell.tpot_ms, cell.decode_tok_s, cell.steps
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_time_in_which_all_decode_counts() {
+        let cell = Cell { batch: 2, context: 100 };
+        let times = [vec![1.0, 2.0, 3.0, 4.0, 5.0], vec![2.0, 3.0, 4.0, 5.0, 6.0]];
+        let result = figures(cell, &times).unwrap();
+        assert_eq!((result.ttft_s, result.tpot_ms, result.steps), (2.0, 1000.0, 3));
+        assert_eq!((result.prefill_tok_s, result.decode_tok_s), (100.0, 2.0));
+        assert_eq!(figures(cell, &[vec![1.0], vec![2.0]]), None);
+    }
+
+    #[test]
+    fn prompts_differ_and_lie_in_the_vocabulary() {
+        let prompts = prompts(Cell { batch: 3, context: 50 }, 0, 300);
+        assert!(prompts.iter().flatten().all(|&token| token < 300));
+        assert!(prompts[0] != prompts[1] && prompts[1] != prompts[2]);
+        assert_eq!(prompts.iter().map(Vec::len).collect::<Vec<_>>(), [50; 3]);
+    }
+}
