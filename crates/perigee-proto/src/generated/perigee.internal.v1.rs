@@ -452,8 +452,8 @@ pub struct SessionEvent {
     #[prost(string, tag = "6")]
     pub text: ::prost::alloc::string::String,
     /// Log-probabilities of the token.
-    #[prost(message, optional, tag = "7")]
-    pub logprobs: ::core::option::Option<Position>,
+    #[prost(message, optional, boxed, tag = "7")]
+    pub logprobs: ::core::option::Option<::prost::alloc::boxed::Box<Position>>,
     /// Log-probabilities of the prompt, one entry a token, the first without a chosen token.
     #[prost(message, repeated, tag = "8")]
     pub prompt_logprobs: ::prost::alloc::vec::Vec<Position>,
@@ -464,8 +464,8 @@ pub struct SessionEvent {
     #[prost(string, tag = "10")]
     pub error: ::prost::alloc::string::String,
     /// Counts, on the last event.
-    #[prost(message, optional, tag = "11")]
-    pub usage: ::core::option::Option<Counts>,
+    #[prost(message, optional, boxed, tag = "11")]
+    pub usage: ::core::option::Option<::prost::alloc::boxed::Box<Counts>>,
 }
 /// Log-probabilities at one position: ids and values of the chosen token, if any, then of the most likely ones.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1229,7 +1229,7 @@ pub mod replica_client {
                         format!("Service was not ready: {}", e.into()),
                     )
                 })?;
-            let codec = tonic_prost::ProstCodec::default();
+            let codec = crate::codec::Codec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/perigee.internal.v1.Replica/Attach",
             );
@@ -1256,7 +1256,7 @@ pub mod replica_client {
                         format!("Service was not ready: {}", e.into()),
                     )
                 })?;
-            let codec = tonic_prost::ProstCodec::default();
+            let codec = crate::codec::Codec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/perigee.internal.v1.Replica/Handoff",
             );
@@ -1281,7 +1281,7 @@ pub mod replica_client {
                         format!("Service was not ready: {}", e.into()),
                     )
                 })?;
-            let codec = tonic_prost::ProstCodec::default();
+            let codec = crate::codec::Codec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/perigee.internal.v1.Replica/Attend",
             );
@@ -1308,7 +1308,7 @@ pub mod replica_client {
                         format!("Service was not ready: {}", e.into()),
                     )
                 })?;
-            let codec = tonic_prost::ProstCodec::default();
+            let codec = crate::codec::Codec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/perigee.internal.v1.Replica/FetchPages",
             );
@@ -1334,7 +1334,7 @@ pub mod replica_client {
                         format!("Service was not ready: {}", e.into()),
                     )
                 })?;
-            let codec = tonic_prost::ProstCodec::default();
+            let codec = crate::codec::Codec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/perigee.internal.v1.Replica/KeepHomes",
             );
@@ -1526,7 +1526,7 @@ pub mod replica_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = AttachSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
+                        let codec = crate::codec::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
                                 accept_compression_encodings,
@@ -1572,7 +1572,7 @@ pub mod replica_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = HandoffSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
+                        let codec = crate::codec::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
                                 accept_compression_encodings,
@@ -1616,7 +1616,7 @@ pub mod replica_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = AttendSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
+                        let codec = crate::codec::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
                                 accept_compression_encodings,
@@ -1662,7 +1662,7 @@ pub mod replica_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = FetchPagesSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
+                        let codec = crate::codec::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
                                 accept_compression_encodings,
@@ -1705,7 +1705,7 @@ pub mod replica_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = KeepHomesSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
+                        let codec = crate::codec::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
                                 accept_compression_encodings,
