@@ -30,6 +30,7 @@ use crate::ops::mlp::Mlp;
 use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
 use crate::ops::sample::{Draws, MOST_TOKENS};
+use crate::params::MoeCombineParams;
 use crate::reader::Reader;
 use crate::recorder::Recorder;
 use crate::scratch::Scratch;
@@ -58,6 +59,8 @@ pub struct CudaBackend {
     pub(crate) scratch: Scratch,
     pub(crate) step: Step,
     pub(crate) selected: Option<Selected>,
+    /// A sum of experts that the norm behind it computes; while a step is recorded only.
+    pub(crate) deferred_sum: Option<MoeCombineParams>,
     /// Experts touched so far, one 64-bit number.
     pub(crate) touched: Buffer,
     pub(crate) draws: Draws,
@@ -106,6 +109,7 @@ impl CudaBackend {
             scratch: Scratch::default(),
             step: Step::default(),
             selected: None,
+            deferred_sum: None,
             touched,
             draws: Draws::default(),
             sums: None,
