@@ -11,11 +11,19 @@ constexpr int kWarp = 32;
 
 // First in every kernel that `Stream::launch` lets begin before the one ahead of it in the stream has ended: what that one, or any
 // before it, left in memory may be touched only behind this line. No thread may leave a kernel before it.
-__device__ __forceinline__ void grid_dependency() {
+__device__ __forceinline__ void grid_trigger() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void grid_wait() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void grid_dependency() {
+  grid_trigger();
+  grid_wait();
 }
 
 // Value of a stored element in float32, and the reverse with one rounding.
