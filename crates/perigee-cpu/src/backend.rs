@@ -423,6 +423,10 @@ impl Backend for CpuBackend {
         self.slots()?.import(slot, part, bytes)
     }
 
+    fn state_sums(&mut self, slot: u32, first_head: u32) -> Result<Vec<u64>> {
+        self.slots()?.sums(slot, first_head)
+    }
+
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {
         self.latents()?.copy(from, to)
     }

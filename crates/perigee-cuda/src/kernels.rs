@@ -14,7 +14,7 @@ use crate::params::{
     ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaExpandedParams,
     MlaGatherParams, MlaMergeParams, MlaStoreParams, MoeCombineNormParams, MoeCombineParams, MoeGatherParams,
     MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, MoeSpreadParams,
-    MoeWideParams, NormParams, SampleParams, SkinnyParams,
+    MoeWideParams, NormParams, SampleParams, SkinnyParams, StateSumParams,
 };
 
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
@@ -62,6 +62,7 @@ pub(crate) struct Kernels {
     pub(crate) sample_draw: Kernel<SampleParams>,
     pub(crate) sample_finish: Kernel<SampleParams>,
     pub(crate) sample_feed: Kernel<FeedParams>,
+    pub(crate) state_sums: Kernel<StateSumParams>,
     modules: Arc<Modules>,
 }
 
@@ -367,6 +368,7 @@ impl Kernels {
             sample_draw: modules.kernel("sample_draw", "sample_draw")?,
             sample_finish: modules.kernel("sample_draw", "sample_finish")?,
             sample_feed: modules.kernel("sample_feed", "sample_feed")?,
+            state_sums: modules.kernel("state_sums", &typed("state_sums"))?,
             modules,
         })
     }

@@ -64,6 +64,19 @@ pub(crate) struct ElementParams {
     pub(crate) block: u32,
 }
 
+/// `state/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct StateSumParams {
+    pub(crate) state: u64,
+    pub(crate) tails: u64,
+    pub(crate) sums: u64,
+    pub(crate) heads: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) tail: u32,
+    pub(crate) first_head: u32,
+}
+
 /// `gemm/params.h`
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]

@@ -13,4 +13,5 @@ pub(crate) mod moe;
 pub(crate) mod norm;
 pub(crate) mod reduce;
 pub(crate) mod sample;
+pub(crate) mod state;
 pub(crate) mod wide;
