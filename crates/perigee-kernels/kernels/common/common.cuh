@@ -9,8 +9,9 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kWarp = 32;
 
-// First in every kernel that `Stream::launch` lets begin before the one ahead of it in the stream has ended: what that one, or any
-// before it, left in memory may be touched only behind this line. No thread may leave a kernel before it.
+// For kernels that `Stream::launch` lets begin before the one ahead of them in the stream has ended. `grid_trigger` lets the next
+// kernel begin; what the kernel ahead, or any before it, left in memory may be touched only behind `grid_wait`, and no block may write
+// or leave a kernel before it. `grid_dependency` is both, first in a kernel that has nothing to do before the wait.
 __device__ __forceinline__ void grid_trigger() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
