@@ -12,6 +12,7 @@ pub(crate) const MORE_CHUNKS: usize = 32;
 /// Head sizes that have kernels of their own in the chunked KDA form.
 pub(crate) const KDA_HEAD_DIMS: [usize; 3] = [32, 64, 128];
 /// Most keys that the expanded form of attention works on together.
+#[cfg(feature = "cuda")]
 const MOST_STRETCH: usize = 8192;
 /// Gate rows and up rows of experts alternate in blocks of this size.
 pub(crate) const EXPERT_BLOCK: usize = 8;
@@ -70,6 +71,7 @@ pub(crate) fn expands(shape: &MlaShape) -> bool {
 }
 
 /// Keys that the expanded form works on together where steps have up to `tokens` tokens.
+#[cfg(feature = "cuda")]
 pub(crate) fn stretch_keys(tokens: usize) -> usize {
     tokens.next_multiple_of(PAGE_TOKENS).clamp(PAGE_TOKENS, MOST_STRETCH)
 }

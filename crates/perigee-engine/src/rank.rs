@@ -2,6 +2,7 @@
 //! the other, the same ones as every other rank of its replica, and decides nothing.
 
 mod caches;
+mod filling;
 mod traces;
 
 use std::collections::HashMap;
@@ -37,6 +38,8 @@ pub struct Rank<B: Backend> {
     dtype: Option<DType>,
     attention: Option<RemoteAttention>,
     traces: RankTraces,
+    /// Whether prompts are filled in rather than computed.
+    fills_prompts: bool,
 }
 
 /// Sizes of a rank that is about to run.
@@ -60,7 +63,8 @@ impl<B: Backend> Rank<B> {
         backend.reserve_cache(&cache)?;
         let dtype = storage_type(&mut backend, &cache)?;
         let traces = RankTraces::default();
-        Ok(Self { backend, model, cache, limits, rank, parked: HashMap::new(), dtype, attention: None, traces })
+        let (parked, attention, fills_prompts) = (HashMap::new(), None, false);
+        Ok(Self { backend, model, cache, limits, rank, parked, dtype, attention, traces, fills_prompts })
     }
 
     /// Sizes that all ranks share.
@@ -130,7 +134,8 @@ impl<B: Backend> Rank<B> {
             self.backend.feed_drawn(&plan.feed)?;
         }
         if plan.remote.rows.is_empty() {
-            self.model.step(&mut self.backend, &plan.batch, hooks)?;
+            let filled = if self.fills_prompts { Some(self.fill(&plan.batch)?) } else { None };
+            self.model.step(&mut self.backend, filled.as_ref().unwrap_or(&plan.batch), hooks)?;
             return Ok(StepReport::default());
         }
         let seat = Seat { rank: self.rank, dtype: self.dtype.unwrap_or(DType::Fp32) };

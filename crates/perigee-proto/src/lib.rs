@@ -1,6 +1,7 @@
 //! The wire: generated gRPC code, the names of sessions and routers, and the one table from error kinds to gRPC codes.
 //! It holds no behaviour; services live where their work is done.
 
+pub mod codec;
 pub mod ids;
 pub mod standard;
 pub mod status;

@@ -18,6 +18,10 @@ fn generate() -> BTreeMap<String, Vec<u8>> {
     let out = tempfile::tempdir().expect("a temporary folder");
     tonic_prost_build::configure()
         .emit_rerun_if_changed(false)
+        .codec_path("crate::codec::Codec")
+        // A token's event has neither, mostly, and is moved a few times.
+        .boxed("perigee.internal.v1.SessionEvent.logprobs")
+        .boxed("perigee.internal.v1.SessionEvent.usage")
         .out_dir(out.path())
         .compile_fds(compiler.file_descriptor_set())
         .expect("code generates");

@@ -11,6 +11,7 @@ use perigee_proto::internal::{
 use tokio::sync::{mpsc, oneshot};
 
 use crate::balance::Way;
+use crate::board::Row;
 use crate::model::Model;
 use crate::route::Report;
 
@@ -55,6 +56,8 @@ struct State {
     /// Sent since the load was reported, and so not in it.
     sent_sessions: u64,
     sent_tokens: u64,
+    /// Where its report is written for choices to read.
+    row: Option<Row>,
     next_call: u64,
     calls: HashMap<u64, Call>,
 }
@@ -77,6 +80,7 @@ impl Attachment {
             links: HashMap::new(),
             sent_sessions: 0,
             sent_tokens: 0,
+            row: None,
             next_call: 0,
             calls: HashMap::new(),
         };
@@ -95,6 +99,7 @@ impl Attachment {
         state.send(Body::Submit(submit))?;
         state.sent_sessions += sessions;
         state.sent_tokens += tokens;
+        self.publish(&state);
         Ok(())
     }
 
@@ -110,8 +115,24 @@ impl Attachment {
 
     /// The last reported load with what was sent since, for placement; none for a replica that takes no requests.
     pub(crate) fn report(&self) -> Option<Report> {
-        let state = self.state.lock();
-        let load = state.load;
+        self.report_of(&self.state.lock())
+    }
+
+    /// Writes its reports, now and as they change, into a row of a board, and no other any more.
+    pub(crate) fn report_to(&self, row: Row) {
+        let mut state = self.state.lock();
+        state.row = Some(row);
+        self.publish(&state);
+    }
+
+    fn publish(&self, state: &State) {
+        if let Some(row) = &state.row {
+            row.write(self.report_of(state));
+        }
+    }
+
+    fn report_of(&self, state: &State) -> Option<Report> {
+        let load = &state.load;
         if state.outbox.is_none() || load.draining {
             return None;
         }
@@ -134,6 +155,7 @@ impl Attachment {
         state.load = load;
         state.sent_sessions = 0;
         state.sent_tokens = 0;
+        self.publish(&state);
         begins_to_drain
     }
 
@@ -194,6 +216,7 @@ impl Attachment {
         let mut state = self.state.lock();
         state.outbox = None;
         state.calls.clear();
+        self.publish(&state);
     }
 }
 

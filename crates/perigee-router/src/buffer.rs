@@ -67,7 +67,7 @@ fn joins(last: &SessionEvent, event: &SessionEvent) -> bool {
 /// Bytes that an event holds, near enough. Log-probabilities of the prompt come once and have a limit of their own.
 fn size(event: &SessionEvent) -> usize {
     let numbers = |position: &Position| size_of::<Position>() + 8 * position.ids.len();
-    size_of::<SessionEvent>() + event.session.len() + event.text.len() + event.logprobs.as_ref().map_or(0, numbers)
+    size_of::<SessionEvent>() + event.session.len() + event.text.len() + event.logprobs.as_deref().map_or(0, numbers)
 }
 
 #[cfg(test)]
@@ -89,7 +89,7 @@ mod tests {
     }
 
     fn end(choice: u32, index: u64) -> SessionEvent {
-        let usage = Some(Counts { prompt: 3, completion: index, cached: 0 });
+        let usage = Some(Box::new(Counts { prompt: 3, completion: index, cached: 0 }));
         let mut event = SessionEvent { choice, index, text: "c".to_owned(), usage, ..SessionEvent::default() };
         event.set_finish(Finish::Stop);
         event

@@ -14,7 +14,8 @@ use crate::transit::Transit;
 /// The first epoch of a session.
 const FIRST_EPOCH: u64 = 1;
 
-/// One choice.
+/// One choice. Every token passes it, and it is in another processor's cache then: what only moves and losses need lies
+/// elsewhere.
 #[derive(Debug)]
 pub(crate) struct Choice {
     /// Its name in the cluster.
@@ -37,13 +38,13 @@ pub(crate) struct Choice {
     /// Every replica that has or had something of it, by its latest stream.
     pub(crate) holders: Vec<Arc<Attachment>>,
     /// Set while it has no owner and needs one.
-    pub(crate) pending: Option<Pending>,
+    pub(crate) pending: Option<Box<Pending>>,
     /// Streams that it was sent to without success, so as not to ask the same ones again at once.
     pub(crate) tried: Vec<u64>,
     /// The move under way, or the last one until its cost is known.
-    pub(crate) transit: Option<Transit>,
+    pub(crate) transit: Option<Box<Transit>>,
     /// The replay whose first token is still to come.
-    pub(crate) replay: Option<Replay>,
+    pub(crate) replay: Option<Box<Replay>>,
     /// When it is to be looked at again, if nothing happens before.
     pub(crate) alarm: Option<Alarm>,
     /// When its last move began, whoever wanted it and whatever became of it.
@@ -101,7 +102,7 @@ impl Choice {
             is_answered: false,
             is_aborted: false,
             holders: Vec::new(),
-            pending: Some(Pending { since: now, cause, may_wait: false }),
+            pending: Some(Box::new(Pending { since: now, cause, may_wait: false })),
             tried: Vec::new(),
             transit: None,
             replay: None,
@@ -120,7 +121,7 @@ impl Choice {
 
     /// The move under way.
     pub(crate) fn moving(&mut self) -> Option<&mut Transit> {
-        self.transit.as_mut().filter(|transit| transit.outcome.is_none())
+        self.transit.as_deref_mut().filter(|transit| transit.outcome.is_none())
     }
 
     /// What a stream is to it: a side of the move under way, or its owner, which counts as the source.

@@ -294,8 +294,8 @@ impl Relay {
             return self.close(seat, false);
         }
         let cause = why.cloned().unwrap_or_else(|| error::replica_lost(&from, "it does not answer"));
-        choice.pending = Some(Pending { since: now, cause, may_wait: true });
-        choice.replay = Some(Replay { lost: now, since: choice.last_token.unwrap_or(now), from });
+        choice.pending = Some(Box::new(Pending { since: now, cause, may_wait: true }));
+        choice.replay = Some(Box::new(Replay { lost: now, since: choice.last_token.unwrap_or(now), from }));
     }
 
     /// A choice is finished: nobody need hold anything of it any more. One that `ended_by_itself` has ended at its owner.

@@ -2,7 +2,7 @@
 //! no tensor and no engine; replicas are names, loads and events to it.
 //!
 //! A request's way, file by file: `service` → `validate`, `text`, `admission` → `relay` → `recovery` (sessions without an
-//! owner) → `route` (which replica) → `attachment` → `replica_client` → the leader; its events return by `replica_client` →
+//! owner) → `replicas`, `board`, `route` (which replica) → `attachment` → `replica_client` → the leader; its events return by `replica_client` →
 //! `relay` → `driver` (whose they are) → `flight` (what is accepted) → `buffer` → `reply`, which the client's connection
 //! polls.
 //!
@@ -15,6 +15,7 @@
 mod admission;
 mod attachment;
 mod balance;
+mod board;
 mod buffer;
 mod choice;
 mod cluster_service;
@@ -24,6 +25,7 @@ mod driver;
 mod error;
 mod evacuate;
 mod flight;
+mod front;
 mod gather;
 mod http;
 mod membership;

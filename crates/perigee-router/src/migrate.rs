@@ -111,7 +111,7 @@ impl Relay {
         let Some(choice) = seat.choice() else { return Ok(None) };
         choice.is_held_by(&target.attachment);
         let sides = Sides { source: owner, target: target.attachment, endpoint: target.endpoint, mode };
-        choice.transit = Some(Transit::new(sides, 0, now, answer));
+        choice.transit = Some(Box::new(Transit::new(sides, 0, now, answer)));
         choice.last_move = Some(now);
         self.drive(seat, CoordinatorEvent::Begin, None);
         let Some(choice) = seat.choice() else { return Ok(None) };

@@ -158,6 +158,7 @@ impl Relay {
             let sessions = self.sessions.lock();
             batch.events.iter().map(|event| sessions.get(&event.session).cloned()).collect()
         };
+        let mut tokens = 0;
         for (event, found) in batch.events.into_iter().zip(flights) {
             // A session that nobody waits for was abandoned, and its end is on the way.
             let Some((flight, index)) = found else { continue };
@@ -171,19 +172,20 @@ impl Relay {
                 Accepted::Ignored => {
                     tracing::debug!(parent: flight.traced.span(), "event of another epoch or index dropped");
                 }
-                Accepted::Buffered(milestones) => self.count(&flight, milestones, now),
+                Accepted::Buffered(milestones) => {
+                    tokens += u64::from(milestones.token);
+                    self.count(&flight, milestones, now);
+                }
                 Accepted::Failed(error) => self.end(&flight, Err(error)),
             }
             if is_unsettled {
                 self.settle(&flight, None);
             }
         }
+        self.metrics.completion_tokens.inc_by(tokens);
     }
 
     fn count(&self, flight: &Flight, milestones: Milestones, now: Instant) {
-        if milestones.token {
-            self.metrics.completion_tokens.inc();
-        }
         if milestones.first_token {
             self.metrics.ttft.observe((now - flight.arrived).as_secs_f64());
             self.metrics.waiting.dec();

@@ -11,13 +11,10 @@ use perigee_registry::{ReplicaRecord, ReplicaStatus};
 use tokio::sync::watch;
 
 use crate::attachment::Attachment;
+use crate::board::{Board, Chosen};
 use crate::error;
 use crate::model::Model;
 use crate::route::{self, Demand, Report};
-
-/// How many replicas a request's choice looks at, where there are more: the best of so many is nearly as good as the best of
-/// all, and a choice takes microseconds in clusters of any size.
-const LOOKED_AT: usize = 128;
 
 /// All known replicas.
 #[derive(Debug)]
@@ -36,8 +33,8 @@ struct Inner {
     model: Option<Arc<Model>>,
     /// Streams to ready replicas of the model, by name: those that can be placed on if their last load allows it.
     ready: Vec<Arc<Attachment>>,
-    /// Where among these the next choice begins to look.
-    next: usize,
+    /// Their reports, in the same order.
+    board: Arc<Board>,
 }
 
 #[derive(Debug)]
@@ -66,7 +63,7 @@ pub(crate) struct MoveTarget {
 
 impl Replicas {
     pub(crate) fn new(pinned: Option<String>) -> Self {
-        let inner = Inner { known: BTreeMap::new(), pinned, model: None, ready: Vec::new(), next: 0 };
+        let inner = Inner { known: BTreeMap::new(), pinned, model: None, ready: Vec::new(), board: Arc::default() };
         let (serving, draining) = (watch::Sender::new(false), watch::Sender::new(false));
         Self { inner: Mutex::new(inner), serving, ready: watch::Sender::new(0), draining }
     }
@@ -163,8 +160,12 @@ impl Replicas {
             // Without any, the last model still answers questions about itself.
             inner.model = next.or(inner.model.take());
         }
-        inner.ready = inner.ready_now();
-        let ready = inner.candidates(&[]).count();
+        let now_ready = inner.ready_now();
+        if !now_ready.iter().map(Arc::as_ptr).eq(inner.ready.iter().map(Arc::as_ptr)) {
+            inner.board = Board::of(&now_ready);
+            inner.ready = now_ready;
+        }
+        let ready = inner.candidates().count();
         self.ready.send_if_modified(|current| std::mem::replace(current, ready) != ready);
         let draining = inner.draining().next().is_some();
         self.draining.send_if_modified(|current| std::mem::replace(current, draining) != draining);
@@ -172,20 +173,12 @@ impl Replicas {
         self.serving.send_if_modified(|current| std::mem::replace(current, serving) != serving);
     }
 
-    /// The replica where a request would have its first token soonest, none of `tried`. Of very many replicas, only some are
-    /// looked at, others each time, unless none of these has room.
+    /// The replica where a request would have its first token soonest, none of `tried`.
     pub(crate) fn place(&self, demand: Demand, tried: &[u64]) -> Option<Placement> {
-        let mut inner = self.inner.lock();
-        let count = inner.ready.len();
-        if count > LOOKED_AT {
-            let (before, after) = inner.ready.split_at(inner.next % count);
-            let some = best(after.iter().chain(before).take(LOOKED_AT), demand, tried);
-            inner.next = (inner.next + LOOKED_AT) % count;
-            if some.as_ref().is_some_and(|placement| placement.report.has_room(demand)) {
-                return some;
-            }
-        }
-        best(inner.ready.iter(), demand, tried)
+        let inner = self.inner.lock();
+        let Chosen { index, report } = inner.board.choose(demand, tried)?;
+        let expected_ms = route::expected_ms(&report, demand);
+        Some(Placement { attachment: inner.ready.get(index)?.clone(), report, expected_ms })
     }
 
     /// The replica of that name as the target of a move: its stream, the address of its Replica service, and its load.
@@ -196,7 +189,7 @@ impl Replicas {
         let inner = self.inner.lock();
         let known = inner.known.get(replica).ok_or_else(|| error::unknown_replica(replica))?;
         let status = known.status(&inner);
-        let ready = inner.candidates(&[]).find(|(attachment, _)| *attachment.identity.replica == *replica);
+        let ready = inner.candidates().find(|(attachment, _)| *attachment.identity.replica == *replica);
         let Some((attachment, report)) = ready else {
             let message = match status {
                 "refused" => format!("replica {replica} serves another model"),
@@ -222,12 +215,12 @@ impl Replicas {
     /// Whether a replica other than this one takes requests.
     pub(crate) fn has_other(&self, than: &Attachment) -> bool {
         let inner = self.inner.lock();
-        inner.candidates(&[]).any(|(attachment, _)| attachment.identity.replica != than.identity.replica)
+        inner.candidates().any(|(attachment, _)| attachment.identity.replica != than.identity.replica)
     }
 
     /// Every replica that takes requests, by name.
     pub(crate) fn members(&self) -> Vec<Arc<Attachment>> {
-        self.inner.lock().candidates(&[]).map(|(attachment, _)| attachment.clone()).collect()
+        self.inner.lock().candidates().map(|(attachment, _)| attachment.clone()).collect()
     }
 
     /// All live streams, or that of one replica. `None` where no replica of that name is known.
@@ -271,26 +264,10 @@ impl Inner {
             .collect()
     }
 
-    fn candidates<'a>(&'a self, tried: &'a [u64]) -> impl Iterator<Item = (&'a Arc<Attachment>, Report)> {
-        candidates(self.ready.iter(), tried)
+    /// Those of the ready ones that take requests, and their reports.
+    fn candidates(&self) -> impl Iterator<Item = (&Arc<Attachment>, Report)> {
+        self.ready.iter().filter_map(|attachment| attachment.report().map(|report| (attachment, report)))
     }
-}
-
-/// Those that take requests, and their reports, without those of `tried`.
-fn candidates<'a>(
-    ready: impl Iterator<Item = &'a Arc<Attachment>>,
-    tried: &'a [u64],
-) -> impl Iterator<Item = (&'a Arc<Attachment>, Report)> {
-    let untried = ready.filter(|attachment| !tried.contains(&attachment.id));
-    untried.filter_map(|attachment| attachment.report().map(|report| (attachment, report)))
-}
-
-fn best<'a>(ready: impl Iterator<Item = &'a Arc<Attachment>>, demand: Demand, tried: &'a [u64]) -> Option<Placement> {
-    let (attachments, reports): (Vec<_>, Vec<_>) = candidates(ready, tried).unzip();
-    let index = route::choose(&reports, demand)?;
-    let report = reports[index];
-    let expected_ms = route::expected_ms(&report, demand);
-    Some(Placement { attachment: attachments[index].clone(), report, expected_ms })
 }
 
 impl Known {
@@ -441,9 +418,9 @@ mod tests {
     }
 
     #[test]
-    fn of_very_many_replicas_each_is_found_in_turn_and_the_last_one_with_room_at_once() {
+    fn very_many_replicas_are_used_in_turn_and_the_last_one_with_room_is_found() {
         let replicas = Replicas::new(None);
-        let count = 5 * LOOKED_AT as u64 + 1;
+        let count = 641;
         let mut streams = Vec::new();
         for id in 0..count {
             let name = format!("r{id:04}");
@@ -459,16 +436,41 @@ mod tests {
             placement.attachment.submit(submit.clone()).expect("live");
             found.insert(placement.attachment.id);
         }
-        assert!(found.len() as u64 > count * 9 / 10, "{} of {count} replicas were used", found.len());
+        assert_eq!(found.len() as u64, count, "each was the one with fewest sessions once");
 
         let full = Load { slots_total: 4, pages_free: 100, running: 4, ..Load::default() };
         for (stream, _) in streams.iter().filter(|(stream, _)| stream.id != 77) {
             stream.set_load(full);
         }
-        for _ in 0..2 * count as usize / LOOKED_AT {
-            assert_eq!(placed(&replicas, &[]), Some(77), "it alone has room");
-        }
+        assert_eq!(placed(&replicas, &[]), Some(77), "it alone has room");
         assert!(placed(&replicas, &[77]).is_some(), "else requests wait at one of the others");
+    }
+
+    #[test]
+    fn streams_keep_reporting_when_the_set_of_replicas_changes() {
+        let replicas = Replicas::new(None);
+        for name in ["a", "b", "c"] {
+            replicas.insert(ReplicaRecord::new(name, "h:1"));
+        }
+        let (b, _inbox_b) = attachment(2, "b", "one");
+        let (c, _inbox_c) = attachment(3, "c", "one");
+        replicas.attach("b", b.clone());
+        replicas.attach("c", c.clone());
+        let full = Load { slots_total: 4, running: 4, ..Load::default() };
+        b.set_load(full);
+        assert_eq!(placed(&replicas, &[]), Some(3));
+        let (a, _inbox_a) = attachment(1, "a", "one");
+        a.set_load(full);
+        replicas.attach("a", a.clone());
+        assert_eq!(placed(&replicas, &[]), Some(3), "its row is another one now");
+        c.set_load(full);
+        b.set_load(Load { running: 0, slots_free: 4, pages_free: 100, ..full });
+        assert_eq!(placed(&replicas, &[]), Some(2));
+        b.set_load(Load { draining: true, ..b.load() });
+        assert_eq!(placed(&replicas, &[2]), placed(&replicas, &[]), "it drains");
+        replicas.leave("a");
+        c.close();
+        assert_eq!(placed(&replicas, &[]), None);
     }
 
     #[test]

@@ -126,7 +126,7 @@ fn response(flight: &Flight, event: internal::SessionEvent, replica: &str, first
         index: event.index,
         token_id: event.token,
         text: event.text,
-        logprobs: event.logprobs.map(position),
+        logprobs: event.logprobs.map(|logprobs| position(*logprobs)),
         finish_reason: finish_reason.into(),
         usage: event.usage.map(|counts| v1::Usage {
             prompt: counts.prompt,

@@ -43,11 +43,6 @@ pub(crate) struct Demand {
 }
 
 impl Report {
-    /// Whether there are slots and pages for a request, beside those that wait already.
-    pub(crate) fn has_room(&self, demand: Demand) -> bool {
-        self.slots_short(demand) == 0 && self.pages_short(demand) == 0
-    }
-
     fn slots_short(&self, demand: Demand) -> u64 {
         (self.waiting + demand.sessions).saturating_sub(self.slots_free)
     }
@@ -84,28 +79,45 @@ pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
     tokens * token_ms + shared_ms + decode_ms * slot_steps.max(page_steps)
 }
 
-/// Index of a report with nearly the least expected time: the one with fewest sessions, then the least time, then the
-/// first.
-pub(crate) fn choose(reports: &[Report], demand: Demand) -> Option<usize> {
-    // An idle replica's times are those of its last load, whatever that was, and one that has done nothing yet has none:
-    // both take the best that anybody shows, so that they are tried and measured again.
-    let best = |time: fn(&Report) -> f64| {
-        let measured = reports.iter().map(time).filter(|&milliseconds| milliseconds > 0.0);
-        measured.min_by(f64::total_cmp).unwrap_or_default()
-    };
-    let (best_decode, best_token) = (best(|report| report.decode_ms), best(|report| report.prompt_token_ms));
-    let time = |report: &Report| {
-        let is_idle = report.running + report.waiting == 0;
-        let or_best = |own: f64, best: f64| if is_idle || own <= 0.0 { best } else { own };
-        let decode_ms = or_best(report.decode_ms, best_decode);
-        let prompt_token_ms = or_best(report.prompt_token_ms, best_token);
-        expected_ms(&Report { decode_ms, prompt_token_ms, ..*report }, demand)
-    };
-    let times: Vec<f64> = reports.iter().map(time).collect();
-    let least = times.iter().copied().min_by(f64::total_cmp)?;
-    let near = (0..reports.len()).filter(|&index| times[index] <= least * NEARLY);
-    let sessions = |index: usize| reports[index].running + reports[index].waiting;
-    near.min_by(|&a, &b| sessions(a).cmp(&sessions(b)).then(times[a].total_cmp(&times[b])))
+/// Chooses among reports, in memory that it keeps.
+#[derive(Debug, Default)]
+pub(crate) struct Chooser {
+    times: Vec<f64>,
+}
+
+impl Chooser {
+    /// One with nearly the least expected time: that with fewest sessions, then the least time, then the first.
+    pub(crate) fn choose<'a, K>(
+        &mut self,
+        reports: impl Iterator<Item = (K, &'a Report)> + Clone,
+        demand: Demand,
+    ) -> Option<(K, &'a Report)> {
+        // An idle replica's times are those of its last load, whatever that was, and one that has done nothing yet has none:
+        // both take the best that anybody shows, so that they are tried and measured again.
+        let (mut best_decode, mut best_token) = (f64::INFINITY, f64::INFINITY);
+        let less = |best: f64, time: f64| if time > 0.0 && time < best { time } else { best };
+        for (_, report) in reports.clone() {
+            best_decode = less(best_decode, report.decode_ms);
+            best_token = less(best_token, report.prompt_token_ms);
+        }
+        let or_unknown = |best: f64| if best.is_finite() { best } else { 0.0 };
+        let (best_decode, best_token) = (or_unknown(best_decode), or_unknown(best_token));
+        let time = |report: &Report| {
+            let is_idle = report.running + report.waiting == 0;
+            let or_best = |own: f64, best: f64| if is_idle || own <= 0.0 { best } else { own };
+            let decode_ms = or_best(report.decode_ms, best_decode);
+            let prompt_token_ms = or_best(report.prompt_token_ms, best_token);
+            expected_ms(&Report { decode_ms, prompt_token_ms, ..*report }, demand)
+        };
+        self.times.clear();
+        self.times.extend(reports.clone().map(|(_, report)| time(report)));
+        let near = self.times.iter().copied().fold(f64::INFINITY, f64::min) * NEARLY;
+        let timed = reports.zip(&self.times).filter(|(_, time)| **time <= near);
+        let rank = |report: &Report, time: f64| (report.running + report.waiting, time);
+        let better = |a: (u64, f64), b: (u64, f64)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1));
+        let ranked = timed.map(|((key, report), time)| (rank(report, *time), (key, report)));
+        ranked.min_by(|(a, _), (b, _)| better(*a, *b)).map(|(_, chosen)| chosen)
+    }
 }
 
 #[cfg(test)]
@@ -126,6 +138,10 @@ mod tests {
 
     /// It decodes for somebody.
     const BUSY: Report = Report { running: 1, ..IDLE };
+
+    fn choose(reports: &[Report], demand: Demand) -> Option<usize> {
+        Chooser::default().choose(reports.iter().enumerate(), demand).map(|(index, _)| index)
+    }
 
     #[test]
     fn prompts_take_their_tokens_and_where_others_decode_their_steps_too() {

@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use axum::http::HeaderValue;
-use axum::response::Response;
 use perigee_proto::ids::RouterId;
 use perigee_proto::standard;
 use perigee_proto::v1::cluster_server::ClusterServer;
@@ -21,18 +19,17 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_stream::{Stream, StreamExt};
-use tonic::Code;
+use tonic::service::RoutesBuilder;
 use tonic::service::interceptor::InterceptedService;
-use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
-use tonic::transport::server::Router as GrpcRouter;
 
 use crate::admission::Admission;
 use crate::balance::Balance;
 use crate::cluster_service::ClusterService;
 use crate::config::RouterConfig;
 use crate::error::RouterError;
+use crate::front::Front;
 use crate::gather::Gathered;
 use crate::http;
 use crate::membership;
@@ -183,8 +180,8 @@ impl Router {
         self.inference.replicas.ready()
     }
 
-    /// Its gRPC services, with health and reflection and the limits of connections.
-    pub(crate) fn grpc(&mut self) -> Result<GrpcRouter, RouterError> {
+    /// A server with the limits of connections, and its gRPC services, with health and reflection.
+    pub(crate) fn grpc(&mut self) -> Result<(Server, Front), RouterError> {
         let limits = &self.config.limits;
         let mut routes = RoutesBuilder::default();
         let reporter = standard::add_services(&mut routes)?;
@@ -192,20 +189,19 @@ impl Router {
         let inference = InferenceServer::new(self.inference.clone()).max_decoding_message_size(limits.message_bytes);
         // Operators' messages are small.
         let cluster = ClusterServer::new(self.cluster.clone()).max_decoding_message_size(64 << 10);
-        routes.add_service(inference);
         if self.tls.as_ref().is_some_and(|tls| tls.has_authority()) {
             routes.add_service(InterceptedService::new(cluster, require_certificate));
         } else {
             routes.add_service(cluster);
         }
-        Ok(Server::builder()
+        let server = Server::builder()
             .max_concurrent_streams(limits.streams_per_connection)
             .http2_max_header_list_size(limits.header_bytes)
             .http2_max_pending_accept_reset_streams(Some(limits.pending_resets))
             // A client whose machine vanished is noticed within these two.
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
-            .http2_keepalive_timeout(Some(Duration::from_secs(5)))
-            .add_routes(with_told_sizes(routes.routes())))
+            .http2_keepalive_timeout(Some(Duration::from_secs(5)));
+        Ok((server, Front::new(inference, routes.routes())))
     }
 
     /// Serves gRPC alone, over connections of any kind, which a simulation opens in its own way.
@@ -218,7 +214,8 @@ impl Router {
     {
         let failed = |error: tonic::transport::Error| RouterError::Listener { what: "gRPC", reason: error.to_string() };
         let incoming = incoming.map(|stream| stream.map(Gathered::new));
-        self.grpc()?.serve_with_incoming(incoming).await.map_err(failed)
+        let (server, front) = self.grpc()?;
+        server.serve_with_incoming(front, incoming).await.map_err(failed)
     }
 
     /// Serves until `shutdown` completes; then takes no more calls and gives running ones the grace time.
@@ -263,7 +260,8 @@ impl Router {
             }
         });
         let incoming = incoming.map(|stream| stream.map(Gathered::new));
-        let grpc = self.grpc()?.serve_with_incoming_shutdown(incoming, until_stopped());
+        let (server, front) = self.grpc()?;
+        let grpc = server.serve_with_incoming_shutdown(front, incoming, until_stopped());
         let failed = |what, reason: String| RouterError::Listener { what, reason };
         let both = async {
             tokio::try_join!(async { grpc.await.map_err(|error| failed("gRPC", error.to_string())) }, async {
@@ -282,20 +280,6 @@ impl Router {
             }
         }
     }
-}
-
-/// Routes whose refusal of a message for its size is RESOURCE_EXHAUSTED, as gRPC has it; tonic calls it OUT_OF_RANGE,
-/// which nothing here means otherwise.
-fn with_told_sizes(routes: Routes) -> Routes {
-    let told = axum::middleware::map_response(async |mut response: Response| {
-        if let Some(status) = response.headers_mut().get_mut("grpc-status")
-            && *status == HeaderValue::from(Code::OutOfRange as i32)
-        {
-            *status = HeaderValue::from(Code::ResourceExhausted as i32);
-        }
-        response
-    });
-    Routes::from(routes.into_axum_router().layer(told))
 }
 
 /// Starts a router and serves until `shutdown` completes.

@@ -67,7 +67,7 @@ impl TelemetryOptions {
 }
 
 fn lines(options: &LogOptions) -> Result<Lines, LogsError> {
-    let filter = options.env_filter()?;
+    let filter = options.targets()?;
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     Ok(match options.format {
         LogFormat::Text => lines.with_filter(filter).boxed(),

@@ -1,7 +1,7 @@
 //! What is logged, and how a line looks. Lines go to standard error; standard output belongs to commands' results. Log texts
 //! are lower case, values are fields, and one trace id goes from the client to the ranks.
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{ParseError, Targets};
 
 /// How a log line looks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -72,9 +72,10 @@ pub enum LogsError {
 }
 
 impl LogOptions {
-    pub(crate) fn env_filter(&self) -> Result<EnvFilter, LogsError> {
-        EnvFilter::try_new(&self.filter)
-            .map_err(|error| LogsError::Filter { found: self.filter.clone(), reason: error.to_string() })
+    pub(crate) fn targets(&self) -> Result<Targets, LogsError> {
+        self.filter
+            .parse()
+            .map_err(|error: ParseError| LogsError::Filter { found: self.filter.clone(), reason: error.to_string() })
     }
 }
 
@@ -89,9 +90,9 @@ mod tests {
         }
         assert!("xml".parse::<LogFormat>().is_err());
         for filter in ["debug", "info,perigee_router=trace"] {
-            assert!(LogOptions { filter: filter.to_owned(), ..LogOptions::default() }.env_filter().is_ok());
+            assert!(LogOptions { filter: filter.to_owned(), ..LogOptions::default() }.targets().is_ok());
         }
         let bad = LogOptions { filter: "perigee=loud".to_owned(), ..LogOptions::default() };
-        assert!(matches!(bad.env_filter(), Err(LogsError::Filter { .. })));
+        assert!(matches!(bad.targets(), Err(LogsError::Filter { .. })));
     }
 }

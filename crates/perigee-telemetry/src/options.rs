@@ -39,7 +39,7 @@ impl TelemetryOptions {
     /// Everything that is wrong with them.
     pub fn faults(&self) -> Vec<String> {
         let mut faults: Vec<String> =
-            self.logs().env_filter().err().map(|error| format!("--log: {error}")).into_iter().collect();
+            self.logs().targets().err().map(|error| format!("--log: {error}")).into_iter().collect();
         if !(0.0..=1.0).contains(&self.otlp_sample) {
             faults.push(format!("--otlp-sample: expected 0 to 1, found {}", self.otlp_sample));
         }

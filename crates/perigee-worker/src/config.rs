@@ -114,6 +114,9 @@ pub struct EngineOptions {
     /// Seconds after which a rank that is alive but silent inside a step fails the replica.
     #[arg(long, default_value_t = 30)]
     pub step_timeout: u64,
+    /// Prompts are filled in rather than computed: for `perigee bench migrate`. What is answered means nothing.
+    #[arg(long, hide = true)]
+    pub fill_prompts: bool,
 }
 
 impl EngineOptions {
@@ -169,6 +172,9 @@ impl EngineOptions {
         optional("latent-pages", self.latent_pages.map(|n| n.to_string()));
         optional("max-model-len", self.max_model_len.map(|n| n.to_string()));
         optional("threads", self.threads.map(|n| n.to_string()));
+        if self.fill_prompts {
+            arguments.push("--fill-prompts".to_owned());
+        }
         arguments
     }
 

@@ -173,7 +173,7 @@ fn event(event: SessionEvent) -> internal::SessionEvent {
         index: event.index,
         token: event.token,
         text: event.text,
-        logprobs: event.logprobs.map(position),
+        logprobs: event.logprobs.map(|logprobs| Box::new(position(logprobs))),
         prompt_logprobs: event
             .prompt_logprobs
             .into_iter()
@@ -182,10 +182,8 @@ fn event(event: SessionEvent) -> internal::SessionEvent {
             .collect(),
         finish: finish.into(),
         error: event.error.unwrap_or_default(),
-        usage: event.usage.map(|usage| internal::Counts {
-            prompt: usage.prompt,
-            completion: usage.completion,
-            cached: usage.cached,
+        usage: event.usage.map(|usage| {
+            Box::new(internal::Counts { prompt: usage.prompt, completion: usage.completion, cached: usage.cached })
         }),
     }
 }
@@ -363,9 +361,9 @@ mod tests {
             usage: Some(Usage { prompt: 2, completion: 5, cached: 1 }),
         });
         let expected = internal::Position { has_chosen: true, ids: vec![5, 5, 6], logprobs: vec![-0.25, -0.25, -2.0] };
-        assert_eq!(wire.logprobs.as_ref(), Some(&expected));
+        assert_eq!(wire.logprobs.as_deref(), Some(&expected));
         assert_eq!(wire.prompt_logprobs, [internal::Position::default(), expected]);
         assert_eq!((wire.finish(), wire.index, wire.epoch), (internal::Finish::Length, 4, 2));
-        assert_eq!(wire.usage, Some(internal::Counts { prompt: 2, completion: 5, cached: 1 }));
+        assert_eq!(wire.usage.as_deref(), Some(&internal::Counts { prompt: 2, completion: 5, cached: 1 }));
     }
 }

@@ -36,6 +36,8 @@ pub struct Opened {
     pub logit_rows: usize,
     /// How this rank's card is divided; none on CPUs.
     pub memory: Option<MemoryPlan>,
+    /// Whether prompts are filled in rather than computed.
+    pub fill_prompts: bool,
 }
 
 /// A rank of a replica.
@@ -63,7 +65,7 @@ pub fn open_engine(options: &EngineOptions, seat: Seat) -> Result<Opened> {
     let spec: ModelSpec = options.model.parse()?;
     let source = WeightSource::open(&spec)?;
     source.config().check_tp(seat.tp)?;
-    let digest = model_digest(&spec)?;
+    let digest = served_digest(options, &spec)?;
     let step_tokens = options.token_budget.max(options.max_batch);
     // The engine asks for no more rows of logits than a step has rows.
     let logit_rows = options.max_batch;
@@ -88,7 +90,20 @@ pub fn open_engine(options: &EngineOptions, seat: Seat) -> Result<Opened> {
         step_rows: options.max_batch,
         max_model_len: longest.min(pages * PAGE_TOKENS),
     };
-    Ok(Opened { spec, source, digest, limits, logit_rows, memory })
+    Ok(Opened { spec, source, digest, limits, logit_rows, memory, fill_prompts: options.fill_prompts })
+}
+
+/// The digest under which a model is served with these options.
+///
+/// # Errors
+/// The model cannot be read.
+pub fn served_digest(options: &EngineOptions, spec: &ModelSpec) -> Result<String> {
+    let mut digest = model_digest(spec)?;
+    if options.fill_prompts {
+        // Neither routers nor replicas take it for the model itself.
+        digest.push_str("-filled");
+    }
+    Ok(digest)
 }
 
 /// Divides a card of `card` bytes for this rank.
@@ -165,7 +180,12 @@ impl Opened {
         let limits = StepLimits { tokens: self.limits.step_tokens, logits: self.logit_rows };
         let model = Model::load(&mut backend, &self.source, (rank, tp), limits, progress)?;
         let cache = self.source.config().cache_shape(tp, self.limits.slots, self.limits.pages);
-        Ok(Rank::new(backend, model, RankShape { rank, cache, limits: self.limits })?)
+        let mut loaded = Rank::new(backend, model, RankShape { rank, cache, limits: self.limits })?;
+        if self.fill_prompts {
+            tracing::warn!("prompts are filled in, not computed: what is answered means nothing");
+            loaded.fill_prompts();
+        }
+        Ok(loaded)
     }
 }
 

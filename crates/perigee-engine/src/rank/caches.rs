@@ -31,7 +31,7 @@ pub(super) fn storage_type<B: Backend>(
 
 impl<B: Backend> Rank<B> {
     /// All parts of a slot, heads counted on this rank.
-    fn state_parts(&self) -> Vec<StatePart> {
+    pub(super) fn state_parts(&self) -> Vec<StatePart> {
         let kinds = [StateKind::Recurrent, StateKind::ConvQ, StateKind::ConvK, StateKind::ConvV];
         let heads = self.cache.kda_heads as u32;
         (0..self.cache.kda_layers as u32)

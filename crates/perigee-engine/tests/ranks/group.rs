@@ -34,11 +34,13 @@ pub(crate) struct Options<'a> {
     pub(crate) client: &'a dyn Fn(usize) -> Option<Box<dyn AttentionClient>>,
     /// What lies between leader and followers.
     pub(crate) link: &'a dyn Fn(Box<dyn LeaderLink>) -> Box<dyn LeaderLink>,
+    /// Whether prompts are filled in.
+    pub(crate) fills: bool,
 }
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Self { tp: 1, dtype: DType::Fp32, client: &|_| None, link: &|link| link }
+        Self { tp: 1, dtype: DType::Fp32, client: &|_| None, link: &|link| link, fills: false }
     }
 }
 
@@ -59,7 +61,7 @@ impl Group {
     }
 
     pub(crate) fn open(options: &Options<'_>) -> Self {
-        let tp = options.tp;
+        let (tp, fills) = (options.tp, options.fills);
         let load = move |rank: usize, seat, dtype, client: Option<Box<dyn AttentionClient>>| {
             let mut backend = CpuBackend::new(CpuOptions { activation: dtype, threads: 1 }, Box::new(seat));
             let limits = StepLimits { tokens: LIMITS.step_tokens, logits: LIMITS.step_tokens };
@@ -69,6 +71,9 @@ impl Group {
             if let Some(client) = client {
                 let shape = rank.answer_model().shape;
                 rank.set_attention(client, shape);
+            }
+            if fills {
+                rank.fill_prompts();
             }
             rank
         };

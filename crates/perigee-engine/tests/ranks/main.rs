@@ -3,6 +3,7 @@
 
 #[cfg(test)]
 mod costs;
+mod filling;
 #[cfg(test)]
 mod group;
 #[cfg(test)]

@@ -177,7 +177,7 @@ impl Running {
         };
         if self.index >= self.max_tokens {
             event.set_finish(Finish::Length);
-            event.usage = Some(Counts { prompt: self.prompt, completion: self.index, cached: 0 });
+            event.usage = Some(Box::new(Counts { prompt: self.prompt, completion: self.index, cached: 0 }));
         }
         event
     }

@@ -452,8 +452,8 @@ pub struct SessionEvent {
     #[prost(string, tag = "6")]
     pub text: ::prost::alloc::string::String,
     /// Log-probabilities of the token.
-    #[prost(message, optional, tag = "7")]
-    pub logprobs: ::core::option::Option<Position>,
+    #[prost(message, optional, boxed, tag = "7")]
+    pub logprobs: ::core::option::Option<::prost::alloc::boxed::Box<Position>>,
     /// Log-probabilities of the prompt, one entry a token, the first without a chosen token.
     #[prost(message, repeated, tag = "8")]
     pub prompt_logprobs: ::prost::alloc::vec::Vec<Position>,
@@ -464,8 +464,8 @@ pub struct SessionEvent {
     #[prost(string, tag = "10")]
     pub error: ::prost::alloc::string::String,
     /// Counts, on the last event.
-    #[prost(message, optional, tag = "11")]
-    pub usage: ::core::option::Option<Counts>,
+    #[prost(message, optional, boxed, tag = "11")]
+    pub usage: ::core::option::Option<::prost::alloc::boxed::Box<Counts>>,
 }
 /// Log-probabilities at one position: ids and values of the chosen token, if any, then of the most likely ones.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1221,7 +1221,7 @@ pub mod replica_client {
                         format!("Service was not ready: {}", e.into()),
                     )
                 })?;
-            let codec = tonic_prost::ProstCodec::default();
+            let codec = crate::codec::Codec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/perigee.internal.v1.Replica/Attach",
             );
@@ -1248,7 +1248,7 @@ pub mod replica_client {
                         format!("Service was not ready: {}", e.into()),
                     )
                 })?;
-            let codec = tonic_prost::ProstCodec::default();
+            let codec = crate::codec::Codec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/perigee.internal.v1.Replica/Handoff",
             );
@@ -1273,7 +1273,7 @@ pub mod replica_client {
                         format!("Service was not ready: {}", e.into()),
                     )
                 })?;
-            let codec = tonic_prost::ProstCodec::default();
+            let codec = crate::codec::Codec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/perigee.internal.v1.Replica/Attend",
             );
@@ -1300,7 +1300,7 @@ pub mod replica_client {
                         format!("Service was not ready: {}", e.into()),
                     )
                 })?;
-            let codec = tonic_prost::ProstCodec::default();
+            let codec = crate::codec::Codec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/perigee.internal.v1.Replica/FetchPages",
             );
@@ -1326,7 +1326,7 @@ pub mod replica_client {
                         format!("Service was not ready: {}", e.into()),
                     )
                 })?;
-            let codec = tonic_prost::ProstCodec::default();
+            let codec = crate::codec::Codec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/perigee.internal.v1.Replica/KeepHomes",
             );
@@ -1518,7 +1518,7 @@ pub mod replica_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = AttachSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
+                        let codec = crate::codec::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
                                 accept_compression_encodings,
@@ -1564,7 +1564,7 @@ pub mod replica_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = HandoffSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
+                        let codec = crate::codec::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
                                 accept_compression_encodings,
@@ -1608,7 +1608,7 @@ pub mod replica_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = AttendSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
+                        let codec = crate::codec::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
                                 accept_compression_encodings,
@@ -1654,7 +1654,7 @@ pub mod replica_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = FetchPagesSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
+                        let codec = crate::codec::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
                                 accept_compression_encodings,
@@ -1697,7 +1697,7 @@ pub mod replica_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = KeepHomesSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
+                        let codec = crate::codec::Codec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
                                 accept_compression_encodings,

@@ -22,7 +22,7 @@ async fn scores_are_the_prompts_logprobs() {
     let mut event = finished(token(&submit, 0), Finish::Length);
     let position = |id, logprob| Position { has_chosen: true, ids: vec![id], logprobs: vec![logprob] };
     event.prompt_logprobs = vec![Position::default(), position(5, -1.0), position(6, -2.0)];
-    event.usage = Some(perigee_proto::internal::Counts { prompt: 3, completion: 1, cached: 0 });
+    event.usage = Some(Box::new(perigee_proto::internal::Counts { prompt: 3, completion: 1, cached: 0 }));
     attached.step(vec![event]);
     let answer = answer.await.expect("no panic").expect("scored").into_inner();
     assert_eq!((answer.logprobs.as_slice(), answer.replica.as_str()), ([-1.0, -2.0].as_slice(), "a"));

@@ -287,8 +287,9 @@ impl Sandbox {
         let mut router = Router::start(config, parts).expect("started");
         let incoming = UnboundedReceiverStream::new(network.listen("router:1"));
         let incoming = tokio_stream::StreamExt::map(incoming, Ok::<_, std::io::Error>);
-        let server = router.grpc().expect("services").serve_with_incoming(incoming);
-        router.tasks.spawn(async move { server.await.expect("served") });
+        let (server, front) = router.grpc().expect("services");
+        let serving = server.serve_with_incoming(front, incoming);
+        router.tasks.spawn(async move { serving.await.expect("served") });
         let channel = network.channel("router:1").await.expect("connected");
         let inference = InferenceClient::new(channel.clone());
         Self { network, registry, router, inference, cluster: ClusterClient::new(channel) }

@@ -49,7 +49,7 @@ async fn read_events(response: JoinHandle<Response>) -> Vec<Value> {
 
 fn ended(submit: &Submit, index: u64, finish: Finish) -> SessionEvent {
     let mut event = finished(token(submit, index), finish);
-    event.usage = Some(Counts { prompt: submit.prompt.len() as u64, completion: index + 1, cached: 1 });
+    event.usage = Some(Box::new(Counts { prompt: submit.prompt.len() as u64, completion: index + 1, cached: 1 }));
     event
 }
 
@@ -113,7 +113,7 @@ async fn a_prompt_is_scored_without_an_answer() {
     let mut event = ended(&submit, 0, Finish::Length);
     let known = Position { has_chosen: true, ids: vec![submit.prompt[1], 67], logprobs: vec![-1.5, -0.5] };
     event.prompt_logprobs = vec![Position::default(), known];
-    event.logprobs = Some(Position { has_chosen: true, ids: vec![100], logprobs: vec![-9.0] });
+    event.logprobs = Some(Box::new(Position { has_chosen: true, ids: vec![100], logprobs: vec![-9.0] }));
     attached.step(vec![event]);
     let (_, object) = read(answer).await;
     let choice = &object["choices"][0];

@@ -46,11 +46,11 @@ async fn a_stream_carries_what_the_replica_sends() {
     assert_eq!((submit.request_id.as_str(), submit.prompt.as_slice(), submit.epoch), ("mine", [1, 2, 3].as_slice(), 1));
 
     let mut first = token(&submit, 0);
-    first.logprobs = Some(Position { has_chosen: true, ids: vec![100, 7], logprobs: vec![-0.5, -1.5] });
+    first.logprobs = Some(Box::new(Position { has_chosen: true, ids: vec![100, 7], logprobs: vec![-0.5, -1.5] }));
     first.prompt_logprobs =
         vec![Position::default(), Position { has_chosen: true, ids: vec![2], logprobs: vec![-2.0] }];
     let mut last = finished(token(&submit, 1), Finish::Length);
-    last.usage = Some(Counts { prompt: 3, completion: 2, cached: 1 });
+    last.usage = Some(Box::new(Counts { prompt: 3, completion: 2, cached: 1 }));
     attached.step(vec![first, last]);
 
     let response = stream.message().await.expect("no error").expect("a response");

@@ -36,7 +36,7 @@ async fn a_request_runs_and_its_events_come_in_order() {
     assert_eq!(indices, (0..20).collect::<Vec<_>>());
     let last = events.last().expect("an end");
     assert_eq!((last.finish(), last.epoch), (Finish::Length, 1));
-    assert_eq!(last.usage, Some(internal::Counts { prompt: 3, completion: 20, cached: 0 }));
+    assert_eq!(last.usage.as_deref(), Some(&internal::Counts { prompt: 3, completion: 20, cached: 0 }));
     leader.assert_free().await;
     leader.stop().await.expect("a good end");
 }

@@ -83,7 +83,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     let spec: perigee_model::ModelSpec = args.engine.model.parse()?;
     let tokenizer = perigee_worker::load::tokenizer(&spec)?;
     let template = perigee_worker::load::chat_template(&spec)?;
-    let digest = perigee_model::model_digest(&spec)?;
+    let digest = perigee_worker::load::served_digest(&args.engine, &spec)?;
 
     let started = Instant::now();
     let registry = InProcessRegistry::default();

@@ -90,21 +90,28 @@ fn the_price_of_a_move_is_told_by_context_and_mode() {
     let folder = tempfile::tempdir().unwrap();
     let svg = folder.path().join("moves.svg");
     let plot = format!("--svg={}", svg.display());
-    let output = bench(&["migrate", "--context=200,1000", "--moves=4", "--whole=2", "--window=8", "--json", &plot]);
+    let sizes = ["--context=200,1000", "--filled=3000", "--moves=4", "--whole=2", "--window=8"];
+    let output = bench(&[&["migrate"], &sizes[..], &["--json", &plot]].concat());
     let rows = report(&output);
     let rows = rows.as_array().expect("rows");
     let told: Vec<_> = rows.iter().map(|row| (row["context"].as_u64(), row["mode"].as_str())).collect();
     let modes = |context| ["split", "whole", "replay"].map(|mode| (Some(context), Some(mode)));
-    assert_eq!(told, [modes(200), modes(1000)].concat());
+    let filled = &modes(3000)[..2];
+    assert_eq!(told, [&modes(200), &modes(1000), filled].concat());
+    let is_filled: Vec<_> = rows.iter().map(|row| row["filled"].as_bool()).collect();
+    assert_eq!(is_filled, [[Some(false); 6].as_slice(), &[Some(true); 2]].concat());
     let bytes = |index: usize, kind: &str| rows[index][kind].as_u64().expect("a count");
-    for (short, long) in [(0, 3), (1, 4)] {
+    for (short, long) in [(0, 3), (1, 4), (0, 6)] {
         // A last page that is not full goes along: up to 63 positions more or less.
         let (least, most) = (bytes(short, "state_bytes"), bytes(long, "state_bytes"));
         assert!(least > 0 && least.abs_diff(most) < 64 * 340, "state: {least} and {most}");
     }
-    assert_eq!((bytes(0, "page_bytes"), bytes(3, "page_bytes")), (0, 0), "split moves leave pages where they are");
-    assert!(bytes(1, "page_bytes") > 0 && bytes(4, "page_bytes") > 3 * bytes(1, "page_bytes"), "{rows:?}");
-    for (index, moves) in [(0, 4), (1, 2), (2, 1), (3, 4), (4, 2), (5, 1)] {
+    assert_eq!([0, 3, 6].map(|index| bytes(index, "page_bytes")), [0; 3], "split moves leave pages where they are");
+    assert!(bytes(1, "page_bytes") > 0, "{rows:?}");
+    for (short, long, times) in [(1, 4, 3), (4, 7, 2)] {
+        assert!(bytes(long, "page_bytes") > times * bytes(short, "page_bytes"), "{rows:?}");
+    }
+    for (index, moves) in [(0, 4), (1, 2), (2, 1), (3, 4), (4, 2), (5, 1), (6, 4), (7, 2)] {
         let row = &rows[index];
         assert_eq!(
             (row["moves"].as_u64(), row["stalls_ms"].as_array().map(Vec::len)),

@@ -228,7 +228,7 @@ impl Stage {
         let shared = self.shared.lock();
         let Some(record) = shared.sessions.get(session).and_then(|held| held.record.as_ref()) else { return };
         let index = record.index - u64::from(token.is_some());
-        let usage = finish.map(|_| Counts { prompt: record.prompt, completion: record.index, cached: 0 });
+        let usage = finish.map(|_| Box::new(Counts { prompt: record.prompt, completion: record.index, cached: 0 }));
         let choice = record.choice;
         let text = if token.is_some() { format!("t{index} ") } else { String::new() };
         let mut event = SessionEvent { epoch, choice, index, token, text, usage, ..SessionEvent::default() };

@@ -9,7 +9,7 @@ use perigee_proto::v1::{GetModelInfoRequest, MigrateMode, MigrateResponse};
 use super::cluster::Cluster;
 use super::numbers::{Change, change, gaps, median, milliseconds};
 use super::stream::Stream;
-use super::{Beside, MigrateArgs, Remote, Row};
+use super::{Beside, MigrateArgs, Prompt, Remote, Row};
 
 /// Positions of a latent page.
 const PAGE_TOKENS: usize = 64;
@@ -37,10 +37,10 @@ impl Moves {
         self.token_bytes = self.token_bytes.max(moved.token_bytes);
     }
 
-    fn row(self, context: usize, mode: &'static str, tpot_local_ms: f64) -> Row {
+    fn row(self, prompt: Prompt, mode: &'static str, tpot_local_ms: f64) -> Row {
         let stall_ms = median(&self.stalls_ms);
         Row {
-            context,
+            context: prompt.tokens,
             mode,
             state_bytes: self.state_bytes,
             page_bytes: self.page_bytes,
@@ -49,6 +49,7 @@ impl Moves {
             stall_steps: stall_ms / tpot_local_ms.max(f64::MIN_POSITIVE),
             tpot_local_ms,
             tpot_remote_ms: None,
+            filled: prompt.is_filled,
             moves: self.stalls_ms.len(),
             stalls_ms: self.stalls_ms,
             remote: None,
@@ -57,17 +58,17 @@ impl Moves {
     }
 }
 
-/// Measures one context: split, whole, replay.
-pub(super) async fn run(args: &MigrateArgs, context: usize) -> anyhow::Result<Vec<Row>> {
-    let cluster = Cluster::start(&arguments(args, context)).await?;
+/// Measures one context: split, whole, and a replay of what was computed.
+pub(super) async fn run(args: &MigrateArgs, prompt: Prompt) -> anyhow::Result<Vec<Row>> {
+    let cluster = Cluster::start(&arguments(args, prompt)).await?;
     let mut inference = cluster.client.inference().await?;
     let info = inference.get_model_info(GetModelInfoRequest {}).await.map_err(crate::client::refused)?.into_inner();
-    let prompt = |length: usize, seed: usize| -> Vec<u32> {
+    let text = |length: usize, seed: usize| -> Vec<u32> {
         (0..length)
             .map(|index| ((index * 7919 + seed * 104_729 + index / 251) % info.vocab_size as usize) as u32)
             .collect()
     };
-    let mut long = Stream::open(inference.clone(), prompt(context, 0), TOKENS).await?;
+    let mut long = Stream::open(inference.clone(), text(prompt.tokens, 0), TOKENS).await?;
     long.next(REST, PATIENCE).await?;
     let local_ms = median(&gaps(&long.next(args.window + 1, PATIENCE).await?));
     let home = long.owner();
@@ -80,7 +81,7 @@ pub(super) async fn run(args: &MigrateArgs, context: usize) -> anyhow::Result<Ve
         whole.add(stall_ms, &moved);
     }
 
-    let mut short = Stream::open(inference.clone(), prompt(32, 1), TOKENS).await?;
+    let mut short = Stream::open(inference.clone(), text(32, 1), TOKENS).await?;
     let beside_local_ms = beside(&cluster, &mut short, &home, args.window).await?;
     let mut split = Moves::default();
     let (stall_ms, moved) = migrate(&cluster, &mut long, &away, MigrateMode::Split).await?;
@@ -95,6 +96,18 @@ pub(super) async fn run(args: &MigrateArgs, context: usize) -> anyhow::Result<Ve
         split.add(stall_ms, &moved);
     }
 
+    let beside = Some(Beside { local_ms: beside_local_ms, remote_ms: beside_remote_ms });
+    let (remote, tpot_remote_ms) = (Some(remote), Some(tpot_remote_ms));
+    let split = Row { tpot_remote_ms, remote, beside, ..split.row(prompt, "split", local_ms) };
+    let mut rows = vec![split, whole.row(prompt, "whole", local_ms)];
+    if !prompt.is_filled {
+        rows.push(replay(&cluster, &mut long, prompt.tokens, local_ms).await?.row(prompt, "replay", local_ms));
+    }
+    Ok(rows)
+}
+
+/// The session's replica dies.
+async fn replay(cluster: &Cluster, long: &mut Stream, context: usize, local_ms: f64) -> anyhow::Result<Moves> {
     let before = long.len();
     cluster.kill(&long.owner())?;
     // Tokens that were on their way may still come from the replica that is gone.
@@ -106,20 +119,14 @@ pub(super) async fn run(args: &MigrateArgs, context: usize) -> anyhow::Result<Ve
     let mut replay = Moves::default();
     let token_bytes = 4 * (context + long.len()) as u64;
     replay.add(gap_ms - local_ms, &MigrateResponse { token_bytes, ..MigrateResponse::default() });
-
-    let beside = Some(Beside { local_ms: beside_local_ms, remote_ms: beside_remote_ms });
-    let (remote, tpot_remote_ms) = (Some(remote), Some(tpot_remote_ms));
-    Ok(vec![
-        Row { tpot_remote_ms, remote, beside, ..split.row(context, "split", local_ms) },
-        whole.row(context, "whole", local_ms),
-        replay.row(context, "replay", local_ms),
-    ])
+    Ok(replay)
 }
 
 /// Options of `up` for a context.
-fn arguments(args: &MigrateArgs, context: usize) -> Vec<String> {
+fn arguments(args: &MigrateArgs, prompt: Prompt) -> Vec<String> {
     let mut engine = args.engine.clone();
-    let longest = context + TOKENS;
+    engine.fill_prompts = prompt.is_filled;
+    let longest = prompt.tokens + TOKENS;
     engine.max_model_len = Some(longest);
     // Room for the long session twice over: where it runs, and where it is to be copied or replayed.
     engine.latent_pages = Some(2 * longest.div_ceil(PAGE_TOKENS) + 64);

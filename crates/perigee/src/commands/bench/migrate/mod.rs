@@ -22,6 +22,10 @@ pub(super) struct MigrateArgs {
     /// Tokens of the prompt; one cluster for each.
     #[arg(long, value_delimiter = ',', default_value = "1024,4096,16384,65536", value_parser = at_least_one())]
     context: Vec<usize>,
+    /// The same with latents and state that are filled in rather than computed, which takes seconds; without a replay, because
+    /// nothing would be computed there either. `--filled` alone: none.
+    #[arg(long, value_delimiter = ',', num_args = 0.., default_value = "262144", value_parser = at_least_one())]
+    filled: Vec<usize>,
     /// Split moves of the session.
     #[arg(long, default_value_t = 20, value_parser = at_least_one())]
     moves: usize,
@@ -38,12 +42,20 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
     /// Print one JSON array: [{context, mode, state_bytes, page_bytes, token_bytes, stall_ms, stall_steps, tpot_local_ms,
-    /// tpot_remote_ms, moves, stalls_ms, remote, beside}], one entry for each context and mode split, whole and replay.
+    /// tpot_remote_ms, filled, moves, stalls_ms, remote, beside}], one entry for each context and mode split, whole and replay.
     #[arg(long)]
     json: bool,
     /// Sizes follow from the contexts; --state-slots, --latent-pages, --max-model-len and --max-batch are not used.
     #[command(flatten)]
     engine: EngineOptions,
+}
+
+/// The prompt of a course.
+#[derive(Debug, Clone, Copy)]
+struct Prompt {
+    tokens: usize,
+    /// Whether what it leaves is filled in rather than computed.
+    is_filled: bool,
 }
 
 /// Moves of one kind at one context.
@@ -66,6 +78,8 @@ struct Row {
     tpot_local_ms: f64,
     /// The same while all that the prompt left are remote; split moves only.
     tpot_remote_ms: Option<f64>,
+    /// Whether the prompt's latents and state were filled in rather than computed.
+    filled: bool,
     moves: usize,
     /// Of each move, in order.
     stalls_ms: Vec<f64>,
@@ -101,8 +115,9 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<()> {
         if !args.json {
             println!("{HEADER}");
         }
-        for &context in &args.context {
-            let measured = course::run(&args, context).await.with_context(|| format!("context {context}"))?;
+        let computed = args.context.iter().map(|&tokens| Prompt { tokens, is_filled: false });
+        for prompt in computed.chain(args.filled.iter().map(|&tokens| Prompt { tokens, is_filled: true })) {
+            let measured = course::run(&args, prompt).await.with_context(|| format!("context {}", prompt.tokens))?;
             if !args.json {
                 measured.iter().for_each(|row| println!("{}", line(row)));
             }
@@ -119,14 +134,14 @@ pub(super) fn run(args: MigrateArgs) -> anyhow::Result<()> {
     })
 }
 
-const HEADER: &str =
-    "context  mode    moves  state bytes  page bytes  token bytes   stall ms  in steps  tpot local  tpot remote";
+const HEADER: &str = "context  latents   mode    moves  state bytes  page bytes  token bytes   stall ms  in steps  tpot local  tpot remote";
 
 fn line(row: &Row) -> String {
     let remote = row.tpot_remote_ms.map_or_else(|| "-".to_owned(), |time| format!("{time:.2}"));
     format!(
-        "{:>7}  {:<6}  {:>5}  {:>11}  {:>10}  {:>11}  {:>9.1}  {:>8.1}  {:>10.2}  {remote:>11}",
+        "{:>7}  {:<8}  {:<6}  {:>5}  {:>11}  {:>10}  {:>11}  {:>9.1}  {:>8.1}  {:>10.2}  {remote:>11}",
         row.context,
+        if row.filled { "filled" } else { "computed" },
         row.mode,
         row.moves,
         row.state_bytes,
