@@ -1,5 +1,5 @@
-//! Writes a random model as a checkpoint in the published layout, tensor by tensor in bounded memory. The result holds
-//! the very numbers of the random model; a tokenizer is no business of this crate.
+//! Writes a random model, or the demo model, as a checkpoint in the published layout, tensor by tensor in bounded memory.
+//! The result holds the very numbers of the model; a tokenizer is no business of this crate.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -20,11 +20,19 @@ use crate::source::{Origin, WeightSource};
 /// Elements made at a time.
 const CHUNK: u64 = 1 << 16;
 
-/// Writes a random preset into a new or empty directory; see [`write_checkpoint`].
+/// Writes a random preset or the demo model into a new or empty directory; see [`write_checkpoint`].
 ///
 /// # Errors
-/// The name is a directory's and not a preset's; otherwise as there.
+/// The name is a directory's; otherwise as there.
 pub fn init_model(directory: &Path, spec: &ModelSpec, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    if *spec == ModelSpec::Demo {
+        claim(directory)?;
+        let bytes = perigee_demo::WEIGHTS.len() as u64;
+        write_file(directory, WEIGHTS_FILE, perigee_demo::WEIGHTS)?;
+        write_file(directory, CONFIG_FILE, perigee_demo::CONFIG.as_bytes())?;
+        progress(bytes, bytes);
+        return Ok(());
+    }
     write_checkpoint(directory, &WeightSource::open(spec)?, progress)
 }
 
@@ -40,8 +48,12 @@ pub fn write_checkpoint(directory: &Path, source: &WeightSource, progress: &mut 
     };
     claim(directory)?;
     write_weights(source.config(), *seed, directory, progress)?;
-    let config = directory.join(CONFIG_FILE);
-    std::fs::write(&config, config_text).map_err(ModelError::io("write", &config))
+    write_file(directory, CONFIG_FILE, config_text.as_bytes())
+}
+
+fn write_file(directory: &Path, name: &str, contents: &[u8]) -> Result<()> {
+    let path = directory.join(name);
+    std::fs::write(&path, contents).map_err(ModelError::io("write", &path))
 }
 
 /// Makes the directory if need be, and makes sure that nothing is in it.

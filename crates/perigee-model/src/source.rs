@@ -1,4 +1,4 @@
-//! Where weights come from: a mapped checkpoint or a random rule, behind one way to ask for a part of a tensor. Asking
+//! Where weights come from: a checkpoint, mapped or part of the program, or a random rule, behind one way to ask for a part of a tensor. Asking
 //! for rows of a checkpoint borrows the map, asking for columns copies them; random parts stay rules until a device
 //! fills them in.
 
@@ -34,10 +34,11 @@ impl WeightSource {
     /// Opens what a model's name stands for.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::open`]; none for a preset.
+    /// Those of [`Checkpoint::open`]; none for what is part of the program.
     pub fn open(spec: &ModelSpec) -> Result<Self> {
         match spec {
             ModelSpec::Directory(path) => Ok(Self::checkpoint(Checkpoint::open(path)?)),
+            ModelSpec::Demo => Ok(Self::checkpoint(Checkpoint::demo()?)),
             ModelSpec::Random { preset, seed } => Self::random(preset.config_json()?, *seed),
         }
     }

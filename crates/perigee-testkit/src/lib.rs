@@ -1,10 +1,12 @@
-//! What tests share: golden cases and the comparison that judges them, ranks that run as threads of the test, undisturbed
-//! runs, checkpoints with odd shapes or damage, certificates, a real etcd, whole clusters of real processes, and processes
-//! that are watched to their end. It is a dev-dependency only and no part of a shipped binary.
+//! What tests share: golden cases and the comparison that judges them, what the demo model is known to say, ranks that run
+//! as threads of the test, undisturbed runs, checkpoints with odd shapes or damage, certificates, a real etcd, whole
+//! clusters of real processes, and processes that are watched to their end. It is a dev-dependency only and no part of a
+//! shipped binary.
 
 pub mod certificates;
 pub mod checkpoints;
 pub mod compare;
+pub mod demo;
 pub mod error;
 pub mod etcd;
 pub mod golden;

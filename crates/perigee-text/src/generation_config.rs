@@ -2,7 +2,7 @@
 //! request gives none. From generation_config.json, with config.json's `eos_token_id` where that has none. It does
 //! not apply the defaults.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -42,6 +42,17 @@ impl GenerationConfig {
             config.eos_token_ids = file.token_ids("eos_token_id")?;
         }
         Ok(config)
+    }
+
+    /// Reads the text of a generation_config.json; `path` is only named in errors.
+    ///
+    /// # Errors
+    /// [`TextError::Malformed`], as [`Self::load`].
+    pub fn parse(text: &str, path: PathBuf) -> Result<Self, TextError> {
+        match serde_json::from_str(text) {
+            Ok(fields) => Self::from_file(&JsonFile { path, fields }),
+            Err(error) => Err(TextError::Malformed { path, reason: error.to_string() }),
+        }
     }
 
     fn from_file(file: &JsonFile) -> Result<Self, TextError> {

@@ -34,8 +34,9 @@ impl From<Precision> for DType {
 /// What a rank runs and how much it keeps: the same for every rank of a replica.
 #[derive(Debug, Clone, clap::Args)]
 pub struct EngineOptions {
-    /// Model: a checkpoint directory, or `random:PRESET[@SEED]` with preset tiny, wide, 48b or 48b-e16.
-    #[arg(long, default_value = "random:tiny")]
+    /// Model: a checkpoint directory; `demo`, a small trained one that speaks English; or `random:PRESET[@SEED]` with preset
+    /// tiny, wide, 48b or 48b-e16.
+    #[arg(long, default_value = perigee_demo::NAME)]
     pub model: String,
     /// Device: cpu, cuda or cuda:I,J,..; rank r takes entry r modulo the length, and replicas of
     /// `up` the entries behind each other's.

@@ -205,7 +205,7 @@ fn generation_config(opened: &Opened, tokenizer: Option<&Tokenizer>) -> Generati
         GenerationConfig { eos_token_ids: opened.source.config().eos.clone(), ..GenerationConfig::default() };
     match &opened.spec {
         perigee_model::ModelSpec::Directory(path) => GenerationConfig::load(path).unwrap_or(fallback),
-        perigee_model::ModelSpec::Random { .. } => fallback,
+        perigee_model::ModelSpec::Demo | perigee_model::ModelSpec::Random { .. } => fallback,
     }
 }
 

@@ -196,8 +196,8 @@ pub fn cpu_backend(config: &WorkerConfig, collective: Box<dyn Collective>) -> pe
     perigee_cpu::CpuBackend::new(options, collective)
 }
 
-/// The tokenizer of a model: the directory's, none where it has none, and a byte-level one for a random model whose
-/// vocabulary has room for all bytes.
+/// The tokenizer of a model: the directory's, none where it has none, the demo's own, and a byte-level one for a random
+/// model whose vocabulary has room for all bytes.
 ///
 /// # Errors
 /// A tokenizer.json, tiktoken.model or generation_config.json that cannot be read.
@@ -209,6 +209,11 @@ pub fn tokenizer(spec: &ModelSpec) -> Result<Option<Arc<Tokenizer>>> {
             Err(TextError::NoTokenizer { .. }) => Ok(None),
             Err(error) => Err(failed(error)),
         },
+        ModelSpec::Demo => {
+            let (name, json) = (PathBuf::from(perigee_demo::NAME), perigee_demo::TOKENIZER.as_bytes());
+            let generation = GenerationConfig::parse(perigee_demo::GENERATION_CONFIG, name.clone()).map_err(failed)?;
+            Ok(Some(Arc::new(Tokenizer::from_json(json, name, generation).map_err(failed)?)))
+        }
         ModelSpec::Random { preset, .. } => {
             let config = ModelConfig::parse(&preset.config_json()?)?;
             let special = SpecialIds { bos: config.bos, eos: config.eos.first().copied(), pad: config.pad };
@@ -223,13 +228,17 @@ pub fn tokenizer(spec: &ModelSpec) -> Result<Option<Arc<Tokenizer>>> {
     }
 }
 
-/// The chat template of a model: the directory's, none where it has none, and the default one for a random model.
+/// The chat template of a model: the directory's, none where it has none, the demo's own, and the default one for a random
+/// model.
 ///
 /// # Errors
 /// A template that cannot be read.
 pub fn chat_template(spec: &ModelSpec) -> Result<Option<Arc<ChatTemplate>>> {
     let template = match spec {
         ModelSpec::Directory(path) => ChatTemplate::load(path),
+        ModelSpec::Demo => {
+            ChatTemplate::parse(perigee_demo::CHAT_TEMPLATE.to_owned(), perigee_demo::NAME.into()).map(Some)
+        }
         ModelSpec::Random { .. } => ChatTemplate::fallback().map(Some),
     };
     match template {

@@ -22,7 +22,7 @@
 {{- if .Values.model.random -}}
 random:{{ .Values.model.random | trimPrefix "random:" }}
 {{- else if and (not $sources) (eq .Values.model.path "/models") -}}
-random:tiny
+demo
 {{- else -}}
 {{ .Values.model.path }}
 {{- end -}}

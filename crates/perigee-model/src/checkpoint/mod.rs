@@ -1,6 +1,6 @@
 //! A checkpoint directory in the published layout: config.json beside model.safetensors, or beside several files and
-//! their index. Opening it maps the files and compares every tensor with the inventory of the configuration; it copies
-//! no weights and knows no ranks.
+//! their index; or the same as bytes of the program. Opening it maps the files and compares every tensor with the
+//! inventory of the configuration; it copies no weights and knows no ranks.
 
 mod header;
 mod index;
@@ -9,7 +9,7 @@ mod map;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 
 use perigee_backend::DType;
@@ -32,8 +32,26 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 pub struct Checkpoint {
     config: ModelConfig,
     config_text: String,
-    files: Vec<FileMap>,
+    files: Vec<Contents>,
     places: HashMap<String, Place>,
+}
+
+/// A file's bytes.
+#[derive(Debug)]
+enum Contents {
+    Mapped(FileMap),
+    Embedded(&'static [u8]),
+}
+
+impl Deref for Contents {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Embedded(bytes) => bytes,
+        }
+    }
 }
 
 /// Where a tensor's bytes are.
@@ -58,8 +76,22 @@ impl Checkpoint {
     pub fn open(directory: &Path) -> Result<Self> {
         let path = directory.join(CONFIG_FILE);
         let config_text = std::fs::read_to_string(&path).map_err(ModelError::io("read", &path))?;
+        let (files, found) = read_files(directory)?;
+        Self::validate(config_text, files, found)
+    }
+
+    /// The demo model.
+    ///
+    /// # Errors
+    /// None in practice: its files are part of this program.
+    pub fn demo() -> Result<Self> {
+        let mut files = Files::default();
+        files.add(perigee_demo::NAME.into(), Contents::Embedded(perigee_demo::WEIGHTS), None)?;
+        Self::validate(perigee_demo::CONFIG.to_owned(), files.contents, files.found)
+    }
+
+    fn validate(config_text: String, files: Vec<Contents>, mut found: BTreeMap<String, Found>) -> Result<Self> {
         let config = ModelConfig::parse(&config_text)?;
-        let (files, mut found) = read_files(directory)?;
         let mut places = HashMap::with_capacity(found.len());
         for spec in inventory::tensors(&config) {
             let Some(Found { file, entry }) = found.remove(&spec.name) else {
@@ -96,17 +128,17 @@ impl Checkpoint {
 }
 
 /// Maps the weights' files and collects what they hold.
-fn read_files(directory: &Path) -> Result<(Vec<FileMap>, BTreeMap<String, Found>)> {
+fn read_files(directory: &Path) -> Result<(Vec<Contents>, BTreeMap<String, Found>)> {
     let single = directory.join(WEIGHTS_FILE);
     let index_path = directory.join(INDEX_FILE);
     let mut files = Files::default();
     if single.exists() {
-        files.add(single, None)?;
+        files.map(single, None)?;
     } else if index_path.exists() {
         let promised = index::read(&index_path)?;
         let names: BTreeSet<&String> = promised.values().collect();
         for name in names {
-            files.add(directory.join(name), Some(&promised))?;
+            files.map(directory.join(name), Some(&promised))?;
         }
         for (tensor, name) in &promised {
             if !files.found.contains_key(tensor) {
@@ -117,21 +149,26 @@ fn read_files(directory: &Path) -> Result<(Vec<FileMap>, BTreeMap<String, Found>
     } else {
         return Err(ModelError::file(directory, format!("{WEIGHTS_FILE} or {INDEX_FILE}"), "neither"));
     }
-    Ok((files.maps, files.found))
+    Ok((files.contents, files.found))
 }
 
 #[derive(Default)]
 struct Files {
     paths: Vec<PathBuf>,
-    maps: Vec<FileMap>,
+    contents: Vec<Contents>,
     found: BTreeMap<String, Found>,
 }
 
 impl Files {
-    /// Maps a file and notes its tensors. `promised`, if there is an index, says which file holds which tensor.
-    fn add(&mut self, path: PathBuf, promised: Option<&BTreeMap<String, String>>) -> Result<()> {
+    /// Maps a file and notes its tensors.
+    fn map(&mut self, path: PathBuf, promised: Option<&BTreeMap<String, String>>) -> Result<()> {
         let map = FileMap::open(&path)?;
-        for (name, entry) in header::read(&path, &map)? {
+        self.add(path, Contents::Mapped(map), promised)
+    }
+
+    /// Notes the tensors of a file. `promised`, if there is an index, says which file holds which tensor.
+    fn add(&mut self, path: PathBuf, contents: Contents, promised: Option<&BTreeMap<String, String>>) -> Result<()> {
+        for (name, entry) in header::read(&path, &contents)? {
             if let Some(other) = self.found.get(&name) {
                 let other = self.paths[other.file].display();
                 return Err(ModelError::file(
@@ -147,10 +184,10 @@ impl Files {
                     return Err(ModelError::file(&path, format!("tensor {name} here in {INDEX_FILE} too"), found));
                 }
             }
-            self.found.insert(name, Found { file: self.maps.len(), entry });
+            self.found.insert(name, Found { file: self.contents.len(), entry });
         }
         self.paths.push(path);
-        self.maps.push(map);
+        self.contents.push(contents);
         Ok(())
     }
 }

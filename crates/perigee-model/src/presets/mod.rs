@@ -1,5 +1,6 @@
-//! The names that `--model` takes: a checkpoint directory, or a preset with random weights. A preset is a config.json of
-//! its own, so that everything behind the name is the same for both kinds; what the weights are is another module's.
+//! The names that `--model` takes: a checkpoint directory, the demo model, or a preset with random weights. A preset is a
+//! config.json of its own, so that everything behind the name is the same for all kinds; what the weights are is another
+//! module's.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -74,6 +75,8 @@ impl Preset {
 pub enum ModelSpec {
     /// A checkpoint directory.
     Directory(PathBuf),
+    /// The trained model that is part of the program.
+    Demo,
     /// Random weights in the shape of a preset.
     Random {
         /// The shape.
@@ -84,15 +87,18 @@ pub enum ModelSpec {
 }
 
 impl ModelSpec {
-    /// Understands `random:PRESET[@SEED]` (seed 0 if none is given); anything else is a directory.
+    /// Understands `demo` and `random:PRESET[@SEED]` (seed 0 if none is given); anything else is a directory.
     ///
     /// # Errors
     /// An unknown preset or a malformed seed.
     pub fn parse(name: &str) -> Result<Self> {
         let fault = |expected: String, found: String| ModelError::Spec { name: name.to_owned(), expected, found };
+        if name == perigee_demo::NAME {
+            return Ok(Self::Demo);
+        }
         let Some(rest) = name.strip_prefix(RANDOM) else {
             if name.is_empty() {
-                return Err(fault("a directory or random:PRESET[@SEED]".into(), "an empty name".into()));
+                return Err(fault("a directory, demo or random:PRESET[@SEED]".into(), "an empty name".into()));
             }
             return Ok(Self::Directory(name.into()));
         };
@@ -127,6 +133,7 @@ impl fmt::Display for ModelSpec {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Directory(path) => write!(out, "{}", path.display()),
+            Self::Demo => out.write_str(perigee_demo::NAME),
             Self::Random { preset, seed } => write!(out, "{RANDOM}{}@{seed}", preset.name()),
         }
     }
@@ -146,6 +153,8 @@ mod tests {
             ("random:48b", random(Preset::Kimi48b, 0)),
             ("random:48b-e16@18446744073709551615", random(Preset::Kimi48bE16, u64::MAX)),
             ("models/random", ModelSpec::Directory("models/random".into())),
+            ("demo", ModelSpec::Demo),
+            ("./demo", ModelSpec::Directory("./demo".into())),
         ] {
             let parsed: ModelSpec = name.parse().unwrap();
             assert_eq!(parsed, spec);
@@ -156,7 +165,7 @@ mod tests {
     #[test]
     fn wrong_names_are_refused_with_what_would_do() {
         for (name, message) in [
-            ("", "model : expected a directory or random:PRESET[@SEED], found an empty name"),
+            ("", "model : expected a directory, demo or random:PRESET[@SEED], found an empty name"),
             ("random:huge", "model random:huge: expected a preset out of tiny, wide, 48b, 48b-e16, found \"huge\""),
             ("random:@1", "model random:@1: expected a preset out of tiny, wide, 48b, 48b-e16, found \"\""),
             ("random:tiny@-1", "model random:tiny@-1: expected a seed from 0 to 2^64 - 1 after the @, found \"-1\""),

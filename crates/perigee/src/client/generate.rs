@@ -200,17 +200,17 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
 }
 
 impl GenerateArgs {
-    /// A greedy request for text.
-    pub(crate) fn greedy(prompt: String, max_tokens: u32, client: ClientArgs) -> Self {
+    /// A request for text that is drawn as the model's own settings say, and the same every time.
+    pub(crate) fn repeatable(prompt: String, max_tokens: u32, client: ClientArgs) -> Self {
         Self {
             prompt: Some(prompt),
             tokens: Vec::new(),
             max_tokens: Some(max_tokens),
-            temperature: Some(0.0),
+            temperature: None,
             top_k: None,
             top_p: None,
             min_p: None,
-            seed: None,
+            seed: Some(0),
             n: None,
             stop: Vec::new(),
             ignore_eos: false,

@@ -38,7 +38,7 @@ pub(crate) struct UpArgs {
     /// Port of the OpenAI-compatible API, /health and /metrics on 127.0.0.1; 0 takes a free one.
     #[arg(long, default_value_t = DEFAULT_HTTP_PORT)]
     http_port: u16,
-    /// Answer this and end.
+    /// Answer this and end: drawn as the model's generation_config.json says, the same every time.
     #[arg(long)]
     prompt: Option<String>,
     /// Most tokens of that answer.
@@ -113,7 +113,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     }
     if let Some(prompt) = &args.prompt {
         let client = ClientArgs { router: addresses.0.to_string(), json: args.json, tls: args.tls.as_client() };
-        let answered = GenerateArgs::greedy(prompt.clone(), args.max_tokens, client).ask().await;
+        let answered = GenerateArgs::repeatable(prompt.clone(), args.max_tokens, client).ask().await;
         // Before the registry is gone, which the router would tell as a fault.
         router.abort();
         let _ = router.await;

@@ -14,6 +14,8 @@ mod client;
 #[cfg(test)]
 mod deaths;
 #[cfg(test)]
+mod demo;
+#[cfg(test)]
 mod drains;
 #[cfg(test)]
 mod judge;

@@ -11,6 +11,8 @@ mod cluster;
 #[cfg(test)]
 mod deaths;
 #[cfg(test)]
+mod demo;
+#[cfg(test)]
 mod endings;
 #[cfg(test)]
 mod judge;
