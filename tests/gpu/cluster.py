@@ -10,8 +10,28 @@ import threading
 START_SECONDS = 120
 
 
-class Cluster:
-    """`perigee up` with these options, in float32 unless said otherwise, on free ports."""
+class Client:
+    """A router seen from outside; `binary` and `router` are whose."""
+
+    def ask(self, command, *options):
+        """What a client command prints as JSON; it must succeed."""
+        done = self.tell(command, *options)
+        assert done.returncode == 0, f"{done.args}: {done.stderr}"
+        return json.loads(done.stdout)
+
+    def tell(self, command, *options):
+        """A client command as it ended."""
+        line = [self.binary, command, "--router", self.router, "--json", *map(str, options)]
+        return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+    def generate(self, *options):
+        """A generation as a process of its own, with piped output."""
+        command = [self.binary, "generate", "--router", self.router, "--ignore-eos", *map(str, options)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+class Cluster(Client):
+    """`perigee up` with these options, in float32 where they say nothing else, on free ports."""
 
     def __init__(self, binary, model, device, *options, dtype="fp32"):
         self.binary, self.log = binary, tempfile.TemporaryFile("w+")
@@ -26,25 +46,13 @@ class Cluster:
         if not line:
             raise AssertionError(f"not ready: {self.said()[-2000:]}")
         info = json.loads(line)
-        self.router, self.replicas = info["grpc"], info["replicas"]
+        self.router, self.http, self.replicas = info["grpc"], info["http"], info["replicas"]
         self.pids = [pid for replica in self.replicas for pid in replica["pids"]]
 
     def said(self):
         """What the processes logged so far."""
         self.log.seek(0)
         return self.log.read()
-
-    def ask(self, command, *options):
-        """What a client command prints as JSON; it must succeed."""
-        line = [self.binary, command, "--router", self.router, "--json", *map(str, options)]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, f"{line}: {done.stderr}"
-        return json.loads(done.stdout)
-
-    def generate(self, *options):
-        """A generation as a process of its own, with piped output."""
-        command = [self.binary, "generate", "--router", self.router, "--ignore-eos", *map(str, options)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def __enter__(self):
         return self

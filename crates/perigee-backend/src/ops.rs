@@ -75,6 +75,15 @@ pub struct StatePart {
     pub heads: u32,
 }
 
+/// Queries of one sequence of [`LatentReader::attend_all`], and its pages.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// Full pages, all before the queries.
+    pub pages: &'a [u32],
+    /// [tokens, heads, R + r].
+    pub queries: &'a [f32],
+}
+
 /// Attention over latent pages for others, beside the step loop. Its user sees to it that the steps that wrote the pages are
 /// done and that nobody writes them meanwhile, or throws away what came of it; it shares no lock with the step loop but,
 /// where there are any, those of single pages, and waits for none of the step loop's work.
@@ -94,6 +103,21 @@ pub trait LatentReader: Send + Sync {
         latent: usize,
         queries: &[f32],
     ) -> Result<(Vec<f32>, Vec<f32>)>;
+
+    /// The same for queries of several sequences, each over pages of its own, in their order. As provided one after the other.
+    ///
+    /// # Errors
+    /// As for one; which of them was wrong is not told.
+    fn attend_all(
+        &self,
+        layer: usize,
+        heads: usize,
+        scale: f32,
+        latent: usize,
+        asked: &[Asked<'_>],
+    ) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
+        asked.iter().map(|one| self.attend(layer, one.pages, heads, scale, latent, one.queries)).collect()
+    }
 
     /// A full page of one MLA layer as [`Backend::export_page`] gives it, for a replica that takes it over.
     ///
@@ -305,6 +329,27 @@ pub trait Backend: Send {
     fn export_state(&mut self, slot: u32, part: &StatePart) -> Result<Vec<u8>>;
     /// Overwrites a part of a slot.
     fn import_state(&mut self, slot: u32, part: &StatePart, bytes: &[u8]) -> Result<()>;
+    /// Sums over a slot as it is now: of every KDA layer the recurrent state and the tails of q, k and v. Element number i of a
+    /// tensor of the whole model, of which this rank has the heads from `first_head` on, contributes (i + 1) times its bits,
+    /// read as an unsigned 32-bit word (bf16 extended by zeros), modulo 2^64.
+    fn state_sums(&mut self, slot: u32, first_head: u32) -> Result<Vec<u64>>;
+    /// How another process on this machine reaches the slots, for its `open_slots`; none where it cannot.
+    fn share_slots(&mut self) -> Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+    /// Opens the slots of another process. They stay open until they are closed as often as they were opened.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] where they cannot be reached from here or have another form.
+    fn open_slots(&mut self, _shared: &[u8]) -> Result<()> {
+        Err(BackendError::Unsupported("slots of other processes".into()))
+    }
+    /// Copies a slot out of another process, which leaves it as it is meanwhile.
+    fn take_slot(&mut self, _shared: &[u8], _from: u32, _to: u32) -> Result<()> {
+        Err(BackendError::Unsupported("slots of other processes".into()))
+    }
+    /// See [`Self::open_slots`]; what is not open stays so.
+    fn close_slots(&mut self, _shared: &[u8]) {}
     /// Copies a page in every layer, for forks of a partial page.
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()>;
     /// A page of one MLA layer, [`crate::PAGE_TOKENS`] by R + r, as little-endian bytes in its storage type.

@@ -9,7 +9,9 @@ use perigee_backend::{
     Precision, Result, Routing, StatePart, StepBatch, TensorSlice,
 };
 use perigee_collectives::Collective;
+use perigee_sampling::{Draw, Sampled, Scratch};
 
+use crate::ahead::Drawn;
 use crate::formula::Formula;
 use crate::latents::{LatentSlab, merge};
 use crate::matrix::{Matrix, load_vector};
@@ -57,6 +59,8 @@ pub struct CpuBackend {
     batch: StepBatch,
     selected: Vec<u32>,
     experts_touched: u64,
+    /// Where it runs ahead.
+    ahead: Option<Drawn>,
     #[cfg(feature = "planted-faults")]
     router_gaps: Option<Vec<f32>>,
     weight_bytes: u64,
@@ -75,10 +79,21 @@ impl CpuBackend {
             batch: StepBatch::default(),
             selected: Vec::new(),
             experts_touched: 0,
+            ahead: None,
             #[cfg(feature = "planted-faults")]
             router_gaps: None,
             weight_bytes: 0,
         }
+    }
+
+    /// The same, with draws that are read later and steps that are fed with them.
+    pub fn running_ahead(mut self) -> Self {
+        self.ahead = Some(Drawn::default());
+        self
+    }
+
+    fn drawn(&mut self) -> Result<&mut Drawn> {
+        self.ahead.as_mut().ok_or_else(|| BackendError::Unsupported("draws that are read later".into()))
     }
 
     /// Computes with one mistake from now on; layers that are loaded already keep their formulas.
@@ -195,7 +210,31 @@ impl Backend for CpuBackend {
 
     fn begin_step(&mut self, batch: &StepBatch) -> Result<()> {
         self.batch.clone_from(batch);
+        if let Some(fed) = self.ahead.as_mut().and_then(Drawn::take_fed) {
+            self.batch.tokens = fed;
+        }
         Ok(())
+    }
+
+    fn runs_ahead(&self) -> bool {
+        self.ahead.is_some()
+    }
+
+    fn queue_draws(&mut self, logits: &Tensor, draws: &[Draw<'_>]) -> Result<()> {
+        let sampled = self.sample(logits, draws, &mut Scratch::new())?;
+        self.drawn()?.queue(sampled);
+        Ok(())
+    }
+
+    fn collect_draws(&mut self) -> Result<Vec<Option<Sampled>>> {
+        self.drawn()?.collect()
+    }
+
+    fn feed_drawn(&mut self, from: &[u32]) -> Result<()> {
+        match &mut self.ahead {
+            Some(drawn) => drawn.feed(from, self.collective.as_mut()),
+            None => Err(BackendError::Unsupported("steps that are fed with draws".into())),
+        }
     }
 
     fn embed(&mut self, table: &Embedding, out: &mut Tensor) -> Result<()> {
@@ -421,6 +460,10 @@ impl Backend for CpuBackend {
 
     fn import_state(&mut self, slot: u32, part: &StatePart, bytes: &[u8]) -> Result<()> {
         self.slots()?.import(slot, part, bytes)
+    }
+
+    fn state_sums(&mut self, slot: u32, first_head: u32) -> Result<Vec<u64>> {
+        self.slots()?.sums(slot, first_head)
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {

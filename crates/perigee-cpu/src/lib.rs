@@ -2,6 +2,7 @@
 //! held to. Matrix products go through `ndarray`; inner loops are written for the compiler's vectoriser and dispatched to
 //! the widest instruction set by `pulp`. It has no `unsafe` and no device.
 
+mod ahead;
 mod backend;
 mod formula;
 mod latents;

@@ -3,6 +3,9 @@
 
 use perigee_backend::{BackendError, CacheShape, DType, Result, StateKind, StatePart};
 
+/// The tensors of a layer's state, in the order of the seam.
+const STATE_KINDS: [StateKind; 4] = [StateKind::Recurrent, StateKind::ConvQ, StateKind::ConvK, StateKind::ConvV];
+
 /// A session's state on this rank.
 #[derive(Debug, Clone)]
 pub(crate) struct Slot {
@@ -99,6 +102,26 @@ impl Slots {
         let kind = self.element_type(part.kind);
         let values = self.part(slot, part)?;
         from_bytes("state part", values, kind, bytes)
+    }
+
+    /// See [`perigee_backend::Backend::state_sums`].
+    pub(crate) fn sums(&mut self, slot: u32, first_head: u32) -> Result<Vec<u64>> {
+        let shape = self.shape;
+        let (square, tail) = (shape.kda_head_dim * shape.kda_head_dim, shape.kda_head_dim * (shape.conv - 1));
+        let mut sums = Vec::with_capacity(shape.kda_layers * STATE_KINDS.len());
+        for layer in 0..shape.kda_layers as u32 {
+            for kind in STATE_KINDS {
+                let part = StatePart { layer, kind, first_head: 0, heads: shape.kda_heads as u32 };
+                let first = u64::from(first_head) * if kind == StateKind::Recurrent { square } else { tail } as u64;
+                let bytes = self.export(slot, &part)?;
+                let words = bytes.chunks_exact(self.element_type(kind).bytes());
+                // Little-endian.
+                let words = words.map(|word| word.iter().rev().fold(0, |bits, &byte| bits << 8 | u64::from(byte)));
+                let numbered = (first + 1..).zip(words);
+                sums.push(numbered.fold(0, |sum: u64, (number, bits)| sum.wrapping_add(number.wrapping_mul(bits))));
+            }
+        }
+        Ok(sums)
     }
 
     fn element_type(&self, kind: StateKind) -> DType {

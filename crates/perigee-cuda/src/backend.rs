@@ -18,6 +18,7 @@ use crate::device::{Device, DeviceInfo};
 use crate::exchange::Exchange;
 use crate::expand::is_expanded;
 use crate::formula::Formula;
+use crate::ipc::{self, Neighbours};
 use crate::kernels::Kernels;
 use crate::loader::Loader;
 use crate::needs;
@@ -29,12 +30,14 @@ use crate::ops::mlp::Mlp;
 use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
 use crate::ops::sample::{Draws, MOST_TOKENS};
+use crate::params::MoeCombineParams;
 use crate::reader::Reader;
 use crate::recorder::Recorder;
 use crate::scratch::Scratch;
 use crate::step::{Planning, Step};
 use crate::stream::Stream;
 use crate::tensor::Tensor;
+use crate::transfer::Download;
 
 /// How a backend is opened.
 #[derive(Debug, Clone, Copy)]
@@ -56,9 +59,15 @@ pub struct CudaBackend {
     pub(crate) scratch: Scratch,
     pub(crate) step: Step,
     pub(crate) selected: Option<Selected>,
+    /// A sum of experts that the norm behind it computes; while a step is recorded only.
+    pub(crate) deferred_sum: Option<MoeCombineParams>,
     /// Experts touched so far, one 64-bit number.
     pub(crate) touched: Buffer,
     pub(crate) draws: Draws,
+    /// Sums over a slot on their way to the host, once some were wanted.
+    pub(crate) sums: Option<Download>,
+    /// Slots of other processes. They go before the stream that copies out of them.
+    neighbours: Neighbours,
     /// The draws that the next step is fed with.
     pub(crate) feed: Vec<u32>,
     cache: Option<Cache>,
@@ -100,8 +109,11 @@ impl CudaBackend {
             scratch: Scratch::default(),
             step: Step::default(),
             selected: None,
+            deferred_sum: None,
             touched,
             draws: Draws::default(),
+            sums: None,
+            neighbours: Neighbours::default(),
             feed: Vec::new(),
             cache: None,
             mla_heads: None,
@@ -405,6 +417,30 @@ impl Backend for CudaBackend {
 
     fn import_state(&mut self, slot: u32, part: &StatePart, bytes: &[u8]) -> Result<()> {
         self.cache()?.import_state(&self.stream, slot, part, bytes)
+    }
+
+    fn state_sums(&mut self, slot: u32, first_head: u32) -> Result<Vec<u64>> {
+        self.state_sums_run(slot, first_head)
+    }
+
+    fn share_slots(&mut self) -> Result<Option<Vec<u8>>> {
+        ipc::share(self.stream.device(), &self.cache()?.slots())
+    }
+
+    fn open_slots(&mut self, shared: &[u8]) -> Result<()> {
+        let cache = self.cache.as_ref().ok_or_else(|| BackendError::Device("no cache is reserved".into()))?;
+        self.neighbours.open(self.stream.device(), shared, &cache.slots())
+    }
+
+    fn take_slot(&mut self, shared: &[u8], from: u32, to: u32) -> Result<()> {
+        let cache = self.cache()?;
+        self.neighbours.take(&self.stream, shared, from, (&cache.slots(), cache.slot(to)?))?;
+        // Whoever told of the slots may change them once it hears that the state is here.
+        self.stream.wait()
+    }
+
+    fn close_slots(&mut self, shared: &[u8]) {
+        self.neighbours.close(shared);
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {

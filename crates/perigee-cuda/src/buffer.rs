@@ -104,8 +104,8 @@ unsafe impl Send for Pinned {}
 impl Drop for Pinned {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
-            // SAFETY: `pointer` came from `malloc_host` and is freed once, here; its owners `Upload` and `Download`
-            // wait for their copies before they drop or refill one.
+            // SAFETY: `pointer` came from `malloc_host` and is freed once, here; its owners wait for their copies before
+            // they drop or refill one.
             let _ = unsafe { result::free_host(self.pointer.cast()) };
         }
     }

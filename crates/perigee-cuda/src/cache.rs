@@ -7,6 +7,7 @@ use std::sync::Arc;
 use perigee_backend::{BackendError, CacheShape, DType, PAGE_TOKENS, Result, StateKind, StatePart};
 
 use crate::buffer::Buffer;
+use crate::ipc::{SHARED_BLOCK, Slots};
 use crate::stream::Stream;
 
 /// Two of these bytes are a bfloat16 not-a-number, four a float32 one.
@@ -36,8 +37,9 @@ impl Cache {
         let state = cache.slot_state_bytes() * shape.slots;
         let tails = cache.slot_tail_bytes() * shape.slots;
         let latents = cache.page_bytes() * shape.pages * shape.mla_layers;
-        cache.state = Buffer::new(stream.device(), state, &format!("{} state slots", shape.slots))?;
-        cache.tails = Buffer::new(stream.device(), tails, &format!("tails of {} state slots", shape.slots))?;
+        let shared = |bytes: usize| bytes.next_multiple_of(SHARED_BLOCK);
+        cache.state = Buffer::new(stream.device(), shared(state), &format!("{} state slots", shape.slots))?;
+        cache.tails = Buffer::new(stream.device(), shared(tails), &format!("tails of {} state slots", shape.slots))?;
         cache.latents = Arc::new(Buffer::new(stream.device(), latents, &format!("{} latent pages", shape.pages))?);
         stream.fill(&cache.state, 0, state, POISON)?;
         stream.fill(&cache.tails, 0, tails, POISON)?;
@@ -69,6 +71,24 @@ impl Cache {
         &self.latents
     }
 
+    /// The slots as they are shared with other processes.
+    pub(crate) fn slots(&self) -> Slots<'_> {
+        Slots {
+            state: &self.state,
+            tails: &self.tails,
+            slot_state: self.slot_state_bytes(),
+            slot_tails: self.slot_tail_bytes(),
+            slots: self.shape.slots,
+        }
+    }
+
+    /// Device addresses of a slot's recurrent states and tails.
+    pub(crate) fn slot_addresses(&self, slot: u32) -> Result<(u64, u64)> {
+        let slot = self.slot(slot)?;
+        let state = self.state.part(slot * self.slot_state_bytes(), self.slot_state_bytes())?;
+        Ok((state, self.tails.part(slot * self.slot_tail_bytes(), self.slot_tail_bytes())?))
+    }
+
     fn head_state_bytes(&self) -> usize {
         self.shape.kda_head_dim * self.shape.kda_head_dim * 4
     }
@@ -96,7 +116,7 @@ impl Cache {
         Err(BackendError::Range { what, index: index.into(), limit: limit as u64 })
     }
 
-    fn slot(&self, slot: u32) -> Result<usize> {
+    pub(crate) fn slot(&self, slot: u32) -> Result<usize> {
         Self::check("state slot", slot, self.shape.slots)
     }
 

@@ -12,8 +12,9 @@ use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
     ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaExpandedParams,
-    MlaGatherParams, MlaMergeParams, MlaStoreParams, MoeCombineParams, MoeGatherParams, MoeProductParams,
-    MoeRouterParams, MoeSelectParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, SampleParams,
+    MlaGatherParams, MlaMergeParams, MlaStoreParams, MoeCombineNormParams, MoeCombineParams, MoeGatherParams,
+    MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, MoeSpreadParams,
+    MoeWideParams, NormParams, SampleParams, SkinnyParams, StateSumParams,
 };
 
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
@@ -42,19 +43,26 @@ pub(crate) struct Kernels {
     pub(crate) moe_router_tile: Kernel<MoeRouterParams>,
     pub(crate) moe_select: Kernel<MoeSelectParams>,
     pub(crate) moe_sort: Kernel<MoeSortParams>,
+    pub(crate) moe_select_sort: Kernel<MoeSelectSortParams>,
     pub(crate) moe_gate_up: Kernel<MoeProductParams>,
     pub(crate) moe_down: Kernel<MoeProductParams>,
     /// By ascending rows of a tile; with bfloat16 activations only.
     pub(crate) moe_tensor: Vec<MoeTensor>,
+    /// For experts of few rows each, by ascending weight rows of a block; with bfloat16 activations only.
+    pub(crate) moe_skinny: Vec<MoeTensor>,
     /// For steps of many rows an expert; with bfloat16 activations only.
     pub(crate) moe_wide: Option<MoeWide>,
     pub(crate) moe_combine: Kernel<MoeCombineParams>,
+    pub(crate) moe_combine_norm: Kernel<MoeCombineNormParams>,
+    /// Dense products with few tokens, by ascending tokens; with bfloat16 activations only.
+    pub(crate) skinny: Vec<Skinny>,
     pub(crate) sample_logprobs: Kernel<SampleParams>,
     pub(crate) sample_prepare: Kernel<SampleParams>,
     pub(crate) sample_filter: Kernel<SampleParams>,
     pub(crate) sample_draw: Kernel<SampleParams>,
     pub(crate) sample_finish: Kernel<SampleParams>,
     pub(crate) sample_feed: Kernel<FeedParams>,
+    pub(crate) state_sums: Kernel<StateSumParams>,
     modules: Arc<Modules>,
 }
 
@@ -68,6 +76,12 @@ pub(crate) struct KdaFast {
     pub(crate) scan_shared: usize,
     pub(crate) scan_threads: u32,
     pub(crate) decode: Kernel<KdaParams>,
+    /// The fused step for many rows.
+    pub(crate) decode_bulk: Option<Kernel<KdaParams>>,
+    /// The fused step for few rows, with the gates' product in it.
+    pub(crate) decode_gates: Option<Kernel<KdaParams>>,
+    /// Shared memory of `decode_bulk`: the state of a head.
+    pub(crate) state_shared: usize,
 }
 
 impl KdaFast {
@@ -89,13 +103,25 @@ impl KdaFast {
         let scan_shared = if is_bf16 { 3 * stage + (head_dim + 64) * 40 * 2 } else { 0 };
         let kernels = Self {
             head_dim,
-            chunk: modules.kernel(module, &format!("kda_chunk_{suffix}_{head_dim}{chunk_fault}"))?,
+            chunk: modules.overlapping(module, &format!("kda_chunk_{suffix}_{head_dim}{chunk_fault}"))?,
             chunk_shared,
-            scan: modules.kernel("kda_scan", &format!("kda_scan_{suffix}_{head_dim}{scan_fault}"))?,
+            scan: modules.overlapping("kda_scan", &format!("kda_scan_{suffix}_{head_dim}{scan_fault}"))?,
             scan_shared,
             scan_threads: if is_bf16 { 256 } else { 128 },
-            decode: modules.kernel("kda_decode", &format!("kda_decode_{suffix}_{head_dim}{decode_fault}"))?,
+            decode: modules.overlapping("kda_decode", &format!("kda_decode_{suffix}_{head_dim}{decode_fault}"))?,
+            decode_bulk: match (head_dim, decode_fault.is_empty()) {
+                (128, true) => Some(modules.overlapping("kda_decode_bulk", &format!("kda_decode_bulk_{suffix}_128"))?),
+                _ => None,
+            },
+            decode_gates: match (head_dim, is_bf16 && decode_fault.is_empty()) {
+                (128, true) => Some(modules.overlapping("kda_decode", "kda_decode_gates_bf16_128")?),
+                _ => None,
+            },
+            state_shared: head_dim * head_dim * 4,
         };
+        if let Some(bulk) = &kernels.decode_bulk {
+            bulk.allow_shared(kernels.state_shared)?;
+        }
         kernels.chunk.allow_shared(chunk_shared)?;
         kernels.scan.allow_shared(scan_shared)?;
         Ok(kernels)
@@ -168,12 +194,48 @@ impl MlaExpanded {
 #[derive(Debug)]
 pub(crate) struct MoeTensor {
     pub(crate) rows: usize,
+    /// Weight rows of a block.
+    pub(crate) columns: usize,
     pub(crate) gate_up: Kernel<MoeProductParams>,
     pub(crate) down: Kernel<MoeProductParams>,
     pub(crate) shared: usize,
 }
 
+/// A dense product with few tokens, for one number of tokens and one of weight rows of a block.
+#[derive(Debug)]
+pub(crate) struct Skinny {
+    pub(crate) tokens: usize,
+    /// Weight rows of a block.
+    pub(crate) rows: usize,
+    pub(crate) to_bf16: Kernel<SkinnyParams>,
+    pub(crate) to_fp32: Kernel<SkinnyParams>,
+    pub(crate) shared: usize,
+}
+
+impl Skinny {
+    fn load(modules: &Modules, tokens: usize, row_warps: usize, ahead: usize) -> Result<Self> {
+        // The size of the buffers of gemm/skinny.cuh, which skinny.cu asserts.
+        let shared = 2 * tokens * (64 * ahead * (8 / row_warps) + 32) * 2;
+        let to_bf16 = modules.overlapping("skinny", &format!("skinny_bf16_{tokens}_{row_warps}"))?;
+        let to_fp32 = modules.overlapping("skinny", &format!("skinny_fp32_{tokens}_{row_warps}"))?;
+        to_bf16.allow_shared(shared)?;
+        to_fp32.allow_shared(shared)?;
+        Ok(Self { tokens, rows: 16 * row_warps, to_bf16, to_fp32, shared })
+    }
+}
+
 impl MoeTensor {
+    /// For experts of few rows each.
+    fn skinny(modules: &Modules, row_warps: usize) -> Result<Self> {
+        // The size of the buffers of gemm/skinny.cuh for 32 tokens, which moe_product_skinny.cu asserts.
+        let shared = 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2;
+        let gate_up = modules.overlapping("moe_product_skinny", &format!("moe_gate_up_skinny_{row_warps}"))?;
+        let down = modules.overlapping("moe_product_skinny", &format!("moe_down_skinny_{row_warps}"))?;
+        gate_up.allow_shared(shared)?;
+        down.allow_shared(shared)?;
+        Ok(Self { rows: 32, columns: 16 * row_warps, gate_up, down, shared })
+    }
+
     fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
         // The size of the structure `Shared` of moe_product_tensor.cu, which asserts it.
         let shared = stages * (rows + 128) * 72 * 2;
@@ -181,7 +243,7 @@ impl MoeTensor {
         let down = modules.overlapping("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
-        Ok(Self { rows, gate_up, down, shared })
+        Ok(Self { rows, columns: 128, gate_up, down, shared })
     }
 }
 
@@ -249,9 +311,9 @@ impl Kernels {
             convert_bf16: modules.overlapping("elements", "convert_bf16")?,
             silu_mul: modules.overlapping("elements", &typed("silu_mul"))?,
             kda_recurrent: modules.kernel("kda_recurrent", &(typed("kda_recurrent") + kda_fault))?,
-            kda_conv: modules.kernel("kda_conv", &typed("kda_conv"))?,
-            kda_tails: modules.kernel("kda_conv", &typed("kda_tails"))?,
-            kda_gate: modules.kernel("kda_conv", &(typed("kda_gate") + gate_fault))?,
+            kda_conv: modules.overlapping("kda_conv", &typed("kda_conv"))?,
+            kda_tails: modules.overlapping("kda_conv", &typed("kda_tails"))?,
+            kda_gate: modules.overlapping("kda_conv", &(typed("kda_gate") + gate_fault))?,
             kda_fast: KDA_HEAD_DIMS
                 .iter()
                 .map(|&dim| KdaFast::load(&modules, suffix, dim, formula))
@@ -265,8 +327,9 @@ impl Kernels {
             mla_merge_other: modules.kernel("mla_merge", "mla_merge_other")?,
             moe_router: modules.overlapping("moe_router", &typed("moe_router"))?,
             moe_router_tile: modules.overlapping("moe_router", &typed("moe_router_tile"))?,
-            moe_select: modules.overlapping("moe_router", &format!("moe_select{select_fault}"))?,
-            moe_sort: modules.overlapping("moe_router", "moe_sort")?,
+            moe_select: modules.overlapping("moe_select", &format!("moe_select{select_fault}"))?,
+            moe_sort: modules.overlapping("moe_select", "moe_sort")?,
+            moe_select_sort: modules.overlapping("moe_select", &format!("moe_select_sort{select_fault}"))?,
             moe_gate_up: modules.kernel("moe_product", &typed("moe_gate_up"))?,
             moe_down: modules.kernel("moe_product", &typed("moe_down"))?,
             moe_tensor: match precision {
@@ -279,17 +342,33 @@ impl Kernels {
                 }
                 DType::Fp32 => Vec::new(),
             },
+            moe_skinny: match precision {
+                DType::Bf16 => vec![MoeTensor::skinny(&modules, 4)?, MoeTensor::skinny(&modules, 8)?],
+                DType::Fp32 => Vec::new(),
+            },
             moe_wide: match precision {
                 DType::Bf16 => Some(MoeWide::load(&modules)?),
                 DType::Fp32 => None,
             },
-            moe_combine: modules.overlapping("moe_router", &typed("moe_combine"))?,
+            moe_combine: modules.overlapping("moe_combine", &typed("moe_combine"))?,
+            moe_combine_norm: modules.overlapping("moe_combine", &typed("moe_combine_norm"))?,
+            skinny: match precision {
+                DType::Bf16 => {
+                    let forms = [(8, 1, 4), (8, 4, 4)];
+                    forms
+                        .iter()
+                        .map(|&(tokens, row_warps, ahead)| Skinny::load(&modules, tokens, row_warps, ahead))
+                        .collect::<Result<_>>()?
+                }
+                DType::Fp32 => Vec::new(),
+            },
             sample_logprobs: ranking(&modules, "sample_logprobs")?,
             sample_prepare: modules.kernel("sample_draw", "sample_prepare")?,
             sample_filter: ranking(&modules, "sample_filter")?,
             sample_draw: modules.kernel("sample_draw", "sample_draw")?,
             sample_finish: modules.kernel("sample_draw", "sample_finish")?,
             sample_feed: modules.kernel("sample_feed", "sample_feed")?,
+            state_sums: modules.kernel("state_sums", &typed("state_sums"))?,
             modules,
         })
     }

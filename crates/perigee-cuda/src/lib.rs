@@ -21,6 +21,8 @@ mod formula;
 #[cfg(feature = "cuda")]
 mod graph;
 #[cfg(feature = "cuda")]
+mod ipc;
+#[cfg(feature = "cuda")]
 mod kernels;
 mod ladder;
 #[cfg(feature = "cuda")]

@@ -42,7 +42,7 @@ impl Modules {
         Ok(modules)
     }
 
-    /// A kernel by module and name that begins with `grid_dependency` of common.cuh: on devices that can, it may begin before
+    /// A kernel by module and name that waits by `grid_wait` of common.cuh: on devices that can, it may begin before
     /// the kernel ahead of it in a stream has ended.
     pub(crate) fn overlapping<P: Pod>(&self, module: &str, name: &str) -> Result<Kernel<P>> {
         let begins_ahead = self.device.capability()?.0 >= 9;

@@ -113,6 +113,11 @@ pub(crate) fn expert_width(shape: &MoeShape) -> usize {
     shape.width.next_multiple_of(EXPERT_BLOCK)
 }
 
+/// Side of a tile of the router's product for many tokens, in tokens and in experts.
+pub(crate) const ROUTER_TILE: usize = 64;
+/// Blocks of that product that fill a device: tiles, times the parts of the depth that each is computed in.
+pub(crate) const ROUTER_BLOCKS: usize = 144;
+
 /// Entries of a block of the sort of many (token, choice) entries.
 pub(crate) const SORT_ENTRIES: usize = 2048;
 
@@ -130,7 +135,12 @@ pub(crate) fn moe(shape: &MoeShape, element: usize) -> Need {
     Need {
         // One entry more for a shared expert that is computed like the routed ones.
         per_token: (shape.top_k + 1) * entry + shape.experts * 4 + shape.hidden * element + shared.per_token,
-        fixed: (shape.experts + 2) * TILE_BYTES + 17 * ALIGNMENT + sort_counts(1, shape.experts + 1) + shared.fixed,
+        // Scores in parts fill no more tiles than there are blocks.
+        fixed: (shape.experts + 2) * TILE_BYTES
+            + ROUTER_BLOCKS * ROUTER_TILE * ROUTER_TILE * 4
+            + 17 * ALIGNMENT
+            + sort_counts(1, shape.experts + 1)
+            + shared.fixed,
     }
 }
 

@@ -64,6 +64,34 @@ pub(crate) struct ElementParams {
     pub(crate) block: u32,
 }
 
+/// `state/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct StateSumParams {
+    pub(crate) state: u64,
+    pub(crate) tails: u64,
+    pub(crate) sums: u64,
+    pub(crate) heads: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) tail: u32,
+    pub(crate) first_head: u32,
+}
+
+/// `gemm/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct SkinnyParams {
+    pub(crate) input: u64,
+    pub(crate) weight: u64,
+    pub(crate) out: u64,
+    pub(crate) tokens: u32,
+    pub(crate) rows: u32,
+    pub(crate) depth: u32,
+    pub(crate) in_pitch: u32,
+    pub(crate) out_pitch: u32,
+    pub(crate) reserved: u32,
+}
+
 /// `kda/params.h`: a row of the step.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
@@ -96,6 +124,7 @@ pub(crate) struct KdaParams {
     pub(crate) state: u64,
     pub(crate) tails: u64,
     pub(crate) mixed: u64,
+    pub(crate) gate_weights: u64,
     pub(crate) rows: u64,
     pub(crate) chunks: u64,
     pub(crate) convolved: u64,
@@ -273,7 +302,7 @@ pub(crate) struct MoeRouterParams {
     pub(crate) tokens: u32,
     pub(crate) experts: u32,
     pub(crate) hidden: u32,
-    pub(crate) reserved: u32,
+    pub(crate) parts: u32,
 }
 
 /// `moe/params.h`
@@ -295,6 +324,8 @@ pub(crate) struct MoeSelectParams {
     pub(crate) renormalize: u32,
     pub(crate) scale: f32,
     pub(crate) shared: u32,
+    pub(crate) parts: u32,
+    pub(crate) reserved: u32,
 }
 
 /// `moe/params.h`
@@ -311,6 +342,14 @@ pub(crate) struct MoeSortParams {
     pub(crate) experts: u32,
     pub(crate) tile_rows: u32,
     pub(crate) routed: u32,
+}
+
+/// `moe/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MoeSelectSortParams {
+    pub(crate) select: MoeSelectParams,
+    pub(crate) sort: MoeSortParams,
 }
 
 /// `moe/params.h`
@@ -386,6 +425,14 @@ pub(crate) struct MoeCombineParams {
     pub(crate) out: u64,
     pub(crate) hidden: u32,
     pub(crate) top_k: u32,
+}
+
+/// `moe/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MoeCombineNormParams {
+    pub(crate) combine: MoeCombineParams,
+    pub(crate) norm: NormParams,
 }
 
 /// `sample/params.h`

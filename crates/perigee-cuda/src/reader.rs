@@ -4,9 +4,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::cast_slice;
-use perigee_backend::{BackendError, CacheShape, LatentReader, PAGE_TOKENS, Result, Row, Segment, StepBatch};
+use perigee_backend::{Asked, BackendError, CacheShape, LatentReader, PAGE_TOKENS, Result, Row, Segment, StepBatch};
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Pinned};
 use crate::cache::Cache;
 use crate::device::Device;
 use crate::kernels::{AttentionKernels, Kernels};
@@ -48,26 +48,37 @@ impl Reader {
         }
     }
 
-    fn check(&self, question: &Question<'_>) -> Result<()> {
+    fn check_place(&self, layer: usize, pages: &[u32]) -> Result<()> {
         let range = |what, index, limit| Err(BackendError::Range { what, index, limit: limit as u64 });
-        if question.layer >= self.shape.mla_layers {
-            return range("MLA layer", question.layer as u64, self.shape.mla_layers);
+        if layer >= self.shape.mla_layers {
+            return range("MLA layer", layer as u64, self.shape.mla_layers);
         }
-        if let Some(&page) = question.pages.iter().find(|&&page| page as usize >= self.shape.pages) {
-            return range("latent page", page.into(), self.shape.pages);
+        match pages.iter().find(|&&page| page as usize >= self.shape.pages) {
+            Some(&page) => range("latent page", page.into(), self.shape.pages),
+            None => Ok(()),
         }
+    }
+
+    fn check(&self, question: &Question<'_>) -> Result<()> {
         let (width, latent) = (self.shape.latent_width, question.latent);
-        if question.heads == 0 || latent > width || !question.queries.len().is_multiple_of(question.heads * width) {
-            let expected = [question.heads, width];
-            return Err(BackendError::shape("queries for latent pages", &expected, &[question.queries.len(), latent]));
+        for one in question.asked {
+            self.check_place(question.layer, one.pages)?;
+            if question.heads == 0 || latent > width || !one.queries.len().is_multiple_of(question.heads * width) {
+                let expected = [question.heads, width];
+                return Err(BackendError::shape("queries for latent pages", &expected, &[one.queries.len(), latent]));
+            }
         }
         Ok(())
     }
 
-    fn idle_lane(&self) -> Result<Lane> {
+    /// Works on a lane that nobody else uses meanwhile. One that failed is not used again.
+    fn on_a_lane<T>(&self, work: impl FnOnce(&mut Lane) -> Result<T>) -> Result<T> {
         // The lanes are whole whatever a panic elsewhere left behind: each is taken out before it is used.
         let idle = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        idle.map_or_else(|| Lane::new(&self.device), Ok)
+        let mut lane = idle.map_or_else(|| Lane::new(&self.device), Ok)?;
+        let done = work(&mut lane)?;
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
+        Ok(done)
     }
 }
 
@@ -81,83 +92,124 @@ impl LatentReader for Reader {
         latent: usize,
         queries: &[f32],
     ) -> Result<(Vec<f32>, Vec<f32>)> {
-        let question = Question { layer, pages, heads, scale, latent, queries };
-        self.check(&question)?;
-        let rows = queries.len() / self.shape.latent_width;
-        if pages.is_empty() || rows == 0 {
-            return Ok((vec![0.0; rows * latent], vec![f32::NEG_INFINITY; rows]));
+        let parts = self.attend_all(layer, heads, scale, latent, &[Asked { pages, queries }])?;
+        parts.into_iter().next().ok_or_else(|| BackendError::Device("an answer is missing".into()))
+    }
+
+    fn attend_all(
+        &self,
+        layer: usize,
+        heads: usize,
+        scale: f32,
+        latent: usize,
+        asked: &[Asked<'_>],
+    ) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
+        self.check(&Question { layer, heads, scale, latent, asked })?;
+        let width = self.shape.latent_width;
+        let is_asked = |one: &&Asked<'_>| !one.pages.is_empty() && !one.queries.is_empty();
+        let some: Vec<Asked<'_>> = asked.iter().filter(is_asked).copied().collect();
+        let (mut output, mut lse) = (Vec::new(), Vec::new());
+        if !some.is_empty() {
+            let question = Question { layer, heads, scale, latent, asked: &some };
+            (output, lse) = self.on_a_lane(|lane| lane.answer(self, &question))?;
         }
-        let mut lane = self.idle_lane()?;
-        let answer = lane.answer(self, &question)?;
-        // A lane that failed is not used again.
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
-        Ok(answer)
+        // Every sequence's rows, in order; over no pages there is nothing.
+        let (mut output, mut lse) = (output.into_iter(), lse.into_iter());
+        let part = |one: &Asked<'_>| {
+            let rows = one.queries.len() / width;
+            match is_asked(&one) {
+                true => (output.by_ref().take(rows * latent).collect(), lse.by_ref().take(rows).collect()),
+                false => (vec![0.0; rows * latent], vec![f32::NEG_INFINITY; rows]),
+            }
+        };
+        Ok(asked.iter().map(part).collect())
+    }
+
+    fn page(&self, layer: usize, page: u32) -> Result<Vec<u8>> {
+        self.check_place(layer, &[page])?;
+        let bytes = self.layer_bytes / self.shape.pages;
+        let mut out = vec![0; bytes];
+        self.on_a_lane(|lane| {
+            lane.stream.read(&self.latents, layer * self.layer_bytes + page as usize * bytes, &mut out)
+        })?;
+        Ok(out)
     }
 }
 
-/// What is asked, as [`LatentReader::attend`] has it.
+/// What is asked, as [`LatentReader::attend_all`] has it.
 struct Question<'a> {
     layer: usize,
-    pages: &'a [u32],
     heads: usize,
     scale: f32,
     latent: usize,
-    queries: &'a [f32],
+    asked: &'a [Asked<'a>],
 }
 
 impl Question<'_> {
-    /// Who attends to what: all tokens at the position behind the pages, so that they see every key.
-    fn plan(&self, tokens: usize, device: &Device) -> Result<Attention> {
-        let end = (self.pages.len() * PAGE_TOKENS) as u64;
-        if end + tokens as u64 > u64::from(u32::MAX) {
-            return Err(BackendError::Range { what: "position", index: end, limit: u64::from(u32::MAX) });
+    /// Who attends to what: all tokens of a sequence at the position behind its pages, so that they see every key.
+    fn plan(&self, width: usize, device: &Device) -> Result<Attention> {
+        let mut rows = Vec::with_capacity(self.asked.len());
+        for one in self.asked {
+            let tokens = one.queries.len() / (self.heads * width);
+            let end = (one.pages.len() * PAGE_TOKENS) as u64;
+            if end + tokens as u64 > u64::from(u32::MAX) {
+                return Err(BackendError::Range { what: "position", index: end, limit: u64::from(u32::MAX) });
+            }
+            rows.push(Row {
+                tokens: tokens as u32,
+                position: end,
+                read_slot: 0,
+                write_slot: 0,
+                segments: vec![Segment { start: 0, end, pages: one.pages.to_vec() }],
+            });
         }
-        let row = Row {
-            tokens: tokens as u32,
-            position: end,
-            read_slot: 0,
-            write_slot: 0,
-            segments: vec![Segment { start: 0, end, pages: self.pages.to_vec() }],
-        };
-        let batch = StepBatch { tokens: Vec::new(), rows: vec![row], logits: Vec::new() };
+        let batch = StepBatch { tokens: Vec::new(), rows, logits: Vec::new() };
         let planning = Planning { heads: self.heads, items: 2 * device.multiprocessors() as usize, stretch: 0 };
         Ok(Attention::plan(&batch, planning))
     }
 }
 
-/// A stream with memory for one question at a time.
+/// A stream with memory for one question at a time. Fields are dropped in order: copies end with the stream.
 #[derive(Debug)]
 struct Lane {
     stream: Stream,
     /// The last is in use. Smaller ones stay until the end: freeing memory waits for all work of the device, and an answer
     /// must not.
     memory: Vec<Buffer>,
+    /// The same for what crosses: question and answer as they lie at the beginning of the memory.
+    host: Vec<Pinned>,
 }
 
 impl Lane {
     fn new(device: &Device) -> Result<Self> {
-        Ok(Self { stream: Stream::new(device)?, memory: Vec::new() })
+        Ok(Self { stream: Stream::new(device)?, memory: Vec::new(), host: Vec::new() })
     }
 
-    /// Number of the buffer to use, which has at least `bytes`.
-    fn grow(&mut self, bytes: usize) -> Result<usize> {
+    /// Makes room for `bytes` on the device, of which the first `crossing` are copied.
+    fn grow(&mut self, bytes: usize, crossing: usize) -> Result<()> {
         if self.memory.last().is_none_or(|buffer| buffer.bytes() < bytes) {
             let bytes = bytes.next_power_of_two();
             self.memory.push(Buffer::new(self.stream.device(), bytes, "answers for other replicas")?);
         }
-        Ok(self.memory.len() - 1)
+        if self.host.last().is_none_or(|host| host.as_slice().len() < crossing) {
+            self.host.push(Pinned::new(self.stream.device(), crossing.next_power_of_two())?);
+        }
+        Ok(())
     }
 
     fn answer(&mut self, reader: &Reader, question: &Question<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
         let width = reader.shape.latent_width;
-        let (rows, latent) = (question.queries.len() / width, question.latent);
-        let plan = question.plan(rows / question.heads, &reader.device)?;
+        let latent = question.latent;
+        let values: Vec<&[f32]> = question.asked.iter().map(|one| one.queries).collect();
+        let values = values.concat();
+        let rows = values.len() / width;
+        let plan = question.plan(width, &reader.device)?;
         let part_rows = question.heads.max(ITEM_ROWS);
         let parts = plan.parts as usize * part_rows;
 
         // What goes to the device lies first, in one piece.
         let mut sent = Vec::new();
-        let queries = append(&mut sent, cast_slice(question.queries));
+        let queries = append(&mut sent, cast_slice(&values));
         let items = append(&mut sent, cast_slice(&plan.items));
         let ranges = append(&mut sent, cast_slice(&plan.ranges));
         let merges = append(&mut sent, cast_slice(&plan.merges));
@@ -167,9 +219,12 @@ impl Lane {
         let part_output = (lse + rows * 4).next_multiple_of(ALIGNMENT);
         let part_lse = (part_output + parts * latent * 4).next_multiple_of(ALIGNMENT);
 
-        let last = self.grow(part_lse + parts * 4)?;
-        let memory = &self.memory[last];
-        self.stream.write(memory, 0, &sent)?;
+        self.grow(part_lse + parts * 4, lse + rows * 4)?;
+        let missing = || BackendError::Device("no memory for an answer".into());
+        let memory = self.memory.last().ok_or_else(missing)?;
+        let host = self.host.last_mut().ok_or_else(missing)?;
+        host.as_mut_slice()[..sent.len()].copy_from_slice(&sent);
+        self.stream.write_pinned(memory, host, sent.len())?;
         let at = |offset: usize| memory.address() + offset as u64;
         let params = MlaAttendParams {
             queries: at(queries),
@@ -191,8 +246,9 @@ impl Lane {
         };
         let launch = Launch { items: plan.items.len(), merges: plan.merges.len(), item_tokens: plan.item_tokens };
         reader.kernels.launch(&self.stream, &params, &launch)?;
-        let mut values = vec![0.0_f32; rows * (latent + 1)];
-        self.stream.read(memory, output, bytemuck::cast_slice_mut(&mut values))?;
+        let found = &mut host.as_mut_slice()[output..lse + rows * 4];
+        self.stream.read(memory, output, found)?;
+        let mut values: Vec<f32> = found.as_chunks().0.iter().map(|&bytes| f32::from_ne_bytes(bytes)).collect();
         let sums = values.split_off(rows * latent);
         Ok((values, sums))
     }

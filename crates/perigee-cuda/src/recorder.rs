@@ -34,6 +34,11 @@ impl Recorder {
         }
     }
 
+    /// Whether ops are recorded and not run.
+    pub(crate) fn is_recording(&self) -> bool {
+        self.recording.is_some()
+    }
+
     pub(crate) fn note_run(&mut self) {
         self.has_run = true;
     }
@@ -47,6 +52,7 @@ fn only_decodes(batch: &StepBatch) -> bool {
 impl CudaBackend {
     /// Gives up a recording whose step failed.
     pub(crate) fn abandon_recording(&mut self) {
+        self.deferred_sum = None;
         if self.recorder.recording.take().is_some() {
             Graph::abandon(&self.stream);
         }
@@ -89,6 +95,9 @@ impl CudaBackend {
 
     /// Ends the recording and runs it.
     pub(crate) fn recording_end(&mut self) -> Result<()> {
+        if let Some(sum) = self.deferred_sum.take() {
+            self.moe_combine(&sum)?;
+        }
         let Some(rows) = self.recorder.recording.take() else { return Ok(()) };
         let graph = Graph::end(&self.stream)?;
         graph.launch(&self.stream)?;

@@ -124,8 +124,8 @@ impl Stream {
             index: bytes as u64,
             limit: from.as_slice().len() as u64,
         })?;
-        // SAFETY: both ranges were checked; `Upload` owns `from` and waits on an event recorded after this copy before it
-        // refills or drops it.
+        // SAFETY: both ranges were checked. `Upload` owns `from` and waits on an event recorded after this copy before it
+        // refills or drops it; a `Lane` of the reader waits for the stream before it does, or has dropped it before.
         unsafe { result::memcpy_htod_async(address, source, self.raw) }.map_err(fault("copying to the device"))
     }
 

@@ -96,6 +96,11 @@ impl Download {
         self.source.address()
     }
 
+    /// Makes everything there zero, in stream order.
+    pub(crate) fn clear(&self, stream: &Stream) -> Result<()> {
+        stream.fill(&self.source, 0, self.source.bytes(), 0)
+    }
+
     /// Queues the copy of the first `bytes`, as work queued before leaves them. It is read by the number that is returned,
     /// before the copy after the next one is queued.
     pub(crate) fn fetch(&mut self, stream: &Stream, bytes: usize) -> Result<usize> {

@@ -179,6 +179,23 @@ pub trait Executor: Send {
     fn digest_slot(&mut self, _slot: u32) -> Result<TensorDigests, ExecutorError> {
         Err(ExecutorError::moves_nothing())
     }
+    /// How a replica on the same machine reaches this one's slots, by rank; none where it cannot.
+    fn share_slots(&mut self) -> Result<Option<Vec<Vec<u8>>>, ExecutorError> {
+        Ok(None)
+    }
+    /// Opens another replica's slots, to be closed as often as it was opened. Where that fails, slices are sent instead.
+    fn open_slots(&mut self, _shared: &[Vec<u8>]) -> Result<(), ExecutorError> {
+        Err(ExecutorError::moves_nothing())
+    }
+    /// Copies a slot of another replica, which it does not change meanwhile, to one of this replica's. After an error the
+    /// slot holds anything.
+    fn take_slot(&mut self, _shared: &[Vec<u8>], _from: u32, _slot: u32) -> Result<(), ExecutorError> {
+        Err(ExecutorError::moves_nothing())
+    }
+    /// Another replica's slots are not needed any more.
+    fn close_slots(&mut self, _shared: &[Vec<u8>]) -> Result<(), ExecutorError> {
+        Ok(())
+    }
     /// Pages with their digests, of every page in order all MLA layers; from the leader, since all ranks hold the same.
     fn export_pages(&mut self, _pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {
         Err(ExecutorError::moves_nothing())

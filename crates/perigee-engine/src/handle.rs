@@ -85,10 +85,11 @@ pub(crate) enum Command {
     Abort(SessionId, u64),
     Move(RouterId, SessionId, MoveCommand, Option<(Target, Mode)>),
     TakeOver(RouterId, TakeOver),
-    /// The first tokens of a handoff from here are out, and the target has room for it.
+    /// The first tokens of a handoff from here are out, and the target has room for it; whether it reaches the slots here.
     HandoffOpened {
         session: SessionId,
         next: u64,
+        reaches_slots: bool,
     },
     /// How a handoff from here ended.
     HandoffDone {
@@ -99,7 +100,8 @@ pub(crate) enum Command {
     HandoffOffer {
         header: Box<Header>,
         demand: Demand,
-        reply: Reply<()>,
+        /// Whether this replica reaches the source's slots.
+        reply: Reply<bool>,
     },
     HandoffParts {
         session: SessionId,

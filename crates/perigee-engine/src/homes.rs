@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
-use perigee_backend::{LatentReader, PAGE_TOKENS};
+use perigee_backend::{Asked, LatentReader, PAGE_TOKENS};
 use perigee_migration::attend::{AnswerStatus, HeadRange, SessionAnswer, SessionQuery};
 use perigee_migration::{AnswerBatch, AttendError, AttendShape, QueryBatch};
 
@@ -179,9 +179,38 @@ impl HomeDirectory {
         message: &[u8],
     ) -> Result<Vec<u8>, AttendError> {
         let question = QueryBatch::decode(message, &model.shape)?;
-        let sessions = question.sessions.iter().map(|query| self.answer_one(reader, model, (&question.heads, query)));
-        let answer = AnswerBatch { heads: question.heads, sessions: sessions.collect() };
+        let answer = AnswerBatch { heads: question.heads, sessions: self.answer_all(reader, model, &question) };
         answer.encode(&question)
+    }
+
+    /// All sessions of a question at once, and one by one those for which that came to nothing.
+    fn answer_all(
+        &self,
+        reader: &dyn LatentReader,
+        model: &AnswerModel,
+        QueryBatch { heads, sessions, .. }: &QueryBatch,
+    ) -> Vec<SessionAnswer> {
+        let alone = |query: &SessionQuery| self.answer_one(reader, model, (heads, query));
+        let found: Vec<_> =
+            sessions.iter().map(|query| self.find(&query.session, query.epoch, &query.ranges)).collect();
+        let queries: Vec<Vec<f32>> = sessions.iter().map(|query| query.values.to_f32()).collect();
+        let held = found.iter().zip(&queries).filter_map(|(held, queries)| Some((held.as_ref().ok()?, queries)));
+        let asked: Vec<Asked<'_>> = held.map(|(held, queries)| Asked { pages: &held.pages, queries }).collect();
+        let (layer, count) = (heads.layer as usize, heads.heads as usize);
+        let parts = match asked.len() {
+            0 | 1 => return sessions.iter().map(alone).collect(),
+            _ => reader.attend_all(layer, count, model.scale, heads.latent as usize, &asked),
+        };
+        // Whose question it was that failed is found by asking for each alone.
+        let mut parts = parts.unwrap_or_default().into_iter();
+        let answer = |(query, held): (&SessionQuery, &Result<Held, AnswerStatus>)| match held {
+            Err(status) => SessionAnswer::refused(query, *status),
+            Ok(held) => match parts.next() {
+                Some(part) if self.is_held(&query.session, held) => answered(query, part),
+                _ => alone(query),
+            },
+        };
+        sessions.iter().zip(&found).map(answer).collect()
     }
 
     fn answer_one(
@@ -202,13 +231,7 @@ impl HomeDirectory {
                 continue;
             }
             match part {
-                Ok((output, lse)) if output.iter().chain(&lse).all(|value| value.is_finite()) => {
-                    return SessionAnswer::answered(query, output, lse);
-                }
-                Ok(_) => {
-                    tracing::error!(session = query.session, "attention over kept pages is not finite");
-                    return SessionAnswer::refused(query, AnswerStatus::Missing);
-                }
+                Ok(part) => return answered(query, part),
                 Err(error) => {
                     tracing::warn!(session = query.session, %error, "a question could not be answered");
                     return SessionAnswer::refused(query, AnswerStatus::Busy);
@@ -245,6 +268,15 @@ impl HomeDirectory {
         let next = Arc::new(next);
         *self.inner.entries.write() = next;
     }
+}
+
+/// A part that was computed over pages that were kept all the time, if it can be one.
+fn answered(query: &SessionQuery, (output, lse): (Vec<f32>, Vec<f32>)) -> SessionAnswer {
+    if output.iter().chain(&lse).all(|value| value.is_finite()) {
+        return SessionAnswer::answered(query, output, lse);
+    }
+    tracing::error!(session = query.session, "attention over kept pages is not finite");
+    SessionAnswer::refused(query, AnswerStatus::Missing)
 }
 
 impl std::fmt::Debug for HomeDirectory {
@@ -416,6 +448,51 @@ mod tests {
         assert_eq!(ask(&homes, &damaged, 1, 1).status, AnswerStatus::Missing);
         assert_eq!(ask(&homes, &plain(), 1, 2).status, AnswerStatus::Busy);
         assert_eq!(ask(&homes, &plain(), 1, 1).status, AnswerStatus::Answered);
+    }
+
+    #[test]
+    fn sessions_of_a_question_are_answered_together_and_one_that_fails_fails_alone() {
+        let homes = HomeDirectory::new();
+        for (session, page) in [("a", 4), ("b", 5), ("c", 13), ("e", 6)] {
+            homes.publish(session, pages(&[(0, &[page])]), 1);
+        }
+        let heads = HeadRange { layer: 1, first_head: 2, heads: 2, latent: 3, rope: 2 };
+        let asked = |sessions: &[&str]| {
+            let query = |session: &&str| SessionQuery {
+                session: (*session).to_owned(),
+                epoch: 1,
+                ranges: std::iter::once(0..64).collect(),
+                tokens: 2,
+                values: QueryValues::from_f32(&[0.25; 20], DType::Fp32),
+            };
+            QueryBatch { heads, dtype: DType::Fp32, sessions: sessions.iter().map(query).collect() }
+        };
+        let answers = |question: &QueryBatch, reader: &dyn LatentReader| {
+            let answer = homes.answer(reader, &MODEL, &question.encode(&MODEL.shape).unwrap()).unwrap();
+            let sessions = AnswerBatch::decode(&answer, question, &MODEL.shape).unwrap().sessions;
+            sessions.iter().map(|one| (one.status, one.output.first().copied())).collect::<Vec<_>>()
+        };
+        let (answered, none) = (AnswerStatus::Answered, None);
+        let question = asked(&["b", "d", "a"]);
+        assert_eq!(
+            answers(&question, &plain()),
+            [(answered, Some(5.0)), (AnswerStatus::Unknown, none), (answered, Some(4.0))]
+        );
+        let question = asked(&["a", "c", "b"]);
+        assert_eq!(
+            answers(&question, &plain()),
+            [(answered, Some(4.0)), (AnswerStatus::Busy, none), (answered, Some(5.0))]
+        );
+        // One whose pages go while all are read is no answer, the others are.
+        let withdraws = Reader(|pages: &[u32]| {
+            homes.withdraw("e");
+            pages[0] as f32
+        });
+        let question = asked(&["a", "e", "b"]);
+        assert_eq!(
+            answers(&question, &withdraws),
+            [(answered, Some(4.0)), (AnswerStatus::Unknown, none), (answered, Some(5.0))]
+        );
     }
 
     #[test]

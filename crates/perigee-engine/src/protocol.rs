@@ -36,6 +36,10 @@ pub struct PageBytes {
     pub bytes: Vec<u8>,
 }
 
+/// How a rank's slots are reached, as its backend says it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedSlots(#[serde(with = "serde_bytes")] pub Vec<u8>);
+
 /// One command.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RankCommand {
@@ -92,6 +96,27 @@ pub enum RankCommand {
     DigestSlot {
         /// The slot.
         slot: u32,
+    },
+    /// Answer with how a process on the same machine reaches this rank's slots; nothing where it cannot.
+    ShareSlots,
+    /// Open slots of another replica's ranks, until they are closed.
+    OpenSlots {
+        /// By rank.
+        shared: Vec<SharedSlots>,
+    },
+    /// Copy a slot of another replica, from the rank of this rank's number.
+    TakeSlot {
+        /// By rank.
+        shared: Vec<SharedSlots>,
+        /// Slot there.
+        from: u32,
+        /// Slot here.
+        slot: u32,
+    },
+    /// Close slots of another replica's ranks.
+    CloseSlots {
+        /// By rank.
+        shared: Vec<SharedSlots>,
     },
     /// Overwrite the beginnings of pages.
     ImportPages {
@@ -177,6 +202,10 @@ mod tests {
             RankCommand::ExportSlot { from: StateSource::Parked(5) },
             RankCommand::ImportState { slot: 1, parts: vec![state(), state()] },
             RankCommand::DigestSlot { slot: 2 },
+            RankCommand::ShareSlots,
+            RankCommand::OpenSlots { shared: vec![SharedSlots(vec![9; 200]), SharedSlots(Vec::new())] },
+            RankCommand::TakeSlot { shared: vec![SharedSlots(vec![0, 255])], from: 3, slot: 4 },
+            RankCommand::CloseSlots { shared: Vec::new() },
             RankCommand::Note { notes: TraceNotes { begun: vec![(u64::MAX, context)], ended: vec![7] } },
             RankCommand::ImportPages { pages: vec![PageBytes { page: 1, layer: 2, bytes: vec![1; 300] }] },
             RankCommand::DigestPages { pages },

@@ -308,6 +308,22 @@ impl<B: Backend> Executor for Ranks<B> {
         self.slot_digests(slot)
     }
 
+    fn share_slots(&mut self) -> Result<Option<Vec<Vec<u8>>>, ExecutorError> {
+        self.shared_slots()
+    }
+
+    fn open_slots(&mut self, shared: &[Vec<u8>]) -> Result<(), ExecutorError> {
+        self.open_peer(shared)
+    }
+
+    fn take_slot(&mut self, shared: &[Vec<u8>], from: u32, slot: u32) -> Result<(), ExecutorError> {
+        self.tell(&RankCommand::TakeSlot { shared: moves::by_rank(shared), from, slot }).map(drop)
+    }
+
+    fn close_slots(&mut self, shared: &[Vec<u8>]) -> Result<(), ExecutorError> {
+        self.tell(&RankCommand::CloseSlots { shared: moves::by_rank(shared) }).map(drop)
+    }
+
     fn export_pages(&mut self, pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {
         self.page_slices(pages)
     }

@@ -5,7 +5,8 @@
 //! A stream begins with the mark `PRGM` and a version, then has these parts in this order: header; any number of runs of
 //! token ids, which may leave while the source still steps; the frozen record; the segment table; state slices and pages
 //! in any order; the trailer. The segment table comes before everything large, so that a target knows which pages are
-//! due, and can refuse, before they arrive. Each part is
+//! due, and can refuse, before they arrive. Where the target reaches the source's memory, one part with the number of a slot
+//! and its digests stands for all state slices, and the target copies the slot. Each part is
 //!
 //! | bytes | field |
 //! | --- | --- |
@@ -32,7 +33,7 @@ pub use chunk::{CHUNK_BYTES, CHUNK_LIMIT};
 pub use decode::HandoffDecoder;
 pub use encode::HandoffEncoder;
 pub use error::{ChunkError, HandoffError, PartName};
-pub use slice::{PageSlice, RankSlice, StateSlice};
+pub use slice::{HeldState, PageSlice, RankSlice, StateSlice};
 
 use crate::digest::TensorDigests;
 use crate::geometry::Geometry;
@@ -85,6 +86,8 @@ pub enum Part {
     Segments(SegmentTable),
     /// Some heads of a state tensor.
     State(StateSlice),
+    /// The whole state, which the target takes out of the source's slot.
+    Held(HeldState),
     /// A page of an MLA layer, or the filled part of the last one.
     Page(PageSlice),
     /// The last one: everything that was due has arrived.

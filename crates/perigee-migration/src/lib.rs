@@ -19,6 +19,8 @@ pub use codec::{Crc, FieldError};
 pub use digest::{Digest, DigestMismatch, TensorDigests};
 pub use epochs::{Coordinator, Party};
 pub use geometry::{Geometry, GeometryError, Layout, PAGE_POSITIONS, STATE_KINDS, Tensor};
-pub use handoff::{Expected, HandoffDecoder, HandoffEncoder, HandoffError, Header, PageSlice, Part, StateSlice};
+pub use handoff::{
+    Expected, HandoffDecoder, HandoffEncoder, HandoffError, Header, HeldState, PageSlice, Part, StateSlice,
+};
 pub use merge::{MergeError, merge};
 pub use segments::{Arrival, Mode, Place, Segment, SegmentError, SegmentTable};

@@ -5,11 +5,13 @@
 mod carry;
 mod course;
 mod faults;
+mod neighbours;
 mod relay;
 
 pub use carry::{Carriage, Tamper};
 pub use course::{Course, Message, Moment, Order, Trouble};
 pub use faults::{Fault, Poisoned, Stage};
+pub use neighbours::Neighbours;
 pub use relay::Relay;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -34,6 +36,7 @@ use perigee_worker::moving::attend_shape;
 
 use self::carry::{Home, Homes, Questions};
 use self::faults::Faulty;
+use self::neighbours::Sharing;
 use crate::error::{Result, TestkitError};
 
 /// Longest wait for a rank that is alive.
@@ -62,6 +65,8 @@ pub struct WorldSpec {
     pub follow: FollowPolicy,
     /// A fault to plant in every replica.
     pub fault: Option<(Fault, Stage)>,
+    /// What replicas reach of each other's state slots; none where they reach nothing.
+    pub neighbours: Option<Neighbours>,
 }
 
 impl WorldSpec {
@@ -78,6 +83,7 @@ impl WorldSpec {
             grace: Duration::from_secs(10),
             follow: FollowPolicy::Never,
             fault: None,
+            neighbours: None,
         }
     }
 }
@@ -162,7 +168,8 @@ impl World {
                 homes.insert(name.clone(), home);
             }
             let poisoned = Arc::new(Poisoned::default());
-            let executor = Box::new(Faulty::new(ranks, spec.fault, poisoned.clone()));
+            let executor = Faulty::new(ranks, spec.fault, poisoned.clone());
+            let executor = Box::new(Sharing::new(executor, spec.neighbours.clone(), &name, degree));
             let asked = Arc::new(Asked::default());
             let moves = MoveConfig {
                 place: Place {

@@ -10,45 +10,8 @@ use perigee_telemetry::{Service, TelemetryOptions};
 use perigee_tls::ServerTlsOptions;
 
 use crate::addresses;
+use crate::device::Device;
 use crate::move_options::MoveOptions;
-
-/// A device as the command line names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Device {
-    /// CPUs of this machine.
-    Cpu,
-    /// GPUs; rank r takes entry r modulo the length.
-    Cuda(Vec<u32>),
-}
-
-impl std::str::FromStr for Device {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("expected cpu, cuda or cuda:I,J,.. and found {text:?}");
-        match text.split_once(':') {
-            None if text == "cpu" => Ok(Self::Cpu),
-            None if text == "cuda" => Ok(Self::Cuda(vec![0])),
-            Some(("cuda", list)) => {
-                let cards: Result<Vec<u32>, _> = list.split(',').map(str::parse).collect();
-                cards.map(Self::Cuda).map_err(|_| wrong())
-            }
-            _ => Err(wrong()),
-        }
-    }
-}
-
-impl std::fmt::Display for Device {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(cards) => {
-                let cards: Vec<String> = cards.iter().map(u32::to_string).collect();
-                write!(f, "cuda:{}", cards.join(","))
-            }
-        }
-    }
-}
 
 /// Type of activations, caches and products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -75,7 +38,8 @@ pub struct EngineOptions {
     /// tiny, wide, 48b or 48b-e16.
     #[arg(long, default_value = perigee_demo::NAME)]
     pub model: String,
-    /// Device: cpu, cuda or cuda:I,J,..; rank r takes entry r modulo the length.
+    /// Device: cpu, cuda or cuda:I,J,..; rank r takes entry r modulo the length, and replicas of
+    /// `up` the entries behind each other's.
     #[arg(long, default_value = "cpu")]
     pub device: Device,
     /// Type of activations and caches; by default fp32 on cpu and bf16 on cuda.

@@ -101,10 +101,10 @@ async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Optio
         let mut answers = client.handoff(request).await.map_err(refused)?.into_inner();
         while let Some(answer) = answers.message().await.map_err(refused)? {
             match answer.body {
-                Some(handoff_answer::Body::Room(_)) => {
+                Some(handoff_answer::Body::Room(room)) => {
                     if let Some(on_room) = on_room.take() {
                         // A handoff that is called off needs no room.
-                        let _ = on_room.send(());
+                        let _ = on_room.send(room.reaches_slots);
                     }
                 }
                 Some(handoff_answer::Body::Result(result)) => return Ok(result),
@@ -149,8 +149,8 @@ struct Sent {
 /// Everything that is to be sent, then the mark of a good end. None if it was called off.
 async fn send(outgoing: &mut Outgoing, chunks: &mpsc::Sender<Option<HandoffChunk>>) -> Option<Sent> {
     let mut sent = Sent::default();
-    let Demand { pages, positions, remote } = outgoing.demand();
-    let mut demand = Some(HandoffDemand { pages, positions, remote });
+    let Demand { pages, positions, remote, slots } = outgoing.demand();
+    let mut demand = Some(HandoffDemand { pages, positions, remote, slots });
     while let Some(data) = outgoing.next_chunk().await {
         let (began, demand) = (Instant::now(), demand.take());
         sent.bytes += data.len() as u64;
@@ -241,13 +241,13 @@ async fn take(
 ) -> Result<(), Status> {
     let mut has_told = false;
     while let Some(chunk) = within(chunks.message()).await? {
-        if let Some(HandoffDemand { pages, positions, remote }) = chunk.demand {
-            incoming.demands(Demand { pages, positions, remote });
+        if let Some(HandoffDemand { pages, positions, remote, slots }) = chunk.demand {
+            incoming.demands(Demand { pages, positions, remote, slots });
         }
         incoming.push(&chunk.data).await.map_err(refused)?;
         if !has_told && incoming.has_room() {
             has_told = true;
-            let body = Some(handoff_answer::Body::Room(HandoffRoom {}));
+            let body = Some(handoff_answer::Body::Room(HandoffRoom { reaches_slots: incoming.reaches_slots() }));
             // Where nobody listens any more, the call ends.
             let _ = answers.send(Ok(HandoffAnswer { body })).await;
         }

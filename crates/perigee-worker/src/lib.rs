@@ -9,6 +9,7 @@ pub mod bench;
 mod compile;
 pub mod config;
 mod convert;
+mod device;
 pub mod error;
 pub mod events;
 pub mod front;
@@ -36,7 +37,8 @@ mod service;
 mod signals;
 mod warm;
 
-pub use config::{Device, EngineOptions, WorkerConfig};
+pub use config::{EngineOptions, WorkerConfig};
+pub use device::Device;
 pub use error::WorkerError;
 pub use events::{ReadyEvent, WorkerEvent};
 pub use identity::ReplicaIdentity;

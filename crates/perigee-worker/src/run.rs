@@ -11,7 +11,8 @@ use perigee_registry::ReplicaStatus;
 use perigee_tls::Tls;
 
 use crate::announce::Announcer;
-use crate::config::{Device, WorkerConfig};
+use crate::config::WorkerConfig;
+use crate::device::Device;
 use crate::error::{Result, WorkerError};
 use crate::events;
 use crate::front::{self, OpenFront};

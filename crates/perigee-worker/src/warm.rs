@@ -5,7 +5,7 @@ use perigee_backend::{Backend, Row, Segment, StepBatch};
 use perigee_engine::executor::{Executor, StepPlan};
 use perigee_engine::ranks::Ranks;
 
-use crate::config::Device;
+use crate::device::Device;
 use crate::error::Result;
 
 /// Runs steps of one token a row through every rank: one such step, and on GPUs one of every recorded size, the largest

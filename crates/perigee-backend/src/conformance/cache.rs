@@ -26,6 +26,7 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
         for (what, body) in [
             ("clear, poison and copy", slots::<F> as fn(&mut F, &mut Checks, &KdaLayer) -> Result<()>),
             ("head ranges", head_ranges::<F>),
+            ("sums", sums::<F>),
             ("out of range", slots_out_of_range::<F>),
         ] {
             let name = format!("state_slots/{what}/{}x{}", shape.heads, shape.head_dim);
@@ -120,6 +121,36 @@ fn head_ranges<F: Factory>(factory: &mut F, checks: &mut Checks, model: &KdaLaye
     checks.equal("the source", &bench.export(from)?, &whole);
     checks.equal("the other layer", &whole_slot(&mut bench, to)?[..4], &other_layer);
     Ok(())
+}
+
+/// What both sides of a move compare: every element by its number in the whole model.
+fn sums<F: Factory>(factory: &mut F, checks: &mut Checks, model: &KdaLayer) -> Result<()> {
+    let mut bench = KdaBench::open(factory, model)?;
+    let mut draw = Draw::new(3);
+    for (slot, first_head) in [(2, 0), (SLOTS - 1, 7), (2, 1 << 14)] {
+        bench.harness.backend.clear_slots(&[slot])?;
+        let state = KdaState::drawn(&model.shape, &mut draw, bench.harness.activation);
+        bench.import(slot, &state)?;
+        let found = bench.harness.backend.state_sums(slot, first_head)?;
+        let tensors = whole_slot(&mut bench, slot)?;
+        let expected: Vec<u64> = tensors
+            .iter()
+            .zip(KINDS.into_iter().cycle())
+            .map(|(bytes, kind)| {
+                let first = u64::from(first_head) * bench.head_elements(kind) as u64;
+                weighted(bytes, bench.dtype(kind).bytes(), first)
+            })
+            .collect();
+        checks.equal(&format!("sums of slot {slot}, heads from {first_head} on"), &found, &expected);
+    }
+    checks.refused("sums of a slot that is not there", bench.harness.backend.state_sums(SLOTS, 0));
+    Ok(())
+}
+
+fn weighted(bytes: &[u8], size: usize, first: u64) -> u64 {
+    let bits =
+        bytes.chunks_exact(size).map(|chunk| chunk.iter().rev().fold(0, |bits, &byte| bits << 8 | u64::from(byte)));
+    (first..).zip(bits).fold(0, |sum: u64, (index, bits)| sum.wrapping_add((index + 1).wrapping_mul(bits)))
 }
 
 fn slots_out_of_range<F: Factory>(factory: &mut F, checks: &mut Checks, model: &KdaLayer) -> Result<()> {

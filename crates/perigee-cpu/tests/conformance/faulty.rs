@@ -57,6 +57,8 @@ pub(crate) enum Fault {
     KeepsCopies,
     /// A head range is imported to the first heads.
     ImportsFirstHeads,
+    /// Sums over a slot number its heads as if they were the model's first.
+    SumsOwnHeads,
 }
 
 /// The backend and its fault.
@@ -378,6 +380,11 @@ impl<B: Backend> Backend for Faulty<B> {
     fn import_state(&mut self, slot: u32, part: &StatePart, bytes: &[u8]) -> Result<()> {
         let first_head = if self.is(Fault::ImportsFirstHeads) { 0 } else { part.first_head };
         self.inner.import_state(slot, &StatePart { first_head, ..*part }, bytes)
+    }
+
+    fn state_sums(&mut self, slot: u32, first_head: u32) -> Result<Vec<u64>> {
+        let first_head = if self.is(Fault::SumsOwnHeads) { 0 } else { first_head };
+        self.inner.state_sums(slot, first_head)
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {

@@ -9,6 +9,7 @@ use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
 use crate::formula::Fault;
 use crate::loader::{Loader, Placement};
+use crate::module::Kernel;
 use crate::needs::{self, CHUNK_TOKENS, MORE_CHUNKS};
 use crate::params::KdaParams;
 use crate::step::Section;
@@ -17,6 +18,16 @@ use crate::tensor::{Matrix, Tensor};
 
 /// Most channels of a head, one thread each.
 const MOST_CHANNELS: usize = 1024;
+
+/// Tokens that a thread of the convolution walks through.
+const CONV_TOKENS: usize = 16;
+/// Pairs of token and head that a warp of the gated norm works through.
+const GATE_PAIRS: usize = 4;
+/// Rows of one token up to which their kernel computes the gates too; beyond, each row's reading of their weights costs more than
+/// a product of its own.
+const GATE_ROWS: usize = 8;
+/// Rows of one token from which their kernel is bound by the states' bytes.
+const BULK_ROWS: usize = 24;
 
 /// Value channels of one block of the scan.
 const SCAN_COLUMNS: usize = 32;
@@ -99,24 +110,26 @@ impl CudaBackend {
         let [projected, gates, mixed] = self.kda_places(layer)?;
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
         let operands = Operands { input: x.address(), weight: layer.projection.address(), out: projected };
-        self.blas.run(&self.stream, &product, operands)?;
-        let product = Product {
-            input_pitch: width,
-            out_pitch: 2 * channels,
-            batch: 2,
-            input_stride: shape.head_dim,
-            weight_stride: channels * shape.head_dim,
-            out_stride: channels,
-            result: DType::Fp32,
-            ..Product::dense(tokens, shape.head_dim, channels, self.precision)
-        };
-        let input = projected + (3 * channels * element) as u64;
-        self.blas.run(&self.stream, &product, Operands { input, weight: layer.gates.address(), out: gates })?;
+        self.dense(&product, operands)?;
+        if self.kda_gates_kernel(layer).is_none() {
+            let product = Product {
+                input_pitch: width,
+                out_pitch: 2 * channels,
+                batch: 2,
+                input_stride: shape.head_dim,
+                weight_stride: channels * shape.head_dim,
+                out_stride: channels,
+                result: DType::Fp32,
+                ..Product::dense(tokens, shape.head_dim, channels, self.precision)
+            };
+            let input = projected + (3 * channels * element) as u64;
+            self.dense(&product, Operands { input, weight: layer.gates.address(), out: gates })?;
+        }
 
         self.kda_kernels(layer, index, [projected, gates, mixed])?;
         let product = Product::dense(tokens, channels, shape.hidden, self.precision);
         let operands = Operands { input: mixed, weight: layer.output.address(), out: out.address() };
-        self.blas.run(&self.stream, &product, operands)
+        self.dense(&product, operands)
     }
 
     /// Working memory: the input's products, the gates, and what goes into the output product.
@@ -135,7 +148,7 @@ impl CudaBackend {
         let params = self.kda_params(layer, index, places)?;
         match self.kda_fast(layer.shape.head_dim) {
             Some(fast) => {
-                self.kda_decode(fast, &params)?;
+                self.kda_decode(layer, fast, &params)?;
                 self.kda_prefill(fast, &params)
             }
             None => {
@@ -180,6 +193,7 @@ impl CudaBackend {
             state: cache.state(),
             tails: cache.tails(),
             mixed,
+            gate_weights: layer.gates.address(),
             rows: 0,
             chunks: self.step.chunks.address,
             convolved: 0,
@@ -212,12 +226,27 @@ impl CudaBackend {
         self.kernels.kda_fast.iter().position(|fast| fast.head_dim == head_dim)
     }
 
+    /// The kernel that computes the step with its gates, where the step is few rows of one token.
+    fn kda_gates_kernel(&self, layer: &Kda) -> Option<&Kernel<KdaParams>> {
+        let fast = self.kda_fast(layer.shape.head_dim)?;
+        let is_few = self.step.prefill_rows.count == 0 && self.step.decode_rows.count <= GATE_ROWS;
+        self.kernels.kda_fast[fast].decode_gates.as_ref().filter(|_| is_few)
+    }
+
     /// Rows of one token in one fused kernel.
-    fn kda_decode(&self, fast: usize, params: &KdaParams) -> Result<()> {
+    fn kda_decode(&self, layer: &Kda, fast: usize, params: &KdaParams) -> Result<()> {
         let rows = self.step.decode_rows;
         let params = KdaParams { rows: rows.address, ..*params };
-        let grid = Grid::new(rows.count, params.heads as usize, 256);
-        self.stream.launch(&self.kernels.kda_fast[fast].decode, grid, &params)
+        // Heads of a row follow each other, as their states do.
+        let grid = Grid::new(params.heads as usize, rows.count, 256);
+        let fast = &self.kernels.kda_fast[fast];
+        match (self.kda_gates_kernel(layer), &fast.decode_bulk) {
+            (Some(kernel), _) => self.stream.launch(kernel, grid, &params),
+            (None, Some(bulk)) if rows.count >= BULK_ROWS => {
+                self.stream.launch(bulk, grid.shared(fast.state_shared), &params)
+            }
+            _ => self.stream.launch(&fast.decode, grid, &params),
+        }
     }
 
     /// Rows of several tokens by chunks: convolution, then groups of rows whose chunks fit the working memory, then the
@@ -242,7 +271,9 @@ impl CudaBackend {
         params.decay = self.scratch.take(most_heads * dim * 4)?;
 
         let blocks = (3 * channels).div_ceil(256);
-        self.stream.launch(&self.kernels.kda_conv, Grid::new(chunks.count, blocks, 256), &params)?;
+        let mut grid = Grid::new(chunks.count, blocks.div_ceil(4), 256);
+        grid.blocks.2 = CHUNK_TOKENS.div_ceil(CONV_TOKENS) as u32;
+        self.stream.launch(&self.kernels.kda_conv, grid, &params)?;
         self.stream.launch(&self.kernels.kda_tails, Grid::new(rows.count, blocks, 256), &params)?;
         let fast = &self.kernels.kda_fast[fast];
         for group in groups(&self.step.chunk_bounds, most) {
@@ -254,7 +285,7 @@ impl CudaBackend {
             grid.blocks.2 = (dim / SCAN_COLUMNS) as u32;
             self.stream.launch(&fast.scan, grid, &params)?;
         }
-        let warps = (CHUNK_TOKENS * heads).div_ceil(8);
+        let warps = (CHUNK_TOKENS * heads).div_ceil(8 * GATE_PAIRS);
         self.stream.launch(&self.kernels.kda_gate, Grid::new(chunks.count, warps, 256), &params)
     }
 

@@ -73,7 +73,7 @@ impl CudaBackend {
         let product =
             Product { result: DType::Fp32, ..Product::dense(wanted, width, head.weight.rows, self.precision) };
         let target = self.logits_place(head, wanted, out)?;
-        self.blas.run(&self.stream, &product, Operands { input: rows, weight: head.weight.address(), out: target })?;
+        self.dense(&product, Operands { input: rows, weight: head.weight.address(), out: target })?;
         self.gather_logits(head, wanted, target, out)
     }
 }

@@ -126,7 +126,7 @@ impl CudaBackend {
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
         let input = x.address() + (span.first * shape.hidden * element) as u64;
         let operands = Operands { input, weight: layer.projection.address(), out: projected };
-        self.blas.run(&self.stream, &product, operands)?;
+        self.dense(&product, operands)?;
         let (query, query_pitch) = self.mla_queries(layer, projected, tokens)?;
 
         // Keys of a head absorbed into its query: [tokens, n] . [n, R].
@@ -144,7 +144,7 @@ impl CudaBackend {
             ..Product::dense(tokens, shape.nope, shape.latent, self.precision)
         };
         let out = queries.address() + (span.first * shape.heads * shape.cache_width() * 4) as u64;
-        self.blas.run(&self.stream, &product, Operands { input: query, weight: layer.kv_b.address(), out })?;
+        self.dense(&product, Operands { input: query, weight: layer.kv_b.address(), out })?;
 
         let params = MlaStoreParams {
             projected,
@@ -200,7 +200,7 @@ impl CudaBackend {
         let product =
             Product { input_pitch: pitch, ..Product::dense(tokens, rank, layer.query_width(), self.precision) };
         let operands = Operands { input: normed, weight: low_rank.up.address(), out: queries };
-        self.blas.run(&self.stream, &product, operands)?;
+        self.dense(&product, operands)?;
         Ok((queries, layer.query_width()))
     }
 
@@ -325,7 +325,7 @@ impl CudaBackend {
         };
         let product = Product { input_pitch: pitch, ..Product::dense(tokens, width, shape.hidden, self.precision) };
         let operands = Operands { input: values, weight: layer.output.address(), out: out.address() };
-        self.blas.run(&self.stream, &product, operands)
+        self.dense(&product, operands)
     }
 
     /// Values of a head out of its latent average, [tokens, R] . [m, R] transposed, for some tokens, given by their first and
@@ -360,7 +360,7 @@ impl CudaBackend {
             ..Product::dense(tokens, shape.latent, shape.value, self.precision)
         };
         let operands = Operands { input: latent, weight: layer.kv_b.row(shape.nope), out: values };
-        self.blas.run(&self.stream, &product, operands)
+        self.dense(&product, operands)
     }
 }
 

@@ -66,13 +66,13 @@ impl CudaBackend {
         let both = self.scratch.take(tokens * 2 * width * element)?;
         let inner = self.scratch.take(tokens * width * element)?;
         let product = Product::dense(tokens, hidden, 2 * width, self.precision);
-        self.blas.run(&self.stream, &product, Operands { input: x, weight: weights.gate_up, out: both })?;
+        self.dense(&product, Operands { input: x, weight: weights.gate_up, out: both })?;
         let count = tokens * width;
         let params =
             ElementParams { input: both, out: inner, count: count as u64, width: width as u32, block: weights.block };
         let grid = Grid::new(count.div_ceil(256).min(1 << 16), 1, 256);
         self.stream.launch(&self.kernels.silu_mul, grid, &params)?;
         let product = Product::dense(tokens, width, hidden, self.precision);
-        self.blas.run(&self.stream, &product, Operands { input: inner, weight: weights.down, out })
+        self.dense(&product, Operands { input: inner, weight: weights.down, out })
     }
 }

@@ -2,6 +2,7 @@
 //! queues kernels and dense products; what the kernels compute stands beside them.
 
 pub(crate) mod attention;
+pub(crate) mod dense;
 pub(crate) mod embed;
 pub(crate) mod expanded;
 pub(crate) mod kda;
@@ -12,4 +13,5 @@ pub(crate) mod moe;
 pub(crate) mod norm;
 pub(crate) mod reduce;
 pub(crate) mod sample;
+pub(crate) mod state;
 pub(crate) mod wide;

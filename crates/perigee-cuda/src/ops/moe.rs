@@ -7,14 +7,16 @@ use perigee_backend::{BackendError, DType, MlpShape, MoeShape, Result, Routing, 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
+use crate::exchange::Exchange;
 use crate::formula::Fault;
 use crate::kernels::MoeTensor;
 use crate::loader::{Loader, Placement};
-use crate::needs::{self, EXPERT_BLOCK as BLOCK};
+use crate::needs::{self, EXPERT_BLOCK as BLOCK, ROUTER_BLOCKS, ROUTER_TILE};
 use crate::ops::mlp::{GatedWeights, Mlp};
 use crate::ops::wide::WideWeights;
 use crate::params::{
-    ElementParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSortParams, MoeTile,
+    ElementParams, MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams,
+    MoeSelectSortParams, MoeSortParams, MoeTile, NormParams,
 };
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
@@ -23,20 +25,29 @@ use crate::tensor::{Matrix, Tensor};
 const TILE_ROWS: usize = 64;
 /// Columns of a grouped product's tile.
 const TILE_COLUMNS: usize = 64;
-/// Weight rows of a block of the tensor-core products.
-const TENSOR_COLUMNS: usize = 128;
 /// Tokens up to which a shared expert is computed like a routed one: three launches fewer. Beyond, its many rows fill many tiles
 /// that each read its weights, and a dense product is faster.
-const MOST_SHARED: usize = 16;
+const MOST_SHARED: usize = 32;
+/// Rows an expert, on average, up to which the product is one of reading weights.
+const FEW_ROWS: usize = 16;
+/// Depth of a step of that product, and weight rows of a block: half as many where blocks would be too few otherwise.
+const SKINNY_DEPTH: usize = 64;
+const SKINNY_COLUMNS: usize = 128;
+const FEW_TOKENS: usize = 32;
 /// Rows of the smallest tile.
 const LEAST_TILE: usize = 16;
 /// Tokens that a block of the router scores, for this many experts.
 const ROUTER_TOKENS: usize = 4;
 const ROUTER_EXPERTS: usize = 4;
-/// Tokens from which the router is a tiled product, of tiles of this size.
-const ROUTER_TILE: usize = 64;
+/// Tokens from which the router is a tiled product, and the least depth of a part of it.
+const ROUTER_MANY: usize = 16;
+const ROUTER_PART: usize = 128;
 /// Tokens from which the router is a dense product, where its weights are bfloat16 as stored.
 const ROUTER_PRODUCT: usize = 512;
+/// Warps of the block that selects and sorts for few tokens, one for each of them.
+const SELECT_WARPS: usize = 16;
+/// Widest row that one block sums and norms.
+const MOST_FUSED: usize = 2560;
 /// Dynamic shared memory that any block may use without asking.
 const PLAIN_SHARED: usize = 48 << 10;
 
@@ -200,9 +211,29 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             top_k: layer.choices(tokens) as u32,
         };
-        let threads = shape.hidden.div_ceil(4).next_multiple_of(32).min(640) as u32;
-        let grid = Grid::new(tokens, 1, threads).shared(layer.choices(tokens).next_multiple_of(8) * 8);
-        self.stream.launch(&self.kernels.moe_combine, grid, &params)
+        if self.may_defer_sum() && shape.hidden.is_multiple_of(4) && shape.hidden <= MOST_FUSED {
+            self.deferred_sum = Some(params);
+            return Ok(());
+        }
+        self.moe_combine(&params)
+    }
+
+    /// Whether the op that follows is known to be the norm that reads the sum: nothing looks in between into a step that is
+    /// recorded, and a group of one has nothing to add.
+    fn may_defer_sum(&self) -> bool {
+        self.recorder.is_recording() && matches!(self.exchange, Exchange::Alone)
+    }
+
+    /// Queues a weighted sum of experts.
+    pub(crate) fn moe_combine(&self, params: &MoeCombineParams) -> Result<()> {
+        let grid = Grid::new(self.tokens(), 1, sum_threads(params)).shared(sum_shared(params));
+        self.stream.launch(&self.kernels.moe_combine, grid, params)
+    }
+
+    /// Queues a weighted sum of experts and the norm whose delta it is.
+    pub(crate) fn moe_combine_norm(&self, combine: MoeCombineParams, norm: NormParams) -> Result<()> {
+        let grid = Grid::new(self.tokens(), 1, sum_threads(&combine)).shared(sum_shared(&combine));
+        self.stream.launch(&self.kernels.moe_combine_norm, grid, &MoeCombineNormParams { combine, norm })
     }
 
     /// The tensor-core kernels for this layer and step, if there are any: the fewer rows an expert has, the smaller the tile.
@@ -211,6 +242,13 @@ impl CudaBackend {
             return None;
         }
         let rows = self.tokens() * layer.shape.top_k / layer.shape.experts;
+        let (hidden, width) = (layer.shape.hidden, layer.width);
+        let is_deep = hidden.is_multiple_of(SKINNY_DEPTH) && width.is_multiple_of(SKINNY_DEPTH);
+        let most = if self.tokens() <= FEW_TOKENS { SKINNY_COLUMNS / 2 } else { SKINNY_COLUMNS };
+        let skinny = self.kernels.moe_skinny.iter().rfind(|kernel| kernel.columns <= most.min(hidden).min(2 * width));
+        if rows <= FEW_ROWS && is_deep && skinny.is_some() {
+            return skinny;
+        }
         let wanted = if rows <= 8 { 16 } else { rows.min(128) };
         let kernels = &self.kernels.moe_tensor;
         kernels.iter().find(|kernel| kernel.rows >= wanted)
@@ -262,7 +300,7 @@ impl CudaBackend {
         }
         if let Some(tensor) = self.moe_tensor(layer) {
             let grid = |weight_rows: usize| {
-                Grid::new(weight_rows.div_ceil(TENSOR_COLUMNS), tiles(tensor.rows), 256).shared(tensor.shared)
+                Grid::new(weight_rows.div_ceil(tensor.columns), tiles(tensor.rows), 256).shared(tensor.shared)
             };
             self.stream.launch(&tensor.gate_up, grid(2 * layer.width), &up)?;
             return self.stream.launch(&tensor.down, grid(shape.hidden), &down);
@@ -295,7 +333,7 @@ impl CudaBackend {
         let tiles = entries.div_ceil(LEAST_TILE) + layer.experts(tokens);
         let scratch = &mut self.scratch;
         Ok(Work {
-            scores: scratch.take(tokens * shape.experts * 4)?,
+            scores: scratch.take(router_parts(&shape, tokens) * tokens * shape.experts * 4)?,
             chosen: scratch.take(entries * 4)?,
             weights: scratch.take(entries * 4)?,
             source: scratch.take(entries * 4)?,
@@ -313,6 +351,8 @@ impl CudaBackend {
     fn moe_route(&mut self, layer: &Moe, x: &Tensor, forced: u64, work: &Work) -> Result<()> {
         let (tokens, shape) = (self.tokens(), layer.shape);
         let entries = tokens * layer.choices(tokens);
+        let narrow = layer.narrow_router.as_ref().filter(|_| tokens >= ROUTER_PRODUCT);
+        let parts = if narrow.is_some() { 1 } else { router_parts(&shape, tokens) };
         let params = MoeRouterParams {
             x: x.address(),
             weight: layer.router.address(),
@@ -320,21 +360,23 @@ impl CudaBackend {
             tokens: tokens as u32,
             experts: shape.experts as u32,
             hidden: shape.hidden as u32,
-            reserved: 0,
+            parts: parts as u32,
         };
-        if let (Some(weight), true) = (&layer.narrow_router, tokens >= ROUTER_PRODUCT) {
+        if let Some(weight) = narrow {
             let product =
                 Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
             let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };
             self.blas.run(&self.stream, &product, operands)?;
-        } else if tokens >= 4 * ROUTER_TILE {
-            let grid = Grid::new(shape.experts.div_ceil(ROUTER_TILE), tokens.div_ceil(ROUTER_TILE), 256);
+        } else if tokens >= ROUTER_MANY {
+            let tile = ROUTER_TILE;
+            let mut grid = Grid::new(shape.experts.div_ceil(tile), tokens.div_ceil(tile), 256);
+            grid.blocks.2 = parts as u32;
             self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?;
         } else {
             let grid = Grid::new(shape.experts.div_ceil(ROUTER_EXPERTS), tokens.div_ceil(ROUTER_TOKENS), 256);
             self.stream.launch(&self.kernels.moe_router, grid, &params)?;
         }
-        let params = MoeSelectParams {
+        let select = MoeSelectParams {
             scores: work.scores,
             bias: layer.bias.address(),
             forced,
@@ -350,13 +392,15 @@ impl CudaBackend {
             renormalize: u32::from(shape.renormalize),
             scale: shape.scale,
             shared: layer.shared_choices(tokens) as u32,
+            parts: parts as u32,
+            reserved: 0,
         };
-        let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
-        self.stream.launch(&self.kernels.moe_select, grid, &params)?;
         if let Some((kernels, _)) = self.moe_wide(layer) {
+            let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
+            self.stream.launch(&self.kernels.moe_select, grid, &select)?;
             return self.moe_wide_sort(layer, kernels, work);
         }
-        let params = MoeSortParams {
+        let sort = MoeSortParams {
             chosen: work.chosen,
             source: work.source,
             position: work.position,
@@ -368,8 +412,16 @@ impl CudaBackend {
             tile_rows: self.moe_tensor(layer).map_or(TILE_ROWS, |tensor| tensor.rows) as u32,
             routed: shape.experts as u32,
         };
-        let grid = Grid::new(1, 1, 1024).shared(layer.experts(tokens) * 4);
-        self.stream.launch(&self.kernels.moe_sort, grid, &params)
+        let counts = layer.experts(tokens) * 4;
+        let selecting = SELECT_WARPS * select_shared(&shape);
+        if tokens <= SELECT_WARPS && parts == 1 && selecting <= PLAIN_SHARED {
+            let grid = Grid::new(1, 1, 32 * SELECT_WARPS as u32).shared(selecting.max(counts));
+            let both = MoeSelectSortParams { select, sort };
+            return self.stream.launch(&self.kernels.moe_select_sort, grid, &both);
+        }
+        let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
+        self.stream.launch(&self.kernels.moe_select, grid, &select)?;
+        self.stream.launch(&self.kernels.moe_sort, Grid::new(1, 1, 1024).shared(counts), &sort)
     }
 
     /// Room for the layer's own selection; kept until the next layer's. Grows outside of steady state only.
@@ -410,6 +462,25 @@ impl CudaBackend {
 /// Shared memory of one warp of the selection.
 fn select_shared(shape: &MoeShape) -> usize {
     (2 * shape.experts + shape.groups + 2 * shape.top_k) * 4
+}
+
+/// Parts of the depth that the router of a step's tokens is computed in, so that few tokens too occupy the device.
+fn router_parts(shape: &MoeShape, tokens: usize) -> usize {
+    if tokens < ROUTER_MANY {
+        return 1;
+    }
+    let tiles = tokens.div_ceil(ROUTER_TILE) * shape.experts.div_ceil(ROUTER_TILE);
+    (ROUTER_BLOCKS / tiles).min(shape.hidden / ROUTER_PART).max(1)
+}
+
+/// Threads of a block that sums a token's experts, four numbers each.
+fn sum_threads(params: &MoeCombineParams) -> u32 {
+    params.hidden.div_ceil(4).next_multiple_of(32).min(MOST_FUSED as u32 / 4)
+}
+
+/// Its shared memory: a sorted row and a weight for each choice.
+fn sum_shared(params: &MoeCombineParams) -> usize {
+    params.top_k.next_multiple_of(8) as usize * 8
 }
 
 fn check(shape: &MoeShape, weights: &MoeWeights<'_>) -> Result<()> {

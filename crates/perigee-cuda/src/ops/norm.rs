@@ -39,18 +39,8 @@ impl CudaBackend {
     }
 
     fn norm_launch(&self, kernel: &Kernel<NormParams>, norm: &Norm, rows: &NormRows) -> Result<()> {
-        let params = NormParams {
-            residual: rows.residual,
-            delta: rows.delta,
-            weight: norm.weight.address(),
-            out: rows.out,
-            width: norm.width as u32,
-            residual_pitch: rows.residual_pitch as u32,
-            out_pitch: rows.out_pitch as u32,
-            eps: norm.eps,
-        };
-        let threads = norm.width.div_ceil(4).next_multiple_of(32).clamp(32, 512) as u32;
-        self.stream.launch(kernel, Grid::new(rows.rows, 1, threads), &params)
+        let threads = norm.width.div_ceil(4).next_multiple_of(32).clamp(32, 1024) as u32;
+        self.stream.launch(kernel, Grid::new(rows.rows, 1, threads), &params(norm, rows))
     }
 
     /// A norm of the residual stream.
@@ -61,16 +51,39 @@ impl CudaBackend {
         self.norm_launch(&self.kernels.rms_norm_stream, norm, &rows)
     }
 
-    pub(crate) fn norm_add_run(&self, stream: &Tensor, delta: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
+    pub(crate) fn norm_add_run(&mut self, stream: &Tensor, delta: &Tensor, norm: &Norm, out: &Tensor) -> Result<()> {
         stream.expect("residual", self.tokens(), norm.width, DType::Fp32)?;
         for (what, tensor) in [("delta", delta), ("add_rms_norm output", out)] {
             tensor.expect(what, self.tokens(), norm.width, self.precision)?;
         }
         let rows = self.rows_of(stream.address(), delta.address(), out.address(), norm.width);
-        self.norm_launch(&self.kernels.rms_norm_stream, norm, &rows)
+        match self.deferred_sum.take() {
+            Some(sum) if sum.out == delta.address() && sum.hidden as usize == norm.width => {
+                self.moe_combine_norm(sum, params(norm, &rows))
+            }
+            other => {
+                if let Some(sum) = other {
+                    self.moe_combine(&sum)?;
+                }
+                self.norm_launch(&self.kernels.rms_norm_stream, norm, &rows)
+            }
+        }
     }
 
     fn rows_of(&self, residual: u64, delta: u64, out: u64, width: usize) -> NormRows {
         NormRows { rows: self.tokens(), residual, residual_pitch: width, delta, out, out_pitch: width }
+    }
+}
+
+fn params(norm: &Norm, rows: &NormRows) -> NormParams {
+    NormParams {
+        residual: rows.residual,
+        delta: rows.delta,
+        weight: norm.weight.address(),
+        out: rows.out,
+        width: norm.width as u32,
+        residual_pitch: rows.residual_pitch as u32,
+        out_pitch: rows.out_pitch as u32,
+        eps: norm.eps,
     }
 }

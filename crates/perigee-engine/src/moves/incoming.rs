@@ -40,6 +40,8 @@ pub struct Incoming {
     demand: Demand,
     /// Session and epoch, once the header is here.
     offered: Option<(SessionId, u64)>,
+    /// Whether the source's slots are reached from here.
+    reaches_slots: bool,
 }
 
 impl Incoming {
@@ -52,7 +54,16 @@ impl Incoming {
         // The engine judges epochs itself, with the session's whole story.
         let decoder = expected.map(|expected| HandoffDecoder::new(expected, |_| 0));
         let demand = Demand::default();
-        Self { commands, grammars, tokens: Vec::new(), grammar: None, decoder, demand, offered: None }
+        Self {
+            commands,
+            grammars,
+            tokens: Vec::new(),
+            grammar: None,
+            decoder,
+            demand,
+            offered: None,
+            reaches_slots: false,
+        }
     }
 
     /// What the source asks for, before the first bytes. Without it a slot is all that is kept free from the beginning.
@@ -63,6 +74,11 @@ impl Incoming {
     /// Whether there is room for the session here, and it is reserved.
     pub fn has_room(&self) -> bool {
         self.offered.is_some()
+    }
+
+    /// Whether the source's slots are reached from here, so that it need not send the state.
+    pub fn reaches_slots(&self) -> bool {
+        self.reaches_slots
     }
 
     /// Takes the next bytes, cut anywhere. Returns once they are where they belong, so that a source cannot send faster.
@@ -79,12 +95,12 @@ impl Incoming {
             let (session, next) = (SessionId(header.session.clone()), header.next_epoch);
             // Noted before the answer: a source that is lost meanwhile must not leave a reservation behind.
             self.offered = Some((session, next));
-            let demand = self.demand;
+            let demand = std::mem::take(&mut self.demand);
             let answer = self.ask(|reply| Command::HandoffOffer { header: Box::new(header), demand, reply }).await;
             if answer.is_err() {
                 self.offered = None;
             }
-            answer?;
+            self.reaches_slots = answer?;
         }
         if parts.is_empty() {
             return Ok(());
@@ -200,4 +216,6 @@ pub(crate) struct Arriving {
     pub(crate) summary: Option<Summary>,
     /// Where it is in its grammar.
     pub(crate) grammar: Option<Box<Grammar>>,
+    /// The source's slots, while they are open here.
+    pub(crate) source_slots: Option<Vec<Vec<u8>>>,
 }

@@ -107,7 +107,7 @@ pub struct Target {
 }
 
 /// What a session needs of its target, as far as its source knows before it stands still.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Demand {
     /// Pages to be taken for it when it arrives.
     pub pages: u64,
@@ -115,6 +115,8 @@ pub struct Demand {
     pub positions: u64,
     /// Positions whose latents stay on other replicas.
     pub remote: u64,
+    /// How a target on the same machine reaches the source's slots, by rank; empty where it cannot.
+    pub slots: Vec<Vec<u8>>,
 }
 
 /// A router's order to hand a session over.

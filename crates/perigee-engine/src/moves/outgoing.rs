@@ -4,7 +4,9 @@
 use std::sync::mpsc;
 
 use perigee_migration::handoff::{CHUNK_BYTES, Frozen, Summary, Totals};
-use perigee_migration::{HandoffEncoder, HandoffError, Header, PageSlice, SegmentTable, StateSlice, TensorDigests};
+use perigee_migration::{
+    HandoffEncoder, HandoffError, Header, HeldState, PageSlice, SegmentTable, StateSlice, TensorDigests,
+};
 use perigee_trace::{TraceContext, Traced};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
@@ -21,6 +23,8 @@ pub(crate) enum SourcePart {
     Frozen(Frozen, SegmentTable),
     /// State.
     State(Vec<StateSlice>),
+    /// State that the target takes out of its slot.
+    Held(HeldState),
     /// Pages.
     Pages(Vec<PageSlice>),
     /// That was all.
@@ -37,8 +41,8 @@ pub struct Outgoing {
     parts: async_mpsc::UnboundedReceiver<SourcePart>,
     demand: Demand,
     /// The target's word that it has room, and the way for whoever carries it.
-    room: oneshot::Receiver<()>,
-    tell_room: Option<oneshot::Sender<()>>,
+    room: oneshot::Receiver<bool>,
+    tell_room: Option<oneshot::Sender<bool>>,
     encoder: HandoffEncoder,
     summary: Option<Summary>,
     stage: Stage,
@@ -99,11 +103,12 @@ impl Outgoing {
 
     /// What the target is asked to keep free for it, to be said before the first bytes.
     pub fn demand(&self) -> Demand {
-        self.demand
+        self.demand.clone()
     }
 
-    /// The way to say that the target has room: the session stands still only then. It is given out once.
-    pub fn on_room(&mut self) -> Option<oneshot::Sender<()>> {
+    /// The way to say that the target has room, and whether it reaches the slots that it was told of: the session stands
+    /// still only then. It is given out once.
+    pub fn on_room(&mut self) -> Option<oneshot::Sender<bool>> {
         self.tell_room.take()
     }
 
@@ -123,10 +128,10 @@ impl Outgoing {
             }
             tokio::select! {
                 told = &mut self.room, if self.stage == Stage::Asking => match told {
-                    Ok(()) => {
+                    Ok(reaches_slots) => {
                         self.stage = Stage::Opened;
                         let (session, next) = (self.session.clone(), self.next);
-                        self.send(Command::HandoffOpened { session, next });
+                        self.send(Command::HandoffOpened { session, next, reaches_slots });
                     }
                     Err(_) => self.failure = Some("the target did not say that it has room".into()),
                 },
@@ -160,6 +165,7 @@ impl Outgoing {
             }
             SourcePart::Frozen(frozen, table) => self.encoder.freeze(&frozen, &table)?,
             SourcePart::State(slices) => slices.iter().try_for_each(|slice| self.encoder.state(slice))?,
+            SourcePart::Held(held) => self.encoder.held(&held)?,
             SourcePart::Pages(slices) => slices.iter().try_for_each(|slice| self.encoder.page(slice))?,
             SourcePart::End => self.summary = Some(self.encoder.finish()?),
         }

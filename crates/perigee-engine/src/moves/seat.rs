@@ -46,6 +46,8 @@ pub(crate) struct Link {
     /// Tokens handed in.
     pub(crate) tokens: usize,
     pub(crate) mode: Mode,
+    /// Whether the target takes the state out of its slot.
+    pub(crate) reaches_slots: bool,
 }
 
 /// What a move came to so far.

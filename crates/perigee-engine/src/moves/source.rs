@@ -6,7 +6,7 @@ use std::ops::Range;
 use perigee_migration::epochs::PartyEvent;
 use perigee_migration::handoff::{Frozen, Totals};
 use perigee_migration::segments::sealed;
-use perigee_migration::{Header, Mode, PAGE_POSITIONS, Place};
+use perigee_migration::{Header, HeldState, Mode, PAGE_POSITIONS, Place};
 
 use super::record::{HomeAddress, Record};
 use super::seat::{Course, Link};
@@ -33,7 +33,15 @@ impl EngineCore {
         let (target, mode) = order.ok_or("nobody said where to")?;
         // Without answers the pages have to come along.
         let mode = if config.can_answer { mode } else { Mode::Whole };
-        let demand = self.demand(session, mode, &target);
+        let mut demand = self.demand(session, mode, &target);
+        demand.slots = match self.executor.share_slots() {
+            Ok(slots) => slots.unwrap_or_default(),
+            // It is sent, then; an executor that is broken shows at the next step.
+            Err(error) => {
+                tracing::warn!(%error, "the slots cannot be shared");
+                Vec::new()
+            }
+        };
         let held = self.names.get(session).and_then(|id| self.sessions.get(id)).ok_or("the session is not here")?;
         let header = Header {
             session: session.0.clone(),
@@ -50,7 +58,7 @@ impl EngineCore {
         let tokens = held.sequence.tokens.clone();
         let seat = self.seats.get_mut(session).ok_or("nobody asked for it")?;
         seat.course = Course { mode: Some(mode), ..Course::default() };
-        seat.outgoing = Some(Link { next, parts: parts.clone(), tokens: tokens.len(), mode });
+        seat.outgoing = Some(Link { next, parts: parts.clone(), tokens: tokens.len(), mode, reaches_slots: false });
         hand_in(&parts, SourcePart::Tokens(tokens))?;
         config.connector.open(target, outgoing);
         Ok(())
@@ -74,13 +82,16 @@ impl EngineCore {
             pages: local.saturating_sub(returned),
             positions: most(&held.sequence).max(held.sequence.length()),
             remote: arrival.table.tokens(),
+            slots: Vec::new(),
         }
     }
 
     /// The target has room, and the tokens so far: the session stands still from here on.
-    pub(crate) fn handoff_opened(&mut self, session: &SessionId, next: u64) -> Result<(), Fatal> {
-        let link = self.seats.get(session).and_then(|seat| seat.outgoing.as_ref()).filter(|link| link.next == next);
-        let (Some(mode), Some(&id)) = (link.map(|link| link.mode), self.names.get(session)) else { return Ok(()) };
+    pub(crate) fn handoff_opened(&mut self, session: &SessionId, next: u64, reaches_slots: bool) -> Result<(), Fatal> {
+        let link = self.seats.get_mut(session).and_then(|seat| seat.outgoing.as_mut()).filter(|link| link.next == next);
+        let (Some(link), Some(&id)) = (link, self.names.get(session)) else { return Ok(()) };
+        link.reaches_slots = reaches_slots;
+        let mode = link.mode;
         if let Err(message) = self.freeze(id)? {
             return self.handoff_done(session, next, Err(message));
         }
@@ -170,7 +181,7 @@ impl EngineCore {
         let link = self.seats.get(session).and_then(|seat| seat.outgoing.as_ref()).filter(|link| link.next == next);
         let Some(link) = link else { return Ok(Err("the connection to the target broke".into())) };
         let now = self.config.clock.now();
-        let (context, mode) = (frozen.computed, link.mode);
+        let (context, mode, reaches_slots) = (frozen.computed, link.mode, link.reaches_slots);
         let state = match frozen.state {
             StateAt::Slot(slot) => StateSource::Slot(slot),
             StateAt::Empty => StateSource::Empty,
@@ -213,8 +224,16 @@ impl EngineCore {
             parts.push(SourcePart::Tokens(rest));
         }
         parts.push(SourcePart::Frozen(Frozen { context, tokens: tokens.len() as u64, record }, table));
-        match self.executor.export_slot(state) {
-            Ok(slices) => parts.push(SourcePart::State(slices)),
+        let state = match state {
+            // It stays as it is until this replica hears what became of it.
+            StateSource::Slot(slot) if reaches_slots => {
+                let held = self.executor.digest_slot(slot).map(|digests| HeldState { slot, digests });
+                held.map(SourcePart::Held)
+            }
+            _ => self.executor.export_slot(state).map(SourcePart::State),
+        };
+        match state {
+            Ok(part) => parts.push(part),
             Err(error) => return non_fatal(error).map(Err),
         }
         for spans in spans.chunks(PAGES_AT_ONCE) {

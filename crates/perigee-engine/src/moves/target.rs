@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use perigee_migration::epochs::{Failure, PartyEvent};
 use perigee_migration::handoff::Summary;
 use perigee_migration::{
-    Digest, Header, Mode, PAGE_POSITIONS, PageSlice, Part, SegmentTable, StateSlice, Tensor, TensorDigests,
+    Digest, Header, HeldState, Mode, PAGE_POSITIONS, PageSlice, Part, SegmentTable, StateSlice, Tensor, TensorDigests,
 };
 
 use perigee_text::grammar::Grammar;
@@ -39,7 +39,7 @@ impl<E: Into<HandoffRefused>> From<E> for Stop {
 impl EngineCore {
     /// A handoff's header arrived. What the session needs is reserved before its source lets it stand still, so that a
     /// refusal costs it nothing.
-    pub(crate) fn handoff_offer(&mut self, header: Header, demand: Demand, reply: Reply<()>) -> Result<(), Fatal> {
+    pub(crate) fn handoff_offer(&mut self, header: Header, demand: Demand, reply: Reply<bool>) -> Result<(), Fatal> {
         let session = SessionId(header.session.clone());
         let (epoch, next) = (header.epoch, header.next_epoch);
         let seat = self.seats.entry(session.clone()).or_default();
@@ -47,15 +47,43 @@ impl EngineCore {
         let task = TaskId(self.next_task);
         self.next_task += 1;
         let serves = *self.shared.health.borrow() == EngineHealth::Serving;
-        let room = if serves { self.room(task, header.mode, demand)? } else { None };
+        let room = if serves { self.room(task, header.mode, &demand)? } else { None };
         let offer = PartyEvent::Offer { epoch, next, has_room: room.is_some() };
         let answer = self.drive_offer(&session, header, (task, room), offer)?;
-        self.answer(reply, answer.map_err(HandoffRefused::from));
+        let answer = match answer {
+            Ok(()) => Ok(self.open_slots(&session, next, demand.slots)?),
+            Err(failure) => Err(failure.into()),
+        };
+        self.answer(reply, answer);
         Ok(())
     }
 
+    /// Opens the source's slots where they can be reached from here, before the session stands still.
+    fn open_slots(&mut self, session: &SessionId, next: u64, slots: Vec<Vec<u8>>) -> Result<bool, Fatal> {
+        if slots.is_empty() || self.arriving(session, next).is_err() {
+            return Ok(false);
+        }
+        if let Err(error) = self.executor.open_slots(&slots) {
+            let why = non_fatal(error)?;
+            tracing::debug!(session = session.0, why, "the state comes through the connection");
+            return Ok(false);
+        }
+        if let Ok(arriving) = self.arriving(session, next) {
+            arriving.source_slots = Some(slots);
+        }
+        Ok(true)
+    }
+
+    fn close_slots(&mut self, slots: Option<Vec<Vec<u8>>>) -> Result<(), Fatal> {
+        let Some(slots) = slots else { return Ok(()) };
+        match self.executor.close_slots(&slots) {
+            Ok(()) => Ok(()),
+            Err(error) => non_fatal(error).map(|message| tracing::warn!(message, "slots of a source stay open")),
+        }
+    }
+
     /// Slots and pages for a session, if it fits.
-    fn room(&mut self, task: TaskId, mode: Mode, demand: Demand) -> Result<Option<(SlotPair, Vec<u32>)>, Fatal> {
+    fn room(&mut self, task: TaskId, mode: Mode, demand: &Demand) -> Result<Option<(SlotPair, Vec<u32>)>, Fatal> {
         if self.scheduler.limits().check_arrival(demand.positions, demand.remote).is_err() {
             return Ok(None);
         }
@@ -92,6 +120,7 @@ impl EngineCore {
                 spans: Vec::new(),
                 summary: None,
                 grammar: None,
+                source_slots: None,
             })
         });
         let answer = self.drive(session, offer)?;
@@ -117,6 +146,7 @@ impl EngineCore {
 
     pub(super) fn free_reserved(&mut self, session: &SessionId) -> Result<(), Fatal> {
         let Some(arriving) = self.seats.get_mut(session).and_then(|seat| seat.arriving.take()) else { return Ok(()) };
+        self.close_slots(arriving.source_slots)?;
         let released = self.scheduler.cancel_reserve(arriving.task)?;
         self.poison(&released.slots, &released.pages)
     }
@@ -190,6 +220,7 @@ impl EngineCore {
                 }
                 Part::Segments(table) => self.take_table(session, next, table)?,
                 Part::State(slice) => slices.push(slice),
+                Part::Held(held) => self.take_held(session, next, &held)?,
                 Part::Page(slice) => pages.push(slice),
             }
         }
@@ -281,6 +312,16 @@ impl EngineCore {
         self.executor.import_state(slot, slices).map_err(stop)
     }
 
+    /// The state is where the source had it: this replica copies it, and takes its digests in the end as over what was sent.
+    fn take_held(&mut self, session: &SessionId, next: u64, held: &HeldState) -> Result<(), Stop> {
+        let arriving = self.arriving(session, next)?;
+        let Some(shared) = arriving.source_slots.clone() else {
+            return Err(HandoffRefused::Failure(Failure::Handoff).into());
+        };
+        let slot = arriving.slots.read;
+        self.executor.take_slot(&shared, held.slot, slot).map_err(stop)
+    }
+
     fn import_pages(&mut self, session: &SessionId, next: u64, slices: Vec<PageSlice>) -> Result<(), Stop> {
         let arriving = self.arriving(session, next)?;
         let mut pages = Vec::with_capacity(slices.len());
@@ -319,7 +360,10 @@ impl EngineCore {
             digests.add(Tensor::Latents { layer }, digest);
         }
         summary.digests.compare(&digests)?;
-        self.arriving(session, next)?.summary = Some(summary);
+        let arriving = self.arriving(session, next)?;
+        arriving.summary = Some(summary);
+        let slots = arriving.source_slots.take();
+        self.close_slots(slots).map_err(Stop::Fatal)?;
         Ok(digests)
     }
 

@@ -2,12 +2,12 @@
 //! digests. Heads are counted on this rank below the seam and over the whole model above it; the change is made here.
 
 use perigee_backend::{Backend, BackendError, DType, PAGE_TOKENS, StateKind, StatePart};
-use perigee_migration::{Digest, Geometry, Tensor, TensorDigests};
+use perigee_migration::{Digest, Geometry, TensorDigests};
 use perigee_model::ModelError;
 
 use super::Rank;
 use crate::executor::{PageSpan, StateSource};
-use crate::protocol::{PageBytes, RankReply, StateBytes};
+use crate::protocol::{PageBytes, RankReply, SharedSlots, StateBytes};
 
 /// A session's cache in host memory: parts of its slot, then its pages, all as bytes.
 pub(super) struct Parked {
@@ -111,12 +111,35 @@ impl<B: Backend> Rank<B> {
 
     pub(super) fn digest_slot(&mut self, slot: u32) -> Result<RankReply, ModelError> {
         let geometry = self.known_geometry()?;
-        let mut digests = TensorDigests::new(&geometry);
-        for StateBytes { part, bytes } in self.slot_bytes(slot)? {
-            let digest = Digest::of_heads(&geometry, part.kind, part.first_head + self.first_head(), &bytes);
-            digests.add(Tensor::State { layer: part.layer, kind: part.kind }, digest);
-        }
-        Ok(RankReply::Digests(digests.numbers()))
+        // Of every KDA layer the four tensors, in the order of digests; a slot has no latents.
+        let mut sums = self.backend.state_sums(slot, self.first_head())?;
+        sums.resize(TensorDigests::new(&geometry).len(), 0);
+        Ok(RankReply::Digests(sums))
+    }
+
+    pub(super) fn share_slots(&mut self) -> Result<RankReply, ModelError> {
+        Ok(RankReply::Bytes(self.backend.share_slots()?.unwrap_or_default()))
+    }
+
+    pub(super) fn open_slots(&mut self, shared: &[SharedSlots]) -> Result<RankReply, ModelError> {
+        self.backend.open_slots(self.peer(shared)?)?;
+        Ok(RankReply::Done)
+    }
+
+    pub(super) fn take_slot(&mut self, shared: &[SharedSlots], from: u32, to: u32) -> Result<RankReply, ModelError> {
+        self.backend.take_slot(self.peer(shared)?, from, to)?;
+        Ok(RankReply::Done)
+    }
+
+    pub(super) fn close_slots(&mut self, shared: &[SharedSlots]) -> Result<RankReply, ModelError> {
+        self.backend.close_slots(self.peer(shared)?);
+        Ok(RankReply::Done)
+    }
+
+    /// The slots of the rank that has the same heads.
+    fn peer<'a>(&self, shared: &'a [SharedSlots]) -> Result<&'a [u8], BackendError> {
+        let peer = shared.get(self.rank).map(|slots| slots.0.as_slice());
+        peer.ok_or(BackendError::Range { what: "rank", index: self.rank as u64, limit: shared.len() as u64 })
     }
 
     /// The filled positions of a page in every MLA layer.

@@ -6,7 +6,7 @@ use perigee_migration::{Digest, Geometry, PageSlice, STATE_KINDS, StateSlice, Te
 
 use super::{Ranks, local, lost, unexpected};
 use crate::executor::{ExecutorError, PageSpan, StateSource};
-use crate::protocol::{PageBytes, RankCommand, RankReply, StateBytes};
+use crate::protocol::{PageBytes, RankCommand, RankReply, SharedSlots, StateBytes};
 
 /// Bytes of pages in one command to another rank, about; far below a frame.
 const COMMAND_BYTES: usize = 32 << 20;
@@ -81,6 +81,30 @@ impl<B: Backend> Ranks<B> {
         Ok(whole)
     }
 
+    /// How each rank's slots are reached; none where one has no way.
+    pub(super) fn shared_slots(&mut self) -> Result<Option<Vec<Vec<u8>>>, ExecutorError> {
+        let mut shared = Vec::with_capacity(self.size());
+        for (rank, reply) in self.tell(&RankCommand::ShareSlots)?.into_iter().enumerate() {
+            let RankReply::Bytes(slots) = reply else { return Err(unexpected(rank, &reply)) };
+            shared.push(slots);
+        }
+        Ok(Some(shared).filter(|shared| shared.iter().all(|slots| !slots.is_empty())))
+    }
+
+    /// Opens slots on every rank, or on none.
+    pub(super) fn open_peer(&mut self, shared: &[Vec<u8>]) -> Result<(), ExecutorError> {
+        if shared.len() != self.size() {
+            return Err(refused(format!("slots of {} ranks, this replica has {}", shared.len(), self.size())));
+        }
+        let shared = by_rank(shared);
+        let opened = self.tell(&RankCommand::OpenSlots { shared: shared.clone() });
+        if opened.as_ref().is_err_and(|error| !error.fatal) {
+            // Those that did open them; closing what is not open is nothing.
+            self.tell(&RankCommand::CloseSlots { shared })?;
+        }
+        opened.map(drop)
+    }
+
     pub(super) fn page_slices(&mut self, pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {
         let geometry = self.known_geometry()?;
         let mut slices = Vec::new();
@@ -125,6 +149,10 @@ impl<B: Backend> Ranks<B> {
     fn known_geometry(&self) -> Result<Geometry, ExecutorError> {
         self.own.geometry().ok_or_else(|| refused("a replica without latent pages moves no sessions".into()))
     }
+}
+
+pub(super) fn by_rank(shared: &[Vec<u8>]) -> Vec<SharedSlots> {
+    shared.iter().cloned().map(SharedSlots).collect()
 }
 
 /// Whether a slice has the bytes of its heads, and those are heads of the model.

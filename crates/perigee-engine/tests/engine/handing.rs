@@ -135,7 +135,7 @@ async fn a_session_stands_still_once_its_target_has_room_and_not_before() {
     let load = target.core.load();
     assert_eq!((load.slots_free, load.pages_free), (1, 1), "a slot and its pages are reserved");
     draws(&mut source, 5);
-    on_room.send(()).expect("it waits for that");
+    on_room.send(false).expect("it waits for that");
     // The engine hears it when more is asked for.
     let nothing = tokio::time::timeout(Duration::from_millis(1), outgoing.next_chunk()).await;
     assert!(nothing.is_err(), "nothing is out before it stands still");

@@ -25,9 +25,13 @@ struct Scene {
 impl Scene {
     /// A session with ten tokens or so.
     fn new(resumable: bool) -> Self {
+        Self::over(ModelExecutor::new(ModelSizes::default()), resumable)
+    }
+
+    fn over(executor: ModelExecutor, resumable: bool) -> Self {
         let clock = Arc::new(ManualClock::default());
         let settings = EngineConfig { clock: clock.clone() as Arc<dyn Clock>, ..moving("a", Arc::default()) };
-        let mut driver = Driver::new(ModelExecutor::new(ModelSizes::default()), settings);
+        let mut driver = Driver::new(executor, settings);
         driver.submit(&Request { resumable, ..request() });
         (0..10).for_each(|_| assert_eq!(driver.turn(), Turn::Stepped));
         Self { driver, clock }
@@ -91,6 +95,22 @@ fn a_resumable_session_waits_and_goes_on_under_another_router() {
         // One token a step from there on: nothing was computed twice.
         let more = scene.driver.counters.tokens.load(std::sync::atomic::Ordering::Relaxed) - fed;
         assert!(more < u64::from(TOKENS), "{more} tokens were fed");
+        scene.driver.assert_nothing_is_held();
+    }
+}
+
+#[test]
+fn a_session_that_was_launched_ahead_stands_still_where_its_tokens_end() {
+    for next in [0, 5, 9] {
+        let mut scene = Scene::over(ModelExecutor::new(ModelSizes::default()).running_ahead(0), true);
+        scene.driver.handle.detach(ROUTER);
+        // The step in flight is read first.
+        assert_eq!((scene.driver.turn(), scene.driver.turn()), (Turn::Stepped, Turn::Idle));
+        assert_eq!(scene.driver.core.load().parked, 1);
+        let (phase, events) = scene.take_over(0, next);
+        assert_eq!(phase, Phase::Started);
+        let tokens: Vec<u32> = events.iter().filter_map(|event| event.token).collect();
+        assert_eq!(tokens, undisturbed());
         scene.driver.assert_nothing_is_held();
     }
 }

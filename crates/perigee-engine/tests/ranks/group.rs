@@ -63,7 +63,8 @@ impl Group {
     pub(crate) fn open(options: &Options<'_>) -> Self {
         let (tp, fills) = (options.tp, options.fills);
         let load = move |rank: usize, seat, dtype, client: Option<Box<dyn AttentionClient>>| {
-            let mut backend = CpuBackend::new(CpuOptions { activation: dtype, threads: 1 }, Box::new(seat));
+            let mut backend =
+                CpuBackend::new(CpuOptions { activation: dtype, threads: 1 }, Box::new(seat)).running_ahead();
             let limits = StepLimits { tokens: LIMITS.step_tokens, logits: LIMITS.step_tokens };
             let model = Model::load(&mut backend, weights(), (rank, tp), limits, &mut |_, _| {}).unwrap();
             let cache = weights().config().cache_shape(tp, LIMITS.slots, LIMITS.pages);

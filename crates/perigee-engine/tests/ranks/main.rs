@@ -2,6 +2,8 @@
 //! the process. One binary, so that its parts share their support; the attribute tells clippy that helpers are test code.
 
 #[cfg(test)]
+mod ahead;
+#[cfg(test)]
 mod costs;
 mod filling;
 #[cfg(test)]

@@ -9,13 +9,22 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kWarp = 32;
 
-// First in every kernel that `Stream::launch` lets begin before the one ahead of it in the stream has ended: what that one, or any
-// before it, left in memory may be touched only behind this line. No thread may leave a kernel before it.
-__device__ __forceinline__ void grid_dependency() {
+// For kernels that `Stream::launch` lets begin before the one ahead of them in the stream has ended. `grid_trigger` lets the next
+// kernel begin; what the kernel ahead, or any before it, left in memory may be touched only behind `grid_wait`, and no block may write
+// or leave a kernel before it. `grid_dependency` is both, first in a kernel that has nothing to do before the wait.
+__device__ __forceinline__ void grid_trigger() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void grid_wait() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void grid_dependency() {
+  grid_trigger();
+  grid_wait();
 }
 
 // Value of a stored element in float32, and the reverse with one rounding.
@@ -55,6 +64,13 @@ __device__ __forceinline__ void write4(bf16* p, const Quad& q) {
   *reinterpret_cast<__nv_bfloat162*>(&v.x) = __floats2bfloat162_rn(q.x[0], q.x[1]);
   *reinterpret_cast<__nv_bfloat162*>(&v.y) = __floats2bfloat162_rn(q.x[2], q.x[3]);
   *reinterpret_cast<uint2*>(p) = v;
+}
+
+// 2^x by the hardware's instruction; results below 2^-126 are 0.
+__device__ __forceinline__ float power2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

@@ -9,3 +9,15 @@ struct ElementParams {
   uint32_t width;
   uint32_t block;     // columns of a block of gate and of the block of up behind it; 0: all of gate, then all of up
 };
+
+struct SkinnyParams {
+  const void* in;      // [tokens][in_pitch] bfloat16
+  const void* weight;  // [rows][depth] bfloat16
+  void* out;           // [tokens][out_pitch] bfloat16 or float32
+  uint32_t tokens;
+  uint32_t rows;       // at least those of a block, a multiple of 16
+  uint32_t depth;      // a multiple of 64
+  uint32_t in_pitch;   // a multiple of 8
+  uint32_t out_pitch;
+  uint32_t reserved;
+};

@@ -37,11 +37,14 @@ __device__ __forceinline__ float convolved(const KdaParams& p, const KdaRow& row
   return rounded<T>(silu(sum));
 }
 
+// Log decay of a pre-activation z, dt_bias added.
+__device__ __forceinline__ float log_decay_of(float z, float a_log) { return -expf(a_log) * softplus(z); }
+
 // Log decay of a key channel (0 .. P) for a token of the step.
 __device__ __forceinline__ float log_decay(const KdaParams& p, uint32_t token, uint32_t channel) {
   const uint64_t pitch = 2ull * p.heads * p.head_dim;
   const float z = p.gates[token * pitch + channel] + p.dt_bias[channel];
-  return -expf(p.a_log[channel / p.head_dim]) * softplus(z);
+  return log_decay_of(z, p.a_log[channel / p.head_dim]);
 }
 
 // Write strength of a head for a token of the step.
@@ -51,10 +54,15 @@ __device__ __forceinline__ float write_strength(const KdaParams& p, uint32_t tok
   return rounded<T>(sigmoid(widen(static_cast<const T*>(p.projected)[static_cast<uint64_t>(token) * p.projected_pitch + column])));
 }
 
+// Output gate of a pre-activation z.
+template <Fault kFault = Fault::kNone>
+__device__ __forceinline__ float output_gate_of(float z) {
+  return kFault == Fault::kSiluGate ? silu(z) : sigmoid(z);
+}
+
 // Output gate of a value channel (0 .. P) for a token of the step.
 template <Fault kFault = Fault::kNone>
 __device__ __forceinline__ float output_gate(const KdaParams& p, uint32_t token, uint32_t channel) {
   const uint64_t width = static_cast<uint64_t>(p.heads) * p.head_dim;
-  const float z = p.gates[token * 2 * width + width + channel];
-  return kFault == Fault::kSiluGate ? silu(z) : sigmoid(z);
+  return output_gate_of<kFault>(p.gates[token * 2 * width + width + channel]);
 }

@@ -187,6 +187,7 @@ template <class T, int kDim, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void prepare(const KdaParams& p) {
   extern __shared__ uint4 dynamic[];
   Shared<T, kDim>& s = *reinterpret_cast<Shared<T, kDim>*>(dynamic);
+  grid_dependency();
   const KdaChunk chunk = p.chunks[p.first_chunk + blockIdx.x];
   const uint32_t head = blockIdx.y;
   const uint32_t first = p.rows[chunk.row].first_token + chunk.first;

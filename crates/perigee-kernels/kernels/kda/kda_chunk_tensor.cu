@@ -28,13 +28,6 @@ struct Shared {
   float block_end[kBlocks][kDim];         // sum of g over each block of 16
 };
 
-// 2^x; results below 2^-126 become 0.
-__device__ __forceinline__ float power2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // ln(1 + e^z) / ln 2, to a relative 1e-5 and better: the sum for small e^z, for which 1 + e^z would lose them.
 __device__ __forceinline__ float softplus2(float z) {
   const float scaled = z * kLog2e;
@@ -414,6 +407,7 @@ template <int kDim>
 __device__ __forceinline__ void prepare(const KdaParams& p) {
   extern __shared__ uint4 dynamic[];
   Shared<kDim>& s = *reinterpret_cast<Shared<kDim>*>(dynamic);
+  grid_dependency();
   const KdaChunk chunk = p.chunks[p.first_chunk + blockIdx.x];
   const uint32_t head = blockIdx.y;
   const uint32_t first = p.rows[chunk.row].first_token + chunk.first;

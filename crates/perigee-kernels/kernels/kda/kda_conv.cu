@@ -2,38 +2,40 @@
 // after it. All bound by bytes.
 #include "kda/inputs.cuh"
 
-// One block a (chunk, 256 channels); a thread walks its channel through the chunk.
+constexpr int kSpan = 16;  // tokens that a thread walks through
+
+// Four inputs of the convolution of `channel` and its neighbours.
 template <class T>
-__device__ __forceinline__ void convolve(const KdaParams& p) {
-  const KdaChunk chunk = p.chunks[blockIdx.x];
-  const KdaRow row = p.rows[chunk.row];
+__device__ __forceinline__ Quad conv_inputs(const KdaParams& p, const KdaRow& row, int at, uint32_t channel) {
+  if (at >= 0) return read4(static_cast<const T*>(p.projected) + static_cast<uint64_t>(row.first_token + at) * p.projected_pitch + channel);
   const uint32_t channels = 3 * p.heads * p.head_dim;
-  const uint32_t channel = blockIdx.y * blockDim.x + threadIdx.x;
-  if (channel >= channels) return;
-  T* out = static_cast<T*>(p.convolved) + static_cast<uint64_t>(row.first_token + chunk.first) * channels + channel;
-  if (p.taps != 4) {
-    for (uint32_t at = 0; at < chunk.tokens; at++) {
-      out[static_cast<uint64_t>(at) * channels] = narrow<T>(convolved<T>(p, row, chunk.first + at, channel));
-    }
-    return;
-  }
-  // The published width: the last three inputs stay in registers.
-  const int first = static_cast<int>(chunk.first);
-  float x0 = conv_input<T>(p, row, first - 3, channel);
-  float x1 = conv_input<T>(p, row, first - 2, channel);
-  float x2 = conv_input<T>(p, row, first - 1, channel);
-  const float w0 = p.conv[channel], w1 = p.conv[channels + channel];
-  const float w2 = p.conv[2 * channels + channel], w3 = p.conv[3 * channels + channel];
+  const uint32_t tail = static_cast<uint32_t>(at + static_cast<int>(p.taps) - 1);
+  return read4(static_cast<const T*>(p.tails) + tail_offset(p, row.read_slot) + static_cast<uint64_t>(tail) * channels + channel);
+}
+
+// The published width, four channels a thread: the last three inputs stay in registers.
+template <class T>
+__device__ __forceinline__ void convolve_four_taps(const KdaParams& p, const KdaRow& row, int first, uint32_t tokens, uint32_t channel, T* out) {
+  const uint32_t channels = 3 * p.heads * p.head_dim;
+  Quad x0 = conv_inputs<T>(p, row, first - 3, channel);
+  Quad x1 = conv_inputs<T>(p, row, first - 2, channel);
+  Quad x2 = conv_inputs<T>(p, row, first - 1, channel);
+  const Quad w0 = read4(p.conv + channel), w1 = read4(p.conv + channels + channel);
+  const Quad w2 = read4(p.conv + 2 * channels + channel), w3 = read4(p.conv + 3 * channels + channel);
   constexpr int kBatch = 8;
-  for (uint32_t base = 0; base < chunk.tokens; base += kBatch) {
-    // Loads of a batch before its stores, which the compiler could not reorder; beyond the chunk the last token again.
-    float x3[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) x3[i] = conv_input<T>(p, row, first + static_cast<int>(min(base + i, chunk.tokens - 1)), channel);
+  for (uint32_t base = 0; base < kSpan; base += kBatch) {
+    if (base >= tokens) return;
+    // Loads of a batch before its stores, which the compiler could not reorder; beyond the chunk the last token again.
+    Quad x3[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) x3[i] = conv_inputs<T>(p, row, first + static_cast<int>(min(base + i, tokens - 1)), channel);
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
-      const float sum = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3[i];
-      if (base + i < chunk.tokens) out[static_cast<uint64_t>(base + i) * channels] = narrow<T>(silu(sum));
+      Quad y;
+#pragma unroll
+      for (int e = 0; e < 4; e++) y.x[e] = silu(w0.x[e] * x0.x[e] + w1.x[e] * x1.x[e] + w2.x[e] * x2.x[e] + w3.x[e] * x3[i].x[e]);
+      if (base + i < tokens) write4(out + static_cast<uint64_t>(base + i) * channels, y);
       x0 = x1;
       x1 = x2;
       x2 = x3[i];
@@ -41,10 +43,29 @@ __device__ __forceinline__ void convolve(const KdaParams& p) {
   }
 }
 
+// One block a (chunk, 1,024 channels, 16 of its tokens).
+template <class T>
+__device__ __forceinline__ void convolve(const KdaParams& p) {
+  grid_dependency();
+  const KdaChunk chunk = p.chunks[blockIdx.x];
+  const KdaRow row = p.rows[chunk.row];
+  const uint32_t channels = 3 * p.heads * p.head_dim;
+  const uint32_t channel = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
+  const uint32_t before = blockIdx.z * kSpan;  // tokens of the chunk
+  if (channel >= channels || before >= chunk.tokens) return;
+  const uint32_t first = chunk.first + before, tokens = min(static_cast<uint32_t>(kSpan), chunk.tokens - before);
+  T* out = static_cast<T*>(p.convolved) + static_cast<uint64_t>(row.first_token + first) * channels + channel;
+  if (p.taps == 4) return convolve_four_taps(p, row, static_cast<int>(first), tokens, channel, out);
+  for (uint32_t at = 0; at < tokens; at++) {
+    for (uint32_t e = 0; e < 4; e++) out[static_cast<uint64_t>(at) * channels + e] = narrow<T>(convolved<T>(p, row, first + at, channel + e));
+  }
+}
+
 // One block a (row, 256 channels), after `convolve` has read the old tails. Ascending order reads an entry before it is
 // overwritten.
 template <class T>
 __device__ __forceinline__ void move_tails(const KdaParams& p) {
+  grid_dependency();
   const KdaRow row = p.rows[blockIdx.x];
   const uint32_t channels = 3 * p.heads * p.head_dim;
   const uint32_t channel = blockIdx.y * blockDim.x + threadIdx.x;
@@ -59,6 +80,7 @@ __device__ __forceinline__ void move_tails(const KdaParams& p) {
 // One block a chunk, one warp a (token, head) at a time, in place: o is normed, weighted and gated.
 template <class T, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void gate_output(const KdaParams& p) {
+  grid_dependency();
   const KdaChunk chunk = p.chunks[blockIdx.x];
   const uint32_t first = p.rows[chunk.row].first_token + chunk.first;
   const uint32_t lane = threadIdx.x % kWarp;
@@ -68,13 +90,17 @@ __device__ __forceinline__ void gate_output(const KdaParams& p) {
     const uint32_t head = pair % p.heads;
     T* row = static_cast<T*>(p.mixed) + static_cast<uint64_t>(token) * p.heads * p.head_dim + head * p.head_dim;
     float squares = 0.0f;
-    for (uint32_t i = lane; i < p.head_dim; i += kWarp) {
-      const float x = widen(row[i]);
-      squares += x * x;
+    for (uint32_t i = lane * 4; i < p.head_dim; i += kWarp * 4) {
+      const Quad x = read4(row + i);
+#pragma unroll
+      for (int e = 0; e < 4; e++) squares += x.x[e] * x.x[e];
     }
     const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(p.head_dim) + p.eps);
-    for (uint32_t i = lane; i < p.head_dim; i += kWarp) {
-      row[i] = narrow<T>(widen(row[i]) * scale * p.o_norm[i] * output_gate<kFault>(p, token, head * p.head_dim + i));
+    for (uint32_t i = lane * 4; i < p.head_dim; i += kWarp * 4) {
+      Quad x = read4(row + i);
+#pragma unroll
+      for (int e = 0; e < 4; e++) x.x[e] *= scale * p.o_norm[i + e] * output_gate<kFault>(p, token, head * p.head_dim + i + e);
+      write4(row + i, x);
     }
   }
 }

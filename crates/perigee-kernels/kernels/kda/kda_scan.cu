@@ -28,6 +28,7 @@ template <int kDim, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void scan_fp32(const KdaParams& p) {
   __shared__ float state[kDim][kColumns];
   __shared__ float delta[kChunk][kColumns];
+  grid_dependency();
   const Place at = place(p);
   const uint32_t column = threadIdx.x % kColumns, part = threadIdx.x / kColumns;
   constexpr int kParts = kThreads / kColumns;
@@ -124,6 +125,7 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
   constexpr int kTiles = kColumns / 8;
   constexpr int kHalfTiles = kTiles / 2;
   static_assert(kDim <= 16 * kTensorThreads / kWarp, "a warp owns at most 16 rows of the state");
+  grid_dependency();
   const Place at = place(p);
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int g = lane / 4, t = lane % 4;

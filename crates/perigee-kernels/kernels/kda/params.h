@@ -27,6 +27,7 @@ struct KdaParams {
   float* state;           // [slots][layers][heads][head_dim (key)][head_dim (value)]
   void* tails;            // [slots][layers][taps - 1][3 P] T, oldest first
   void* mixed;            // [tokens][P] T: out
+  const void* gate_weights;  // [2 P][head_dim] T: second halves of the decay and of the output gate
   const KdaRow* rows;
   const KdaChunk* chunks;
   // Workspace of the chunked form: C = 64 rows for each (chunk, head), rows beyond the chunk's tokens are zero.

@@ -26,13 +26,6 @@ struct alignas(1024) Shared {
   uint64_t values_empty[kStages];
 };
 
-// 2^x; results below 2^-126 become 0, as weights of a softmax may.
-__device__ __forceinline__ float power2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // One thread asks for everything.
 __device__ __forceinline__ void fetch(const MlaExpandedParams& p, Shared& s, const ExpandedItem& item, uint32_t head) {
   barrier_arrive_expecting(&s.query_full, sizeof(s.query));

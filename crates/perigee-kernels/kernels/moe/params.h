@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "common/tensor_map.h"
+#include "norm/params.h"
 
 // Rows of one expert that one block column of a grouped product computes.
 struct MoeTile {
@@ -16,17 +17,17 @@ struct MoeTile {
 struct MoeRouterParams {
   const void* x;            // [tokens][d] T
   const float* weight;      // [E][d]
-  float* scores;            // [tokens][E]: products before the sigmoid
+  float* scores;            // [parts][tokens][E]: products before the sigmoid, each over a part of the depth
   uint32_t tokens;
   uint32_t experts;
   uint32_t hidden;
-  uint32_t reserved;
+  uint32_t parts;
 };
 
 constexpr uint32_t kNoExpert = 0xffffffffu;
 
 struct MoeSelectParams {
-  const float* scores;      // [tokens][E]
+  const float* scores;      // [parts][tokens][E]
   const float* bias;        // [E]
   const uint32_t* forced;   // [tokens][k], or null
   uint32_t* own;            // [tokens][k], ascending: the layer's own selection
@@ -41,6 +42,8 @@ struct MoeSelectParams {
   uint32_t renormalize;
   float scale;
   uint32_t shared;          // s
+  uint32_t parts;           // of scores, to be added
+  uint32_t reserved;
 };
 
 struct MoeSortParams {
@@ -54,6 +57,11 @@ struct MoeSortParams {
   uint32_t experts;         // E + s
   uint32_t tile_rows;
   uint32_t routed;          // E
+};
+
+struct MoeSelectSortParams {
+  MoeSelectParams select;
+  MoeSortParams sort;
 };
 
 // The sort by several blocks, for steps of many tokens. As MoeSortParams, but for what is said.
@@ -117,4 +125,10 @@ struct MoeCombineParams {
   void* out;                // [tokens][d] T
   uint32_t hidden;
   uint32_t top_k;           // k + s
+};
+
+// A sum of experts and the norm of the residual stream that reads it: `combine.out` is the norm's delta, and is not written.
+struct MoeCombineNormParams {
+  MoeCombineParams combine;
+  NormParams norm;
 };

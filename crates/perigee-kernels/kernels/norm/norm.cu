@@ -6,13 +6,32 @@
 template <class R, class T>
 __device__ __forceinline__ void rms_norm(const NormParams& p) {
   __shared__ float scratch[kWarp];
-  grid_dependency();
+  grid_trigger();
+  const bool wide = (p.width | p.residual_pitch | p.out_pitch) % 4 == 0;
+  // A row of four numbers a thread stays in registers, and its weight is asked for before the kernel ahead has ended.
+  const bool kept = wide && p.width <= blockDim.x * 4;
+  const uint32_t own = threadIdx.x * 4;
+  const bool has_own = kept && own < p.width;
+  Quad mine = {}, weight = {};
+  if (has_own) weight = read4(p.weight + own);
+  grid_wait();
   R* residual = static_cast<R*>(p.residual) + static_cast<uint64_t>(blockIdx.x) * p.residual_pitch;
   const T* delta = p.delta ? static_cast<const T*>(p.delta) + static_cast<uint64_t>(blockIdx.x) * p.width : nullptr;
   T* out = static_cast<T*>(p.out) + static_cast<uint64_t>(blockIdx.x) * p.out_pitch;
-  const bool wide = (p.width | p.residual_pitch | p.out_pitch) % 4 == 0;
   float squares = 0.0f;
-  if (wide) {
+  if (kept) {
+    if (has_own) {
+      mine = read4(residual + own);
+      if (delta) {
+        const Quad d = read4(delta + own);
+#pragma unroll
+        for (int e = 0; e < 4; e++) mine.x[e] = rounded<R>(mine.x[e] + d.x[e]);
+        write4(residual + own, mine);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; e++) squares += mine.x[e] * mine.x[e];
+    }
+  } else if (wide) {
     for (uint32_t i = threadIdx.x * 4; i < p.width; i += blockDim.x * 4) {
       Quad x = read4(residual + i);
       if (delta) {
@@ -37,7 +56,13 @@ __device__ __forceinline__ void rms_norm(const NormParams& p) {
   // Each thread reads back below only what it wrote above.
   const float mean = block_sum(squares, scratch) / static_cast<float>(p.width);
   const float scale = 1.0f / sqrtf(mean + p.eps);
-  if (wide) {
+  if (kept) {
+    if (has_own) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) mine.x[e] = mine.x[e] * scale * weight.x[e];
+      write4(out + own, mine);
+    }
+  } else if (wide) {
     for (uint32_t i = threadIdx.x * 4; i < p.width; i += blockDim.x * 4) {
       Quad x = read4(residual + i);
       const Quad w = read4(p.weight + i);
@@ -52,7 +77,7 @@ __device__ __forceinline__ void rms_norm(const NormParams& p) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(512) rms_norm_fp32(const __grid_constant__ NormParams p) { rms_norm<float, float>(p); }
-extern "C" __global__ void __launch_bounds__(512) rms_norm_bf16(const __grid_constant__ NormParams p) { rms_norm<bf16, bf16>(p); }
-extern "C" __global__ void __launch_bounds__(512) rms_norm_stream_fp32(const __grid_constant__ NormParams p) { rms_norm<float, float>(p); }
-extern "C" __global__ void __launch_bounds__(512) rms_norm_stream_bf16(const __grid_constant__ NormParams p) { rms_norm<float, bf16>(p); }
+extern "C" __global__ void __launch_bounds__(1024) rms_norm_fp32(const __grid_constant__ NormParams p) { rms_norm<float, float>(p); }
+extern "C" __global__ void __launch_bounds__(1024) rms_norm_bf16(const __grid_constant__ NormParams p) { rms_norm<bf16, bf16>(p); }
+extern "C" __global__ void __launch_bounds__(1024) rms_norm_stream_fp32(const __grid_constant__ NormParams p) { rms_norm<float, float>(p); }
+extern "C" __global__ void __launch_bounds__(1024) rms_norm_stream_bf16(const __grid_constant__ NormParams p) { rms_norm<float, bf16>(p); }

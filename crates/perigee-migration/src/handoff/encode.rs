@@ -4,8 +4,8 @@
 use super::chunk::ChunkWriter;
 use super::error::HandoffError;
 use super::ledger::{Bounds, Ledger};
-use super::part::{Announced, Head, head_bytes, mark, of_segments, of_trailer};
-use super::slice::{PageSlice, StateSlice};
+use super::part::{Announced, Head, head_bytes, mark, of_held, of_segments, of_trailer};
+use super::slice::{HeldState, PageSlice, StateSlice};
 use super::{Frozen, Header, Part, Summary};
 use crate::codec::crc;
 use crate::geometry::Geometry;
@@ -74,6 +74,16 @@ impl HandoffEncoder {
         self.write(Head::State { part: slice.part, dtype, digest: slice.digest }, &slice.bytes)?;
         self.ledger.add_digest(slice.tensor(), slice.digest);
         Ok(())
+    }
+
+    /// The whole state where it lies, for a target that has said that it reaches the slot; instead of all slices.
+    ///
+    /// # Errors
+    /// Some heads were sent before.
+    pub fn held(&mut self, held: &HeldState) -> Result<(), HandoffError> {
+        let (head, body) = of_held(held);
+        self.write(head, &body)?;
+        self.ledger.complete(&Part::Held(held.clone()))
     }
 
     /// A page of one MLA layer, or the filled part of the last one; in split mode only that.

@@ -35,6 +35,8 @@ pub enum PartName {
         /// First head, counted over the whole model.
         first_head: u32,
     },
+    /// The number of the slot that has the state.
+    Held,
     /// A page.
     Page {
         /// Index among the MLA layers.
@@ -59,6 +61,7 @@ impl fmt::Display for PartName {
             Self::State { layer, kind, first_head } => {
                 write!(f, "{} from head {first_head}", Tensor::State { layer, kind })
             }
+            Self::Held => f.write_str("state in its slot"),
             Self::Page { layer, first } => write!(f, "{} from position {first}", Tensor::Latents { layer }),
             Self::Trailer => f.write_str("trailer"),
             Self::Next => f.write_str("next part"),

@@ -118,6 +118,7 @@ impl Ledger {
                 let is_recurrent = part.kind == StateKind::Recurrent;
                 *(if is_recurrent { &mut totals.recurrent } else { &mut totals.tails }) += body;
             }
+            Head::Held { tensors, .. } => self.admit_held(*tensors, *body)?,
             Head::Page { layer, first, positions, dtype, .. } => {
                 same_dtype(head.name(), self.geometry.latent_dtype, *dtype)?;
                 check_page(&self.geometry, (*layer, *first, *positions), *body)?;
@@ -137,6 +138,7 @@ impl Ledger {
     pub(super) fn complete(&mut self, part: &Part) -> Result<(), HandoffError> {
         match part {
             Part::State(slice) => self.add_digest(slice.tensor(), slice.digest),
+            Part::Held(held) => self.summary.digests.add_all(&held.digests)?,
             Part::Page(slice) => self.add_digest(slice.tensor(), slice.digest),
             Part::Segments(table) => self.settle_pages(table)?,
             Part::End(summary) => summary.digests.compare(&self.summary.digests)?,
@@ -175,7 +177,7 @@ impl Ledger {
             (Stage::Header, Head::Header(_)) | (Stage::Tokens, Head::Tokens { .. }) => return Ok(Stage::Tokens),
             (Stage::Tokens, Head::Record { .. }) => return Ok(Stage::Segments),
             (Stage::Segments, Head::Segments { .. }) => return Ok(Stage::Tensors),
-            (Stage::Tensors, Head::State { .. } | Head::Page { .. }) => return Ok(Stage::Tensors),
+            (Stage::Tensors, Head::State { .. } | Head::Held { .. } | Head::Page { .. }) => return Ok(Stage::Tensors),
             (Stage::Tensors, Head::Trailer { .. }) => return Ok(Stage::Ended),
             (Stage::Header, _) => "its header",
             (Stage::Tokens, _) => "token ids or the session record",
@@ -241,6 +243,20 @@ impl Ledger {
             return Err(HandoffError::DuplicateHead { tensor, head: first + index as u32 });
         }
         came.fill(true);
+        Ok(())
+    }
+
+    /// All heads of all state tensors at once; their bytes are counted, whichever way they go.
+    fn admit_held(&mut self, tensors: u32, body: u64) -> Result<(), HandoffError> {
+        exact(PartName::Held, "tensors", self.summary.digests.len() as u64, tensors.into())?;
+        exact(PartName::Held, "bytes", u64::from(tensors) * 8, body)?;
+        let (layers, heads) = (self.geometry.kda_layers, self.geometry.kda_heads);
+        for (layer, kind) in (0..layers).flat_map(|layer| STATE_KINDS.map(|kind| (layer, kind))) {
+            self.admit_heads(Tensor::State { layer, kind }, 0, heads)?;
+            let bytes = u64::from(heads) * self.geometry.head_bytes(kind);
+            let totals = &mut self.summary.totals;
+            *(if kind == StateKind::Recurrent { &mut totals.recurrent } else { &mut totals.tails }) += bytes;
+        }
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 use perigee_backend::{DType, StatePart};
 
 use super::error::{HandoffError, PartName};
-use super::slice::{PageSlice, StateSlice, state_name};
+use super::slice::{HeldState, PageSlice, StateSlice, state_name};
 use super::{Frozen, HANDOFF_VERSION, Header, Part, Summary, Totals};
 use crate::codec::{Crc, FieldError, Put, Reader, crc};
 use crate::digest::{Digest, TensorDigests};
@@ -27,6 +27,7 @@ const SEGMENTS: u8 = 4;
 const STATE: u8 = 5;
 const PAGE: u8 = 6;
 const TRAILER: u8 = 7;
+const HELD: u8 = 8;
 
 /// The head of a part.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +37,7 @@ pub(super) enum Head {
     Record { context: u64, tokens: u64, crc: u32 },
     Segments { count: u32, crc: u32 },
     State { part: StatePart, dtype: DType, digest: Digest },
+    Held { slot: u32, tensors: u32, crc: u32 },
     Page { layer: u32, first: u64, positions: u32, dtype: DType, digest: Digest },
     Trailer { parts: u32, totals: Totals, tensors: u32, crc: u32 },
 }
@@ -55,6 +57,7 @@ impl Head {
             Self::Record { .. } => PartName::Record,
             Self::Segments { .. } => PartName::Segments,
             Self::State { part, .. } => state_name(part),
+            Self::Held { .. } => PartName::Held,
             Self::Page { layer, first, .. } => PartName::Page { layer: *layer, first: *first },
             Self::Trailer { .. } => PartName::Trailer,
         }
@@ -67,6 +70,7 @@ impl Head {
             Self::Record { .. } => RECORD,
             Self::Segments { .. } => SEGMENTS,
             Self::State { .. } => STATE,
+            Self::Held { .. } => HELD,
             Self::Page { .. } => PAGE,
             Self::Trailer { .. } => TRAILER,
         }
@@ -96,6 +100,11 @@ impl Head {
                 out.u32(part.heads);
                 out.dtype(*dtype);
                 out.u64(digest.0);
+            }
+            Self::Held { slot, tensors, crc } => {
+                out.u32(*slot);
+                out.u32(*tensors);
+                out.u32(*crc);
             }
             Self::Page { layer, first, positions, dtype, digest } => {
                 out.u32(*layer);
@@ -134,6 +143,10 @@ impl Head {
                 let part = StatePart { layer, kind, first_head, heads };
                 let dtype = reader.dtype("element type")?;
                 Ok(Self::State { part, dtype, digest: Digest(reader.u64("digest")?) })
+            }
+            HELD => {
+                let (slot, tensors) = (reader.u32("slot")?, reader.u32("number of tensors")?);
+                Ok(Self::Held { slot, tensors, crc: reader.u32("checksum of digests")? })
             }
             PAGE => {
                 let (layer, first) = (reader.u32("layer")?, reader.u64("first position")?);
@@ -178,7 +191,7 @@ impl Announced {
             let part = if kind == HEADER { PartName::Header } else { PartName::Next };
             return Err(HandoffError::Crc { part, expected: Crc(expected), found: Crc(found) });
         }
-        if !(HEADER..=TRAILER).contains(&kind) {
+        if !(HEADER..=HELD).contains(&kind) {
             return Err(HandoffError::Kind { found: kind });
         }
         let mut reader = Reader::new(fields);
@@ -223,14 +236,17 @@ impl Announced {
                 same(digest, Digest::of_heads(geometry, part.kind, part.first_head, &body))?;
                 Ok(Part::State(StateSlice { part, digest, bytes: body }))
             }
+            Head::Held { slot, crc, .. } => {
+                check(crc)?;
+                Ok(Part::Held(HeldState { slot, digests: TensorDigests::from_numbers(geometry, &numbers(&body))? }))
+            }
             Head::Page { layer, first, positions, digest, .. } => {
                 same(digest, Digest::of_positions(geometry, first, &body))?;
                 Ok(Part::Page(PageSlice { layer, first, positions, digest, bytes: body }))
             }
             Head::Trailer { totals, crc, .. } => {
                 check(crc)?;
-                let numbers: Vec<u64> = body.as_chunks().0.iter().map(|&number| u64::from_le_bytes(number)).collect();
-                Ok(Part::End(Summary { totals, digests: TensorDigests::from_numbers(geometry, &numbers)? }))
+                Ok(Part::End(Summary { totals, digests: TensorDigests::from_numbers(geometry, &numbers(&body))? }))
             }
         }
     }
@@ -292,10 +308,23 @@ pub(super) fn of_segments(table: &SegmentTable) -> (Head, Vec<u8>) {
 
 /// The head of a trailer, and its body.
 pub(super) fn of_trailer(parts: u32, summary: &Summary) -> (Head, Vec<u8>) {
-    let numbers = summary.digests.numbers();
-    let body: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-    let tensors = numbers.len() as u32;
+    let body = digest_bytes(&summary.digests);
+    let tensors = summary.digests.len() as u32;
     (Head::Trailer { parts, totals: summary.totals, tensors, crc: crc(&[&body]) }, body)
+}
+
+/// The head of a state in its slot, and its body.
+pub(super) fn of_held(held: &HeldState) -> (Head, Vec<u8>) {
+    let body = digest_bytes(&held.digests);
+    (Head::Held { slot: held.slot, tensors: held.digests.len() as u32, crc: crc(&[&body]) }, body)
+}
+
+fn digest_bytes(digests: &TensorDigests) -> Vec<u8> {
+    digests.numbers().iter().flat_map(|number| number.to_le_bytes()).collect()
+}
+
+fn numbers(body: &[u8]) -> Vec<u64> {
+    body.as_chunks().0.iter().map(|&number| u64::from_le_bytes(number)).collect()
 }
 
 /// Totals with their names, in the trailer's order.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use perigee_backend::StatePart;
 
 use super::error::{HandoffError, PartName};
-use crate::digest::Digest;
+use crate::digest::{Digest, TensorDigests};
 use crate::geometry::{Geometry, GeometryError, PAGE_POSITIONS, Tensor};
 
 /// Some heads of one state tensor.
@@ -18,6 +18,15 @@ pub struct StateSlice {
     pub digest: Digest,
     /// [heads, D, D] or [heads, D, W - 1], little-endian.
     pub bytes: Vec<u8>,
+}
+
+/// A session's whole state, in its slot at the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldState {
+    /// Number of the slot, the same on every rank.
+    pub slot: u32,
+    /// Digests over it; those of latents are zero.
+    pub digests: TensorDigests,
 }
 
 /// A slice as a rank's backend takes it.

@@ -732,7 +732,7 @@ pub struct HandoffChunk {
     pub demand: ::core::option::Option<HandoffDemand>,
 }
 /// What a session needs of its target, as far as its source knows before it stands still.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HandoffDemand {
     /// Pages of every MLA layer to be taken for it when it arrives.
     #[prost(uint64, tag = "1")]
@@ -743,6 +743,10 @@ pub struct HandoffDemand {
     /// Positions whose latents stay on other replicas.
     #[prost(uint64, tag = "3")]
     pub remote: u64,
+    /// How a target on the same machine reaches the source's state slots, by rank, as their backend says it; empty where it
+    /// cannot.
+    #[prost(bytes = "vec", repeated, tag = "4")]
+    pub slots: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
 }
 /// How far a handoff is at its target.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -766,7 +770,11 @@ pub mod handoff_answer {
 }
 /// A slot and the pages that were asked for are reserved.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct HandoffRoom {}
+pub struct HandoffRoom {
+    /// Whether the target reaches the source's state slots: the number of the slot is sent, then, in place of the state.
+    #[prost(bool, tag = "1")]
+    pub reaches_slots: bool,
+}
 /// What became of a handoff.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HandoffResult {

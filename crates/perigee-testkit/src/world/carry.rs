@@ -169,7 +169,7 @@ async fn carry(carriage: &Carriage, engine: &EngineHandle, tamper: Tamper, mut o
         // What comes instead of a handoff comes at its end.
         if let Some(on_room) = on_room.take_if(|_| matches!(tamper, Tamper::Replace(_))) {
             // The source may have given up.
-            let _ = on_room.send(());
+            let _ = on_room.send(false);
         }
         let Some(bytes) = tampered(&tamper, chunk, start, &mut is_broken) else { continue };
         if refused.is_none()
@@ -183,7 +183,7 @@ async fn carry(carriage: &Carriage, engine: &EngineHandle, tamper: Tamper, mut o
             && let Some(on_room) = on_room.take()
         {
             // The source may have given up.
-            let _ = on_room.send(());
+            let _ = on_room.send(incoming.reaches_slots());
         }
         if is_broken {
             break;

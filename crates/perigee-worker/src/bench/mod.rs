@@ -14,7 +14,8 @@ use perigee_engine::ranks::Ranks;
 use perigee_engine::{Engine, EngineConfig};
 use serde::Serialize;
 
-use crate::config::{Device, EngineOptions};
+use crate::config::EngineOptions;
+use crate::device::Device;
 use crate::error::{Result, WorkerError};
 use crate::load::{Opened, Seat, open_engine};
 use crate::warm::warm;

@@ -140,8 +140,8 @@ fn start_replica(args: &UpArgs, replica: usize, notices: mpsc::UnboundedSender<P
         engine.threads = Some(engine.threads(args.tp * args.replicas));
     }
     if engine.device != Device::Cpu {
-        // Every replica is on the same cards.
-        engine.memory_fraction /= args.replicas as f64;
+        engine.memory_fraction /= engine.device.replicas_beside(replica, (args.replicas, args.tp)) as f64;
+        engine.device = engine.device.of_replica(replica, args.tp);
     }
     let mut arguments = vec![format!("--grace={}", args.router.grace)];
     arguments.extend(args.tls.to_arguments());

@@ -22,10 +22,10 @@ const LONGEST: usize = 1024;
 /// other things too.
 const MANY: u32 = 400;
 /// How long slots and pages may take to come back, where no grace time has to run out.
-const FREED: Duration = Duration::from_secs(10);
+pub(crate) const FREED: Duration = Duration::from_secs(10);
 
 /// A request of one session that goes on to its last token.
-fn request(name: &str, length: usize, tokens: u32, sampling: SamplingParams) -> Request {
+pub(crate) fn request(name: &str, length: usize, tokens: u32, sampling: SamplingParams) -> Request {
     let seed = name.bytes().fold(7, |seed: u64, byte| seed.wrapping_mul(31).wrapping_add(byte.into()));
     Request {
         grammar: None,
@@ -47,7 +47,7 @@ fn request(name: &str, length: usize, tokens: u32, sampling: SamplingParams) -> 
     }
 }
 
-fn sampled() -> SamplingParams {
+pub(crate) fn sampled() -> SamplingParams {
     SamplingParams { temperature: 0.9, top_p: 0.95, seed: 11, ..SamplingParams::default() }
 }
 
@@ -60,12 +60,12 @@ fn order(after: usize, to: usize, mode: Mode) -> Order {
 }
 
 /// There and back, split and whole.
-fn there_and_back() -> Vec<Order> {
+pub(crate) fn there_and_back() -> Vec<Order> {
     vec![order(5, 1, Mode::Split), order(15, 0, Mode::Whole), order(25, 1, Mode::Split)]
 }
 
 /// What is wrong with a course, if anything is.
-fn wrong(undisturbed: &mut Undisturbed, request: &Request, course: &Course) -> Option<String> {
+pub(crate) fn wrong(undisturbed: &mut Undisturbed, request: &Request, course: &Course) -> Option<String> {
     if let Some(broken) = course.broken.first() {
         return Some(broken.clone());
     }
@@ -83,7 +83,10 @@ fn sessions() -> Vec<Request> {
 }
 
 /// Runs the sessions one after the other, and what is wrong with each; how many moves were made, and why others were not.
-async fn run_all(spec: &WorldSpec, undisturbed: &mut Undisturbed) -> (Vec<Option<String>>, usize, Vec<String>) {
+pub(crate) async fn run_all(
+    spec: &WorldSpec,
+    undisturbed: &mut Undisturbed,
+) -> (Vec<Option<String>>, usize, Vec<String>) {
     let world = World::start(spec).unwrap();
     let mut relay = Relay::attach(&world);
     let (mut faults, mut made, mut refused) = (Vec::new(), 0, Vec::new());
@@ -101,7 +104,7 @@ async fn run_all(spec: &WorldSpec, undisturbed: &mut Undisturbed) -> (Vec<Option
     (faults, made, refused)
 }
 
-fn undisturbed() -> Undisturbed {
+pub(crate) fn undisturbed() -> Undisturbed {
     Undisturbed::open(MODEL, LONGEST).unwrap()
 }
 

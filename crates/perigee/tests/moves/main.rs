@@ -24,6 +24,8 @@ mod kills;
 #[cfg(test)]
 mod known;
 #[cfg(test)]
+mod neighbours;
+#[cfg(test)]
 mod plan;
 #[cfg(test)]
 mod restarts;

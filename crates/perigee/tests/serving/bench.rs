@@ -121,7 +121,15 @@ fn the_price_of_a_move_is_told_by_context_and_mode() {
         let is_split = row["mode"] == "split";
         let has = |path: &str| row.pointer(path).and_then(Value::as_f64).is_some_and(|time| time > 0.0);
         assert!(
-            ["/tpot_remote_ms", "/remote/waiting_ms", "/beside/remote_ms"].iter().all(|path| has(path) == is_split),
+            [
+                "/tpot_remote_ms",
+                "/remote/waiting_ms",
+                "/beside/remote_ms",
+                "/home/undisturbed_ms",
+                "/home/answering_ms"
+            ]
+            .iter()
+            .all(|path| has(path) == is_split),
             "{row}"
         );
     }

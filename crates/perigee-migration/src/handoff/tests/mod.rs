@@ -3,5 +3,6 @@
 mod capture;
 mod faults;
 mod harness;
+mod held;
 mod properties;
 mod refusals;

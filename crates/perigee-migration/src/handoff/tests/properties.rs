@@ -85,6 +85,7 @@ proptest! {
                 Part::Frozen(frozen) => prop_assert_eq!(&frozen, &session.frozen),
                 Part::Segments(table) => segments = Some(table),
                 Part::State(slice) => slices.push(slice),
+                Part::Held(_) => prop_assert!(false, "nobody held a state back"),
                 Part::Page(page) => pages.push(page),
                 Part::End(end) => prop_assert_eq!(&end, &sent),
             }

@@ -73,11 +73,11 @@ fn another_version_or_another_thing_is_refused() {
     assert_eq!(says(bytes), HandoffError::Mark { expected: MARK, found });
     // A kind of part that a later version may have.
     let mut unknown = mark();
-    let mut part = vec![8, 0, 0];
+    let mut part = vec![9, 0, 0];
     part.u64(0);
     part.u32(crc(&[&part]));
     unknown.extend(part);
-    assert_eq!(says(unknown), HandoffError::Kind { found: 8 });
+    assert_eq!(says(unknown), HandoffError::Kind { found: 9 });
 }
 
 #[test]

@@ -9,7 +9,7 @@ use perigee_proto::v1::{GetModelInfoRequest, MigrateMode, MigrateResponse};
 use super::cluster::Cluster;
 use super::numbers::{Change, change, gaps, median, milliseconds};
 use super::stream::Stream;
-use super::{Beside, MigrateArgs, Prompt, Remote, Row};
+use super::{Beside, Home, MigrateArgs, Prompt, Remote, Row};
 
 /// Positions of a latent page.
 const PAGE_TOKENS: usize = 64;
@@ -54,6 +54,7 @@ impl Moves {
             stalls_ms: self.stalls_ms,
             remote: None,
             beside: None,
+            home: None,
         }
     }
 }
@@ -75,10 +76,15 @@ pub(super) async fn run(args: &MigrateArgs, prompt: Prompt) -> anyhow::Result<Ve
     let away = cluster.other(&home)?;
 
     let mut whole = Moves::default();
+    let mut undisturbed_ms = 0.0;
     for round in 0..args.whole + args.whole % 2 {
         let to = if round % 2 == 0 { &away } else { &home };
         let (stall_ms, moved) = migrate(&cluster, &mut long, to, MigrateMode::Whole).await?;
         whole.add(stall_ms, &moved);
+        if round == 0 {
+            let mut short = Stream::open(inference.clone(), text(32, 2), TOKENS).await?;
+            undisturbed_ms = beside(&cluster, &mut short, &home, args.window).await?;
+        }
     }
 
     let mut short = Stream::open(inference.clone(), text(32, 1), TOKENS).await?;
@@ -87,6 +93,7 @@ pub(super) async fn run(args: &MigrateArgs, prompt: Prompt) -> anyhow::Result<Ve
     let (stall_ms, moved) = migrate(&cluster, &mut long, &away, MigrateMode::Split).await?;
     split.add(stall_ms, &moved);
     let beside_remote_ms = beside(&cluster, &mut short, &away, args.window).await?;
+    let answering_ms = beside(&cluster, &mut short, &home, args.window).await?;
     drop(short);
     long.next(REST, PATIENCE).await?;
     let (tpot_remote_ms, remote) = distance(&cluster, &mut long, &away, args.window).await?;
@@ -97,8 +104,9 @@ pub(super) async fn run(args: &MigrateArgs, prompt: Prompt) -> anyhow::Result<Ve
     }
 
     let beside = Some(Beside { local_ms: beside_local_ms, remote_ms: beside_remote_ms });
+    let stays = Some(Home { undisturbed_ms, answering_ms });
     let (remote, tpot_remote_ms) = (Some(remote), Some(tpot_remote_ms));
-    let split = Row { tpot_remote_ms, remote, beside, ..split.row(prompt, "split", local_ms) };
+    let split = Row { tpot_remote_ms, remote, beside, home: stays, ..split.row(prompt, "split", local_ms) };
     let mut rows = vec![split, whole.row(prompt, "whole", local_ms)];
     if !prompt.is_filled {
         rows.push(replay(&cluster, &mut long, prompt.tokens, local_ms).await?.row(prompt, "replay", local_ms));

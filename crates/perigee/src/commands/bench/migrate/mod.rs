@@ -42,7 +42,8 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
     /// Print one JSON array: [{context, mode, state_bytes, page_bytes, token_bytes, stall_ms, stall_steps, tpot_local_ms,
-    /// tpot_remote_ms, filled, moves, stalls_ms, remote, beside}], one entry for each context and mode split, whole and replay.
+    /// tpot_remote_ms, filled, moves, stalls_ms, remote, beside, home}], one entry for each context and mode split, whole and
+    /// replay.
     #[arg(long)]
     json: bool,
     /// Sizes follow from the contexts; --state-slots, --latent-pages, --max-model-len and --max-batch are not used.
@@ -87,6 +88,8 @@ struct Row {
     remote: Option<Remote>,
     /// Another session's times in the same steps; split moves only.
     beside: Option<Beside>,
+    /// A home's own times; split moves only.
+    home: Option<Home>,
 }
 
 /// Parts of a token's time while its old latents are remote, in milliseconds; each is a mean over the same tokens.
@@ -107,6 +110,15 @@ struct Beside {
     local_ms: f64,
     /// Whose latents are remote.
     remote_ms: f64,
+}
+
+/// A short session's median gap at one replica while the long one runs at the other, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+struct Home {
+    /// With all its latents: nobody is asked.
+    undisturbed_ms: f64,
+    /// Without them: the short session's replica answers.
+    answering_ms: f64,
 }
 
 pub(super) fn run(args: MigrateArgs) -> anyhow::Result<()> {
@@ -155,12 +167,13 @@ fn line(row: &Row) -> String {
 
 /// What distance costs at a context, in words.
 fn distance(row: &Row) -> Option<String> {
-    let (remote, beside) = (row.remote?, row.beside?);
+    let (remote, beside, home) = (row.remote?, row.beside?, row.home?);
     let all = remote.waiting_ms + remote.own_ms + remote.between_ms;
     let share = |time: f64| 100.0 * time / all.max(f64::MIN_POSITIVE);
     Some(format!(
         "{:>7}  remote token: waiting {:.2} ms ({:.0} %), own work {:.2} ms ({:.0} %), between steps {:.2} ms ({:.0} %); a short \
-         session beside it: {:.2} ms while it is local, {:.2} ms while it is remote",
+         session beside it: {:.2} ms while it is local, {:.2} ms while it is remote; the home's own token: {:.2} ms while \
+         nobody asks, {:.2} ms while it answers",
         row.context,
         remote.waiting_ms,
         share(remote.waiting_ms),
@@ -169,6 +182,8 @@ fn distance(row: &Row) -> Option<String> {
         remote.between_ms,
         share(remote.between_ms),
         beside.local_ms,
-        beside.remote_ms
+        beside.remote_ms,
+        home.undisturbed_ms,
+        home.answering_ms
     ))
 }
