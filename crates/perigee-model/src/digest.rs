@@ -85,6 +85,14 @@ mod tests {
     }
 
     #[test]
+    fn the_demo_model_is_the_same_as_a_directory() {
+        let folder = tempfile::tempdir().unwrap();
+        crate::init_model(folder.path(), &ModelSpec::Demo, &mut |_, _| {}).unwrap();
+        assert_eq!(digest(folder.path().to_str().unwrap()), digest("demo"));
+        assert_ne!(digest("demo"), digest("random:tiny"));
+    }
+
+    #[test]
     fn a_checkpoint_is_known_by_its_contents_and_not_by_its_place() {
         let (one, copy) = (written(&odd_config()), written(&odd_config()));
         let of = |directory: &tempfile::TempDir| digest(directory.path().to_str().unwrap());

@@ -15,14 +15,21 @@ const NEAR: f64 = 1e-3;
 /// Most bits for a byte of the page, which the model was not trained on.
 const BITS_PER_BYTE: f64 = 2.0;
 
+/// What `up` answers to a prompt: drawn, as the model's own settings say, by a seed that is always the same.
+const FIRST_PROMPT: &str = "In the beginning";
+const FIRST_ANSWER: &str = " was from the roof of the earth.
+Thus shall the LORD be a very great statute for ever; and the LORD shall be scattered throughout the earth: and he shall set on the earth
+";
+
 #[test]
 fn the_first_answer_of_up_is_english() {
-    let known = continuations().unwrap().remove(0);
-    let length = known.tokens.len().to_string();
-    let arguments = ["up", "--prompt", known.prompt.as_str(), "--max-tokens", length.as_str()];
-    let output = Command::new(env!("CARGO_BIN_EXE_perigee")).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{}\n", known.text));
+    for more in [&[][..], &["--replicas=1", "--tp=1", "--token-budget=3", "--max-batch=3"], &["--replicas=1", "--tp=4"]]
+    {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_perigee"));
+        let output = command.args(["up", "--prompt", FIRST_PROMPT, "--max-tokens=64"]).args(more).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), FIRST_ANSWER, "{more:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
