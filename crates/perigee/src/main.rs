@@ -1,5 +1,5 @@
 //! The one binary of Perigee. Its commands are in `perigee-cli`: the whole program is optimised at the level of this package, for
-//! speed, and what runs once a command at the level of that one, for size.
+//! speed, and that one for size.
 
 use std::process::ExitCode;
 
