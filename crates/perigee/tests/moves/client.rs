@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use perigee_proto::v1::{
     FinishReason, GenerateRequest, GenerateResponse, ListSessionsRequest, MigrateRequest, MigrateResponse,
-    PositionLogprobs,
+    PositionLogprobs, SessionInfo,
 };
 use perigee_testkit::sandbox::Clients;
 use tokio::sync::{mpsc, oneshot};
@@ -273,21 +273,30 @@ struct Asking {
 impl Asking {
     async fn ask(mut self) -> Result<MigrateResponse, Status> {
         if self.session.is_empty() {
-            (self.session, self.on) = self.find().await?;
+            (self.session, self.on) = self.find(|session| session.request_id == self.request).await?;
         }
-        let at = self.on.as_ref().and_then(|on| self.names.iter().position(|name| name == on)).unwrap_or(0);
-        let to = self.names[(at + self.planned.further) % self.names.len()].clone();
-        let request = MigrateRequest { session_id: self.session, to, mode: self.planned.mode.into() };
-        self.clients.cluster.clone().migrate(request).await.map(tonic::Response::into_inner)
+        loop {
+            let at = self.on.as_ref().and_then(|on| self.names.iter().position(|name| name == on)).unwrap_or(0);
+            let to = self.names[(at + self.planned.further) % self.names.len()].clone();
+            let request = MigrateRequest { session_id: self.session.clone(), to, mode: self.planned.mode.into() };
+            match self.clients.cluster.clone().migrate(request).await {
+                // Early moves of several choices may mean one session. What the error says is done.
+                Err(status) if status.message().contains("is being moved already: try again") => {
+                    tokio::time::sleep(10 * BETWEEN_LOOKS).await;
+                    (_, self.on) = self.find(|session| session.session == self.session).await?;
+                }
+                answer => return answer.map(tonic::Response::into_inner),
+            }
+        }
     }
 
-    /// A session of the request, before its first response.
-    async fn find(&self) -> Result<(String, Option<String>), Status> {
+    /// A session that is looked for, and its owner.
+    async fn find(&self, is_it: impl Fn(&SessionInfo) -> bool) -> Result<(String, Option<String>), Status> {
         for _ in 0..LOOKS {
             // A replica in a long step answers too late: then again.
             let listed = self.clients.cluster.clone().list_sessions(ListSessionsRequest::default()).await;
             let listed = listed.map(|answer| answer.into_inner().sessions).unwrap_or_default();
-            if let Some(found) = listed.into_iter().find(|session| session.request_id == self.request) {
+            if let Some(found) = listed.into_iter().find(&is_it) {
                 return Ok((found.session, Some(found.owner)));
             }
             // It comes to its replica in a moment, or has ended.

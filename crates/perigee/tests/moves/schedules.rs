@@ -238,11 +238,16 @@ async fn random_schedules_equal_undisturbed_runs() {
 async fn long_sessions_equal_undisturbed_runs() {
     let (length, choices) = LONG;
     let sizes =
-        Sizes { prompt: (length, length), output: (60, 120), schedules: 0, vocab: 512, replicas: DEGREES.len() };
+        Sizes { prompt: (length, length), output: (120, 200), schedules: 0, vocab: 512, replicas: DEGREES.len() };
     let first = setting("PERIGEE_MOVE_SEED").unwrap_or(SEED) + 10_000;
     let group = group_of_choices(first, &choices, sizes);
-    let fleet =
-        FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &DEGREES).worker("--latent-pages=2048").start().await.unwrap();
+    let fleet = FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &DEGREES)
+        // A move in the prompt waits for the step that runs: one of few tokens, at contexts as long as these.
+        .worker("--token-budget=256")
+        .worker("--latent-pages=2048")
+        .start()
+        .await
+        .unwrap();
     run_groups(&fleet, "random:tiny", vec![group], (1, length + sizes.output.1)).await;
 }
 
