@@ -156,9 +156,11 @@ impl CudaBackend {
 
     /// What the attention plan of any step depends on.
     pub(crate) fn planning(&self) -> Planning {
+        let heads = self.mla_heads.unwrap_or(0);
         Planning {
-            heads: self.mla_heads.unwrap_or(0),
+            heads,
             items: 2 * self.stream.device().multiprocessors() as usize,
+            blocks: self.kernels.mla_attention.decode_blocks(heads, self.latent, self.stream.device()),
             stretch: if self.mla_expands == Some(true) { needs::stretch_keys(self.most_rows) } else { 0 },
         }
     }

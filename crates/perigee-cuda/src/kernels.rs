@@ -11,11 +11,14 @@ use crate::module::{Kernel, Modules};
 use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
-    ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaExpandedParams,
+    ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaDecodeParams, MlaExpandedParams,
     MlaGatherParams, MlaMergeParams, MlaStoreParams, MoeCombineNormParams, MoeCombineParams, MoeGatherParams,
     MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, MoeSpreadParams,
     MoeWideParams, NormParams, SampleParams, SkinnyParams, StateSumParams,
 };
+
+/// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
+pub(crate) const ROUTER_SHARED: usize = 4 * 2 * 64 * 72 * 2;
 
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
 #[derive(Debug)]
@@ -41,6 +44,8 @@ pub(crate) struct Kernels {
     pub(crate) mla_merge_other: Kernel<MlaMergeParams>,
     pub(crate) moe_router: Kernel<MoeRouterParams>,
     pub(crate) moe_router_tile: Kernel<MoeRouterParams>,
+    /// With weights in bfloat16, as activations are.
+    pub(crate) moe_router_tensor: Option<Kernel<MoeRouterParams>>,
     pub(crate) moe_select: Kernel<MoeSelectParams>,
     pub(crate) moe_sort: Kernel<MoeSortParams>,
     pub(crate) moe_select_sort: Kernel<MoeSelectSortParams>,
@@ -134,7 +139,11 @@ pub(crate) struct AttentionKernels {
     pub(crate) general: Kernel<MlaAttendParams>,
     /// By ascending query rows of a block; with bfloat16 activations only.
     pub(crate) tensor: Vec<MlaTensor>,
+    /// Of single tokens, with bfloat16 activations.
+    pub(crate) decode: Option<MlaDecode>,
     pub(crate) merge_splits: Kernel<MlaAttendParams>,
+    /// The same for few tokens of which each has many parts.
+    pub(crate) merge_many: Kernel<MlaAttendParams>,
 }
 
 impl AttentionKernels {
@@ -145,7 +154,12 @@ impl AttentionKernels {
                 DType::Bf16 => vec![MlaTensor::load(modules, 32, 2)?, MlaTensor::load(modules, 64, 3)?],
                 DType::Fp32 => Vec::new(),
             },
+            decode: match precision {
+                DType::Bf16 => Some(MlaDecode::load(modules)?),
+                DType::Fp32 => None,
+            },
             merge_splits: modules.overlapping("mla_merge", "mla_merge_splits")?,
+            merge_many: modules.overlapping("mla_merge", "mla_merge_many")?,
         })
     }
 }
@@ -169,6 +183,27 @@ impl MlaTensor {
         let attend = modules.overlapping("mla_attend_tensor", &format!("mla_attend_tensor_{rows}"))?;
         attend.allow_shared(shared)?;
         Ok(Self { latent: 512, rope: 64, rows, attend, shared })
+    }
+}
+
+/// Attention of single tokens by persistent blocks, for one shape of the cache.
+#[derive(Debug, Clone)]
+pub(crate) struct MlaDecode {
+    pub(crate) latent: usize,
+    pub(crate) rope: usize,
+    /// Most heads.
+    pub(crate) heads: usize,
+    pub(crate) attend: Kernel<MlaDecodeParams>,
+    pub(crate) shared: usize,
+}
+
+impl MlaDecode {
+    fn load(modules: &Modules) -> Result<Self> {
+        // The size of the structure `Shared` of mla_decode.cu, which asserts it.
+        let shared = 7 * 3 * 64 * 128 + 9 * 32 * 128 + 2 * 32 * 128 + 4 * 1024;
+        let attend = modules.overlapping("mla_decode", "mla_decode")?;
+        attend.allow_shared(shared)?;
+        Ok(Self { latent: 512, rope: 64, heads: 32, attend, shared })
     }
 }
 
@@ -327,6 +362,14 @@ impl Kernels {
             mla_merge_other: modules.kernel("mla_merge", "mla_merge_other")?,
             moe_router: modules.overlapping("moe_router", &typed("moe_router"))?,
             moe_router_tile: modules.overlapping("moe_router", &typed("moe_router_tile"))?,
+            moe_router_tensor: match precision {
+                DType::Bf16 => {
+                    let kernel = modules.overlapping("moe_router_tensor", "moe_router_tensor")?;
+                    kernel.allow_shared(ROUTER_SHARED)?;
+                    Some(kernel)
+                }
+                DType::Fp32 => None,
+            },
             moe_select: modules.overlapping("moe_select", &format!("moe_select{select_fault}"))?,
             moe_sort: modules.overlapping("moe_select", "moe_sort")?,
             moe_select_sort: modules.overlapping("moe_select", &format!("moe_select_sort{select_fault}"))?,

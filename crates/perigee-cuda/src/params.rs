@@ -224,6 +224,16 @@ pub(crate) struct MlaAttendParams {
 /// `mla/params.h`
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MlaDecodeParams {
+    pub(crate) latents: TensorMap,
+    pub(crate) attend: MlaAttendParams,
+    pub(crate) first_items: u64,
+    pub(crate) reserved: [u32; 4],
+}
+
+/// `mla/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
 pub(crate) struct MlaMergeParams {
     pub(crate) output: u64,
     pub(crate) lse: u64,

@@ -12,7 +12,7 @@ use crate::device::Device;
 use crate::kernels::{AttentionKernels, Kernels};
 use crate::module::Modules;
 use crate::needs::ITEM_ROWS;
-use crate::ops::attention::Launch;
+use crate::ops::attention::{Dealt, Launch};
 use crate::params::MlaAttendParams;
 use crate::step::{Attention, Planning};
 use crate::stream::Stream;
@@ -147,7 +147,7 @@ struct Question<'a> {
 
 impl Question<'_> {
     /// Who attends to what: all tokens of a sequence at the position behind its pages, so that they see every key.
-    fn plan(&self, width: usize, device: &Device) -> Result<Attention> {
+    fn plan(&self, width: usize, device: &Device, blocks: usize) -> Result<Attention> {
         let mut rows = Vec::with_capacity(self.asked.len());
         for one in self.asked {
             let tokens = one.queries.len() / (self.heads * width);
@@ -164,7 +164,8 @@ impl Question<'_> {
             });
         }
         let batch = StepBatch { tokens: Vec::new(), rows, logits: Vec::new() };
-        let planning = Planning { heads: self.heads, items: 2 * device.multiprocessors() as usize, stretch: 0 };
+        let processors = device.multiprocessors() as usize;
+        let planning = Planning { heads: self.heads, items: 2 * processors, blocks, stretch: 0 };
         Ok(Attention::plan(&batch, planning))
     }
 }
@@ -203,7 +204,8 @@ impl Lane {
         let values: Vec<&[f32]> = question.asked.iter().map(|one| one.queries).collect();
         let values = values.concat();
         let rows = values.len() / width;
-        let plan = question.plan(width, &reader.device)?;
+        let blocks = reader.kernels.decode_blocks(question.heads, latent, &reader.device);
+        let plan = question.plan(width, &reader.device, blocks)?;
         let part_rows = question.heads.max(ITEM_ROWS);
         let parts = plan.parts as usize * part_rows;
 
@@ -213,6 +215,7 @@ impl Lane {
         let items = append(&mut sent, cast_slice(&plan.items));
         let ranges = append(&mut sent, cast_slice(&plan.ranges));
         let merges = append(&mut sent, cast_slice(&plan.merges));
+        let first_items = append(&mut sent, cast_slice(&plan.first_items));
         let pages = append(&mut sent, cast_slice(&plan.pages));
         let output = sent.len();
         let lse = output + rows * latent * 4;
@@ -244,7 +247,13 @@ impl Lane {
             scale: question.scale,
             reserved: 0,
         };
-        let launch = Launch { items: plan.items.len(), merges: plan.merges.len(), item_tokens: plan.item_tokens };
+        let dealt = Dealt { first_items: at(first_items), blocks: plan.blocks(), pages: reader.shape.pages };
+        let launch = Launch {
+            items: plan.items.len(),
+            merges: plan.merges.len(),
+            item_tokens: plan.item_tokens,
+            dealt: Some(dealt).filter(|dealt| dealt.blocks > 0),
+        };
         reader.kernels.launch(&self.stream, &params, &launch)?;
         let found = &mut host.as_mut_slice()[output..lse + rows * 4];
         self.stream.read(memory, output, found)?;

@@ -4,7 +4,7 @@
 use std::mem::take;
 
 use bytemuck::{NoUninit, cast_slice};
-use perigee_backend::{BackendError, PAGE_TOKENS, Result, Row, StepBatch};
+use perigee_backend::{BackendError, PAGE_TOKENS, Result, Row, Segment, StepBatch};
 
 use crate::expand::{Expansion, is_expanded};
 use crate::formula::{Fault, Formula};
@@ -17,6 +17,8 @@ use crate::transfer::Upload;
 const NO_PART: u32 = u32::MAX;
 /// Least keys of a split: below it a split costs more than it gains.
 const LEAST_SPLIT: usize = 256;
+/// Least pages that a block is dealt.
+const LEAST_PAGES: usize = 2;
 
 /// A section of the block: where it lies on the device and how many elements it has.
 #[derive(Debug, Clone, Copy, Default)]
@@ -52,6 +54,8 @@ pub(crate) struct Step {
     pub(crate) ranges: Section,
     pub(crate) items: Section,
     pub(crate) merges: Section,
+    /// First item of every block where items of single tokens are dealt out to blocks, and one past the last.
+    pub(crate) first_items: Section,
     pub(crate) gather_runs: Section,
     pub(crate) expanded_items: Section,
     /// Rows that attend in the expanded form.
@@ -71,6 +75,8 @@ pub(crate) struct Planning {
     pub(crate) heads: usize,
     /// Items that fill the device.
     pub(crate) items: usize,
+    /// Blocks that items of single tokens are dealt out to, 0 where no kernel takes them so.
+    pub(crate) blocks: usize,
     /// Keys of a stretch of the expanded form of attention, 0 where no row attends in it.
     pub(crate) stretch: usize,
 }
@@ -106,6 +112,7 @@ impl Step {
         self.row_chunks = self.pack(&rows.row_chunks);
         self.items = self.pack(&attention.items);
         self.merges = self.pack(&attention.merges);
+        self.first_items = self.pack(&attention.first_items);
         self.ranges = self.pack(&attention.ranges);
         self.gather_runs = self.pack(&runs);
         self.expanded_items = self.pack(&items);
@@ -153,6 +160,7 @@ impl Step {
             &mut self.row_chunks,
             &mut self.items,
             &mut self.merges,
+            &mut self.first_items,
             &mut self.ranges,
             &mut self.gather_runs,
             &mut self.expanded_items,
@@ -200,6 +208,7 @@ impl Step {
         self.decode_rows = self.pack_fixed(&rows.decode, form.rows, 0);
         self.items = self.pack_fixed(&attention.items, items, 0);
         self.merges = self.pack_fixed(&attention.merges, form.rows, 0);
+        self.first_items = self.pack_fixed(&attention.first_items, attention.first_items.len(), 0);
         self.ranges = self.pack_fixed(&attention.ranges, items * RANGES_PER_ITEM, 0);
         let none = Section { address: 0, count: 0 };
         (self.prefill_rows, self.chunks, self.row_chunks) = (none, none, none);
@@ -267,6 +276,7 @@ impl DecodeForm {
             + section(self.rows, size_of::<KdaRow>())
             + section(items, size_of::<AttendItem>())
             + section(self.rows, size_of::<AttendMerge>())
+            + section(planning.blocks + 1, 4)
             + section(items * RANGES_PER_ITEM, size_of::<AttendRange>())
     }
 
@@ -340,14 +350,22 @@ pub(crate) struct Attention {
     pub(crate) pages: Vec<u32>,
     pub(crate) parts: u32,
     pub(crate) item_tokens: usize,
+    /// First item of every block and one past the last, where items are dealt out to blocks, else nothing.
+    pub(crate) first_items: Vec<u32>,
 }
 
 impl Attention {
     /// Cuts each row into tiles of queries, and each tile's keys into splits as even as pages allow. The split length is such
-    /// that all splits together just fill the device; a tile with one split needs no merge.
+    /// that all splits together just fill the device; a tile with one split needs no merge. Where all rows are of one token and
+    /// a kernel takes them so, the keys are dealt out to blocks instead.
     pub(crate) fn plan(batch: &StepBatch, planning: Planning) -> Self {
         let mut plan = Self::default();
         if planning.heads == 0 {
+            return plan;
+        }
+        let is_dealt = |row: &Row| row.tokens == 1 || (planning.stretch > 0 && is_expanded(row));
+        if planning.blocks > 0 && batch.rows.iter().all(is_dealt) {
+            plan.deal(batch, planning);
             return plan;
         }
         let tile = (ITEM_ROWS / planning.heads).max(1);
@@ -382,6 +400,70 @@ impl Attention {
             first_token += row.tokens;
         }
         plan
+    }
+
+    /// Deals the pages of all rows of one token out to blocks, as many to each, in the order of rows: a row whose pages more than
+    /// one block has is merged.
+    fn deal(&mut self, batch: &StepBatch, planning: Planning) {
+        let single = || batch.rows.iter().filter(|row| row.tokens == 1);
+        let pages: usize = single().map(|row| pages_before(row, row.position + 1)).sum();
+        let share = pages.div_ceil(planning.blocks).max(LEAST_PAGES);
+        let mut room = share;
+        self.first_items.push(0);
+        let mut first_token = 0;
+        for row in &batch.rows {
+            if row.tokens == 1 {
+                let template = AttendItem {
+                    first_token,
+                    tokens: 1,
+                    first_position: row.position as u32,
+                    first_range: 0,
+                    ranges: 0,
+                    part: NO_PART,
+                };
+                self.item_tokens = 1;
+                self.deal_row(row, template, share, &mut room);
+            }
+            first_token += row.tokens;
+        }
+        self.first_items.resize(planning.blocks + 1, self.items.len() as u32);
+    }
+
+    /// Items of one row: one for each block that has some of its pages. `room` is what the current block has left of its share.
+    fn deal_row(&mut self, row: &Row, template: AttendItem, share: usize, room: &mut usize) {
+        let tables = self.tables(row);
+        let first_item = self.items.len();
+        let mut item = AttendItem { first_range: self.ranges.len() as u32, ..template };
+        for (segment, pages) in row.segments.iter().zip(tables) {
+            let last = segment.end.min(row.position + 1);
+            let mut start = segment.start;
+            while start < last {
+                if *room == 0 {
+                    if item.ranges > 0 {
+                        self.items.push(item);
+                        item = AttendItem { first_range: self.ranges.len() as u32, ..template };
+                    }
+                    self.first_items.push(self.items.len() as u32);
+                    *room = share;
+                }
+                let page = start / PAGE_TOKENS as u64;
+                let end = last.min((page + *room as u64) * PAGE_TOKENS as u64);
+                let first_page = (segment.start / PAGE_TOKENS as u64) as u32;
+                self.ranges.push(AttendRange { pages, first_page, start: start as u32, end: end as u32 });
+                item.ranges += 1;
+                *room -= (end.div_ceil(PAGE_TOKENS as u64) - page) as usize;
+                start = end;
+            }
+        }
+        if item.ranges > 0 {
+            self.items.push(item);
+        }
+        self.close(first_item);
+    }
+
+    /// Blocks that items are dealt out to.
+    pub(crate) fn blocks(&self) -> usize {
+        self.first_items.len().saturating_sub(1)
     }
 
     /// Appends the row's page tables; where each segment's begins.
@@ -424,10 +506,16 @@ impl Attention {
         if item.ranges > 0 {
             self.items.push(item);
         }
+        self.close(first_item);
+    }
+
+    /// Items from `first` on are all of one tile: several are merged.
+    fn close(&mut self, first_item: usize) {
         let count = (self.items.len() - first_item) as u32;
-        if count == 1 {
+        if count <= 1 {
             return;
         }
+        let template = self.items[first_item];
         // No keys at all cannot happen: a row holds at least its own. Several items are merged.
         for item in &mut self.items[first_item..] {
             item.part = self.parts;
@@ -443,6 +531,11 @@ impl Attention {
     }
 }
 
+/// Local pages of a row with keys below a position; one that two segments share counts for each.
+fn pages_before(row: &Row, end: u64) -> usize {
+    row.segments.iter().map(|segment| Segment::pages_for(segment.start, segment.end.min(end))).sum()
+}
+
 /// Local keys of a row below a position.
 fn keys_before(row: &Row, end: u64) -> u64 {
     row.segments.iter().map(|segment| segment.end.min(end).saturating_sub(segment.start)).sum()
@@ -450,8 +543,6 @@ fn keys_before(row: &Row, end: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use perigee_backend::Segment;
-
     use super::*;
 
     fn segment(start: u64, end: u64, first: u32) -> Segment {
@@ -505,7 +596,7 @@ mod tests {
         ]);
         for heads in [4, 32, 100] {
             for items in [1, 8, 264] {
-                let plan = Attention::plan(&batch, Planning { heads, items, stretch: 0 });
+                let plan = Attention::plan(&batch, Planning { heads, items, blocks: 0, stretch: 0 });
                 check_cover(&batch, &plan);
                 let merged: u32 = plan.merges.iter().map(|merge| merge.parts).sum();
                 assert_eq!(merged, plan.parts);
@@ -516,12 +607,42 @@ mod tests {
     #[test]
     fn a_long_context_fills_the_device_and_a_full_batch_is_not_split() {
         let long = batch(vec![row(131_071, 1, vec![segment(0, 131_072, 0)])]);
-        let plan = Attention::plan(&long, Planning { heads: 32, items: 264, stretch: 0 });
+        let plan = Attention::plan(&long, Planning { heads: 32, items: 264, blocks: 0, stretch: 0 });
         assert!((200..=264).contains(&plan.items.len()), "{} items", plan.items.len());
         assert_eq!(plan.merges.len(), 1);
         let many = batch((0..300).map(|at| row(999, 1, vec![segment(0, 1000, at * 16)])).collect());
-        let plan = Attention::plan(&many, Planning { heads: 32, items: 264, stretch: 0 });
+        let plan = Attention::plan(&many, Planning { heads: 32, items: 264, blocks: 0, stretch: 0 });
         assert_eq!((plan.items.len(), plan.parts), (300, 0));
+    }
+
+    #[test]
+    fn tokens_are_dealt_out_to_blocks() {
+        let planning = |blocks| Planning { heads: 32, items: 264, blocks, stretch: 0 };
+        let uneven = batch(vec![
+            row(5000, 1, vec![segment(0, 777, 0), segment(777, 4001, 40), segment(4500, 5001, 100)]),
+            row(0, 1, vec![segment(0, 1, 210)]),
+            row(699, 1, vec![segment(130, 700, 220)]),
+        ]);
+        for blocks in [1, 8, 132] {
+            let plan = Attention::plan(&uneven, planning(blocks));
+            check_cover(&uneven, &plan);
+            assert_eq!(plan.blocks(), blocks);
+            assert_eq!((plan.first_items[0], plan.first_items[blocks] as usize), (0, plan.items.len()));
+            let merged: u32 = plan.merges.iter().map(|merge| merge.parts).sum();
+            assert_eq!(merged, plan.parts);
+        }
+        // 100 rows of 16 pages and a key: 1,700 pages are 13 for each of 132 blocks.
+        let even = batch((0..100).map(|at| row(1024, 1, vec![segment(0, 1025, at * 17)])).collect());
+        let plan = Attention::plan(&even, planning(132));
+        check_cover(&even, &plan);
+        let pages = |range: &AttendRange| (range.end.div_ceil(64) - range.start / 64) as usize;
+        for items in plan.first_items.windows(2) {
+            let items = &plan.items[items[0] as usize..items[1] as usize];
+            let ranges = items.iter().flat_map(|item| {
+                &plan.ranges[item.first_range as usize..(item.first_range + item.ranges) as usize]
+            });
+            assert!(ranges.map(pages).sum::<usize>() <= 13);
+        }
     }
 
     #[test]
@@ -531,13 +652,15 @@ mod tests {
                 let pages = (context as u32).div_ceil(64);
                 let batch =
                     batch((0..rows).map(|at| row(context - 1, 1, vec![segment(0, context, at * pages)])).collect());
-                let planning = Planning { heads: 32, items: 264, stretch: 0 };
-                let plan = Attention::plan(&batch, planning);
-                let form = DecodeForm { rows: rows as usize, pages: (rows * pages) as usize };
-                assert!(plan.items.len() <= form.items(planning), "{rows} x {context}: {} items", plan.items.len());
-                assert!(plan.ranges.len() <= form.items(planning) * RANGES_PER_ITEM);
-                assert!(plan.merges.len() <= rows as usize && plan.item_tokens == 1);
-                assert!(plan.parts as usize <= form.parts(planning), "{rows} x {context}: {} parts", plan.parts);
+                for blocks in [0, 132] {
+                    let planning = Planning { heads: 32, items: 264, blocks, stretch: 0 };
+                    let plan = Attention::plan(&batch, planning);
+                    let form = DecodeForm { rows: rows as usize, pages: (rows * pages) as usize };
+                    assert!(plan.items.len() <= form.items(planning), "{rows} x {context}: {} items", plan.items.len());
+                    assert!(plan.ranges.len() <= form.items(planning) * RANGES_PER_ITEM);
+                    assert!(plan.merges.len() <= rows as usize && plan.item_tokens == 1);
+                    assert!(plan.parts as usize <= form.parts(planning), "{rows} x {context}: {} parts", plan.parts);
+                }
             }
         }
     }

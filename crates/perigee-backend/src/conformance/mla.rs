@@ -8,6 +8,7 @@ use crate::weights::DType;
 
 use super::check::{Checks, Quantity};
 use super::draw::{Draw, Origin};
+use super::harness::MAX_ROWS;
 use super::mla_bench::{MlaBench, MlaRow};
 use super::mla_others::answers;
 use super::reference::mla::{MlaLayer, Sequence};
@@ -48,6 +49,11 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     cases.push(Case::new("mla/long rows/latent 512".into(), |factory: &mut F, checks| {
         long_rows(factory, checks, &MlaLayer::draw(PUBLISHED, 52, Origin::Bytes))
     }));
+    for heads in [2, 12] {
+        cases.push(Case::new(format!("mla/many ranges/latent 512, {heads} heads"), move |factory: &mut F, checks| {
+            many_ranges(factory, checks, &MlaLayer::draw(MlaShape { heads, ..PUBLISHED }, 53, Origin::Bytes))
+        }));
+    }
     cases.push(Case::new("mla/random rule".into(), |factory: &mut F, checks| {
         chunks(factory, checks, &MlaLayer::draw(PUBLISHED, 51, Origin::Rules))
     }));
@@ -180,6 +186,28 @@ fn long_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer)
         bench.release(segments);
     }
     Ok(())
+}
+
+/// Rows of one token after a shared beginning in many segments: more ranges of keys than a device works on at once, so that whoever
+/// deals them out gives a worker several, of different rows.
+fn many_ranges<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer) -> Result<()> {
+    const LENGTH: usize = 200;
+    let mut bench = MlaBench::open(factory, model)?;
+    let sequence = bench.sequence(&mut Draw::new(11), LENGTH + 1);
+    let bounds: Vec<usize> = (0..=LENGTH).step_by(4).collect();
+    let shared = bench.place(&bounds)?;
+    bench.fill(&[MlaRow { sequence: &sequence, segments: &shared, tokens: 0..LENGTH }])?;
+    let mut placed = Vec::new();
+    for row in 0..MAX_ROWS {
+        // Rows skip beginnings of different lengths, as if those were elsewhere.
+        let own = bench.place(&[LENGTH, LENGTH + 1])?;
+        placed.push([&shared[row * row % shared.len()..], &own].concat());
+    }
+    let rows: Vec<MlaRow<'_>> = placed
+        .iter()
+        .map(|segments| MlaRow { sequence: &sequence, segments, tokens: LENGTH..LENGTH + 1 })
+        .collect();
+    bench.step(checks, "many ranges", &rows)
 }
 
 /// Segments left out of a row, as if at remote homes; the reference's parts over them are merged, and the whole must be

@@ -10,7 +10,7 @@ use crate::expand::Span;
 use crate::formula::Fault;
 use crate::loader::{Loader, Placement};
 use crate::needs;
-use crate::ops::attention::Launch;
+use crate::ops::attention::{Dealt, Launch};
 use crate::ops::expanded::{value_pitch, values_address};
 use crate::ops::norm::{Norm, NormRows};
 use crate::params::{ElementParams, MlaAttendParams, MlaMergeParams, MlaStoreParams};
@@ -19,6 +19,8 @@ use crate::tensor::{Matrix, Tensor};
 
 /// Most numbers of a cached token, R + r.
 const MOST_WIDTH: usize = 768;
+/// Numbers of a thread that converts.
+const CONVERTED: usize = 8;
 
 /// The low-rank query's second half.
 #[derive(Debug)]
@@ -263,8 +265,14 @@ impl CudaBackend {
             },
             reserved: 0,
         };
-        let plan =
-            Launch { items: self.step.items.count, merges: self.step.merges.count, item_tokens: self.step.item_tokens };
+        let (first_items, blocks) = (self.step.first_items, self.step.first_items.count.saturating_sub(1));
+        let dealt = Dealt { first_items: first_items.address, blocks, pages: self.cache()?.shape().pages };
+        let plan = Launch {
+            items: self.step.items.count,
+            merges: self.step.merges.count,
+            item_tokens: self.step.item_tokens,
+            dealt: Some(dealt).filter(|dealt| dealt.blocks > 0),
+        };
         self.kernels.mla_attention.launch(&self.stream, &params, &plan)?;
         if self.step.expansion.stretches.is_empty() {
             return Ok(());
@@ -345,7 +353,7 @@ impl CudaBackend {
             DType::Bf16 => {
                 let narrow = self.scratch.take(count * element)?;
                 let params = ElementParams { input, out: narrow, count: count as u64, width: 0, block: 0 };
-                let grid = Grid::new(count.div_ceil(256).min(1 << 16), 1, 256);
+                let grid = Grid::new(count.div_ceil(256 * CONVERTED).min(1 << 16), 1, 256);
                 self.stream.launch(&self.kernels.convert_bf16, grid, &params)?;
                 narrow
             }

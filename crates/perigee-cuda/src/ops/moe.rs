@@ -9,8 +9,9 @@ use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
 use crate::exchange::Exchange;
 use crate::formula::Fault;
-use crate::kernels::MoeTensor;
+use crate::kernels::{MoeTensor, ROUTER_SHARED};
 use crate::loader::{Loader, Placement};
+use crate::module::Kernel;
 use crate::needs::{self, EXPERT_BLOCK as BLOCK, ROUTER_BLOCKS, ROUTER_TILE};
 use crate::ops::mlp::{GatedWeights, Mlp};
 use crate::ops::wide::WideWeights;
@@ -42,6 +43,9 @@ const ROUTER_EXPERTS: usize = 4;
 /// Tokens from which the router is a tiled product, and the least depth of a part of it.
 const ROUTER_MANY: usize = 16;
 const ROUTER_PART: usize = 128;
+/// Tokens from which it goes through tensor cores, where its weights are bfloat16 as stored, and the depth of a step of it.
+const ROUTER_TENSOR: usize = 33;
+const ROUTER_DEPTH: usize = 64;
 /// Tokens from which the router is a dense product, where its weights are bfloat16 as stored.
 const ROUTER_PRODUCT: usize = 512;
 /// Warps of the block that selects and sorts for few tokens, one for each of them.
@@ -77,7 +81,11 @@ pub struct Moe {
 impl Moe {
     /// 1 where a step of `tokens` tokens has the shared expert computed like the routed ones, which every token has then; else 0.
     fn shared_choices(&self, tokens: usize) -> usize {
-        if tokens <= MOST_SHARED { self.extra } else { 0 }
+        static MOST: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
+        let most = *MOST.get_or_init(|| {
+            std::env::var("MOST_SHARED").ok().and_then(|text| text.parse().ok()).unwrap_or(MOST_SHARED)
+        });
+        if tokens <= most { self.extra } else { 0 }
     }
 
     /// Experts of a token.
@@ -371,7 +379,14 @@ impl CudaBackend {
             let tile = ROUTER_TILE;
             let mut grid = Grid::new(shape.experts.div_ceil(tile), tokens.div_ceil(tile), 256);
             grid.blocks.2 = parts as u32;
-            self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?;
+            match self.moe_router_tensor(layer, tokens) {
+                Some((kernel, weight)) => {
+                    let params = MoeRouterParams { weight: weight.address(), ..params };
+                    let grid = Grid { threads: 128, ..grid.shared(ROUTER_SHARED) };
+                    self.stream.launch(kernel, grid, &params)?;
+                }
+                None => self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?,
+            }
         } else {
             let grid = Grid::new(shape.experts.div_ceil(ROUTER_EXPERTS), tokens.div_ceil(ROUTER_TOKENS), 256);
             self.stream.launch(&self.kernels.moe_router, grid, &params)?;
@@ -422,6 +437,16 @@ impl CudaBackend {
         let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
         self.stream.launch(&self.kernels.moe_select, grid, &select)?;
         self.stream.launch(&self.kernels.moe_sort, Grid::new(1, 1, 1024).shared(counts), &sort)
+    }
+
+    /// The router on tensor cores and its weights, where they fit and tokens are many.
+    fn moe_router_tensor<'a>(
+        &'a self,
+        layer: &'a Moe,
+        tokens: usize,
+    ) -> Option<(&'a Kernel<MoeRouterParams>, &'a Matrix)> {
+        let fits = std::env::var("NO_ROUTER").is_err() && tokens >= ROUTER_TENSOR && layer.shape.hidden.is_multiple_of(ROUTER_DEPTH);
+        self.kernels.moe_router_tensor.as_ref().zip(layer.narrow_router.as_ref()).filter(|_| fits)
     }
 
     /// Room for the layer's own selection; kept until the next layer's. Grows outside of steady state only.

@@ -156,6 +156,14 @@ __device__ __forceinline__ void product_columns(float (&d)[64], const FragmentA&
                : "r"(left.x[0]), "r"(left.x[1]), "r"(left.x[2]), "r"(left.x[3]), "l"(right));
 }
 
+// d [64 x 32] = left [64 x 16] . right [16 x 32] + d with left by columns and right by rows.
+__device__ __forceinline__ void product_transposed(float (&d)[16], uint64_t left, uint64_t right) {
+  asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" PERIGEE_S2 "}, %16, %17, add, 1, 1, 1, 0;\n}"
+               : PERIGEE_D2
+               : "l"(left), "l"(right));
+}
+
 // Four 8 x 8 blocks of fragments to shared memory, transposed: lane i gives the address of row i % 8 of the transpose of block i / 8.
 __device__ __forceinline__ void store_blocks_transposed(void* row, const uint32_t (&x)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"

@@ -3,13 +3,24 @@
 #include "common/common.cuh"
 #include "gemm/params.h"
 
+constexpr uint32_t kVector = 8;  // numbers of a thread at a time, where all of them divide so
+
 template <class T>
 __device__ __forceinline__ void convert(const ElementParams& p) {
   grid_dependency();
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
-  for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
-    static_cast<T*>(p.out)[i] = narrow<T>(static_cast<const float*>(p.in)[i]);
+  const uint64_t first = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const float* in = static_cast<const float*>(p.in);
+  T* out = static_cast<T*>(p.out);
+  if (p.count % kVector == 0) {
+    for (uint64_t i = first * kVector; i < p.count; i += step * kVector) {
+      const Quad low = read4(in + i), high = read4(in + i + 4);
+      write4(out + i, low);
+      write4(out + i + 4, high);
+    }
+    return;
   }
+  for (uint64_t i = first; i < p.count; i += step) out[i] = narrow<T>(in[i]);
 }
 
 template <class T>

@@ -3,71 +3,80 @@
 #include "common/common.cuh"
 #include "mla/params.h"
 
-constexpr int kThreads = 512;
-constexpr int kGroupThreads = 128;                 // threads that share a part
-constexpr int kGroups = kThreads / kGroupThreads;  // parts read at a time
-constexpr int kSpan = 6;                           // channels of a thread: R <= 768
-constexpr int kBatch = 512;                        // parts whose weights are kept at a time
+constexpr int kWarps = 8;
+constexpr int kLaneChannels = 8;                   // of a lane, kWarp apart
+constexpr int kChannels = kLaneChannels * kWarp;   // of a warp
 
-// One block a (merge, row): the parts of one (token, head).
-extern "C" __global__ void __launch_bounds__(kThreads) mla_merge_splits(const __grid_constant__ MlaAttendParams p) {
-  __shared__ float weights[kBatch];
-  __shared__ float scratch[kWarp];
-  __shared__ float sums[kGroups - 1][kSpan * kGroupThreads];
-  grid_dependency();
-  const AttendMerge merge = p.merges[blockIdx.x];
-  const uint32_t row = blockIdx.y;
-  if (row >= merge.tokens * p.heads) return;
-  const float* lse = p.part_lse + static_cast<uint64_t>(merge.first_part) * p.part_rows + row;
-  float peak = -INFINITY;
-  for (uint32_t part = threadIdx.x; part < merge.parts; part += kThreads) peak = fmaxf(peak, lse[static_cast<uint64_t>(part) * p.part_rows]);
-  peak = warp_max(peak);
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = peak;
-  __syncthreads();
-  peak = warp_max(threadIdx.x % kWarp < kThreads / kWarp ? scratch[threadIdx.x % kWarp] : -INFINITY);
-  __syncthreads();
+// Parts first, first + step, ... of one (token, head): the weighted sum of some channels, over the sum of the weights of all parts.
+struct Merged {
+  float sum[kLaneChannels];
+  float total, peak;
+};
+
+__device__ __forceinline__ Merged merge_parts(const MlaAttendParams& p, const AttendMerge& merge, uint32_t row, uint32_t channel, uint32_t first, uint32_t step) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  const uint64_t base = static_cast<uint64_t>(merge.first_part) * p.part_rows + row;
+  const float* lse = p.part_lse + base;
+  const float* output = p.part_output + base * p.latent + channel + lane;
+  const uint64_t pitch = static_cast<uint64_t>(p.part_rows) * p.latent;
+  Merged merged = {{}, 0.0f, -INFINITY};
+  for (uint32_t part = lane; part < merge.parts; part += kWarp) merged.peak = fmaxf(merged.peak, lse[static_cast<uint64_t>(part) * p.part_rows]);
+  merged.peak = warp_max(merged.peak);
   // Nothing seen in any part: any finite reference does, and all weights are 0.
-  const float reference = peak == -INFINITY ? 0.0f : peak;
-
-  const uint32_t group = threadIdx.x / kGroupThreads, lane = threadIdx.x % kGroupThreads;
-  float sum[kSpan] = {};
-  float total = 0.0f;
-  for (uint32_t first = 0; first < merge.parts; first += kBatch) {
-    const uint32_t count = min(static_cast<uint32_t>(kBatch), merge.parts - first);
-    for (uint32_t part = threadIdx.x; part < count; part += kThreads) {
-      weights[part] = expf(lse[static_cast<uint64_t>(first + part) * p.part_rows] - reference);
-      total += weights[part];
-    }
-    __syncthreads();
+  const float reference = merged.peak == -INFINITY ? 0.0f : merged.peak;
+  for (uint32_t begin = 0; begin < merge.parts; begin += kWarp) {
+    const uint32_t count = min(static_cast<uint32_t>(kWarp), merge.parts - begin);
+    const float mine = lane < count ? expf(lse[static_cast<uint64_t>(begin + lane) * p.part_rows] - reference) : 0.0f;
+    merged.total += warp_sum(mine);
 #pragma unroll 4
-    for (uint32_t part = group; part < count; part += kGroups) {
-      const float weight = weights[part];
-      const float* from = p.part_output + (static_cast<uint64_t>(merge.first_part + first + part) * p.part_rows + row) * p.latent;
+    for (uint32_t part = first; part < count; part += step) {
+      const float weight = __shfl_sync(~0u, mine, part);
+      const float* from = output + (begin + part) * pitch;
 #pragma unroll
-      for (int i = 0; i < kSpan; i++) {
-        const uint32_t channel = i * kGroupThreads + lane;
-        if (channel < p.latent) sum[i] += weight * from[channel];
+      for (int i = 0; i < kLaneChannels; i++) {
+        if (channel + lane + i * kWarp < p.latent) merged.sum[i] += weight * from[i * kWarp];
       }
     }
+  }
+  return merged;
+}
+
+// Units are (row, kChannels channels) of a merge, blockIdx.x counts merges. With kShared the warps of a block share the parts of one
+// unit, else each has a unit of its own.
+template <bool kShared>
+__device__ __forceinline__ void merge_splits(const MlaAttendParams& p) {
+  __shared__ float sums[kShared ? kWarps : 1][kChannels];
+  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  grid_trigger();
+  const AttendMerge merge = p.merges[blockIdx.x];
+  grid_wait();
+  const uint32_t slices = (p.latent + kChannels - 1) / kChannels;
+  const uint32_t unit = kShared ? blockIdx.y : blockIdx.y * kWarps + warp;
+  if (unit >= merge.tokens * p.heads * slices) return;
+  const uint32_t row = unit / slices, channel = unit % slices * kChannels;
+  static_assert(kWarp % kWarps == 0, "a warp's parts are the same in every round");
+  Merged merged = merge_parts(p, merge, row, channel, kShared ? warp : 0, kShared ? kWarps : 1);
+  if (kShared) {
+#pragma unroll
+    for (int i = 0; i < kLaneChannels; i++) sums[warp][i * kWarp + lane] = merged.sum[i];
     __syncthreads();
-  }
-  total = block_sum(total, scratch);
+    if (warp > 0) return;
 #pragma unroll
-  for (int i = 0; i < kSpan; i++) {
-    if (group > 0) sums[group - 1][i * kGroupThreads + lane] = sum[i];
-  }
-  __syncthreads();
-  const uint64_t to = static_cast<uint64_t>(merge.first_token) * p.heads + row;
-  if (group == 0) {
-#pragma unroll
-    for (int i = 0; i < kSpan; i++) {
-      const uint32_t channel = i * kGroupThreads + lane;
-      for (int other = 0; other < kGroups - 1; other++) sum[i] += sums[other][channel];
-      if (channel < p.latent) p.output[to * p.latent + channel] = total > 0.0f ? sum[i] / total : 0.0f;
+    for (int i = 0; i < kLaneChannels; i++) {
+      for (int other = 1; other < kWarps; other++) merged.sum[i] += sums[other][i * kWarp + lane];
     }
   }
-  if (threadIdx.x == 0) p.lse[to] = total > 0.0f ? peak + logf(total) : -INFINITY;
+  const uint64_t to = static_cast<uint64_t>(merge.first_token) * p.heads + row;
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; i++) {
+    const uint32_t at = channel + lane + i * kWarp;
+    if (at < p.latent) p.output[to * p.latent + at] = merged.total > 0.0f ? merged.sum[i] / merged.total : 0.0f;
+  }
+  if (channel == 0 && lane == 0) p.lse[to] = merged.total > 0.0f ? merged.peak + logf(merged.total) : -INFINITY;
 }
+
+extern "C" __global__ void __launch_bounds__(kWarps * kWarp) mla_merge_splits(const __grid_constant__ MlaAttendParams p) { merge_splits<false>(p); }
+extern "C" __global__ void __launch_bounds__(kWarps * kWarp) mla_merge_many(const __grid_constant__ MlaAttendParams p) { merge_splits<true>(p); }
 
 // One block a head: merges another part into the partial result of one token.
 extern "C" __global__ void __launch_bounds__(128) mla_merge_other(const __grid_constant__ MlaMergeParams p) {

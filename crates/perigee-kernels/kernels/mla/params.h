@@ -70,6 +70,14 @@ struct MlaAttendParams {
   uint32_t reserved;
 };
 
+// Decode items on Hopper's matrix instructions: block b works through the items from first_items[b] to first_items[b + 1].
+struct MlaDecodeParams {
+  TensorMap latents;            // [pages * 64][R + r] of this layer; boxes of 64 columns by 64 rows with 128-byte swizzle
+  MlaAttendParams attend;
+  const uint32_t* first_items;  // [blocks + 1]
+  uint32_t reserved[4];
+};
+
 // Another part of the same queries, for one token.
 struct MlaMergeParams {
   float* output;                // [heads][R], of the token

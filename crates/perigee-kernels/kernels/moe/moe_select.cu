@@ -21,7 +21,6 @@ __device__ __forceinline__ void warp_argmax(float& value, uint32_t& index) {
 // Experts up to which a warp keeps the biased scores in registers.
 constexpr uint32_t kLaneExperts = 8;
 constexpr uint32_t kWarpExperts = kLaneExperts * kWarp;
-constexpr uint32_t kParts = 6;  // of a score, read at a time
 
 // A number whose order as an integer is that of the value; 0, below all of them, for what is not a number.
 __device__ __forceinline__ uint32_t sortable(float value) {
@@ -61,31 +60,23 @@ __device__ __forceinline__ void pick(const float* biased, uint32_t experts, uint
   __syncwarp();
 }
 
-// One warp a token. Shared memory of a warp: scores [E], biased scores [E], group scores [groups], chosen [k], chosen in order [k].
-template <Fault kFault>
+// One warp a token; kParts parts of a score are read at a time. Shared memory of a warp: scores [E], biased scores [E], group
+// scores [groups], chosen [k], chosen in order [k].
+template <Fault kFault, uint32_t kParts>
 __device__ __forceinline__ void select(const MoeSelectParams& p, uint32_t token, float* shared) {
   const uint32_t lane = threadIdx.x % kWarp;
   const uint64_t entry = static_cast<uint64_t>(token) * (p.top_k + p.shared);
-  const bool is_live = token < *p.live;
-  for (uint32_t choice = lane; choice < p.top_k + p.shared; choice += kWarp) {
-    if (!is_live) p.chosen[entry + choice] = kNoExpert;
-    if (is_live && choice >= p.top_k) {
-      p.chosen[entry + choice] = p.experts + choice - p.top_k;
-      p.weights[entry + choice] = 1.0f;
-    }
-  }
-  if (!is_live) return;
-  float* scores = shared + static_cast<uint64_t>(threadIdx.x / kWarp) * (2 * p.experts + p.groups + 2 * p.top_k);
-  float* biased = scores + p.experts;
-  float* group_scores = biased + p.experts;
-  uint32_t* picked = reinterpret_cast<uint32_t*>(group_scores + p.groups);
-  uint32_t* ordered = picked + p.top_k;
-  // Reads of several experts under way at a time; parts of a score are added in their order.
+  // Reads of several experts under way at a time, all that there are where those are few; parts of a score are added in their order.
   const uint64_t part = static_cast<uint64_t>(p.tokens) * p.experts;
-  for (uint32_t base = 0; base < p.experts; base += kWarpExperts) {
-    float raw[kLaneExperts] = {};
+  float raw[kLaneExperts], bias[kLaneExperts];
+  auto read = [&](uint32_t base) {
+    float more[kParts][kLaneExperts];
+#pragma unroll
+    for (uint32_t j = 0; j < kLaneExperts; j++) {
+      bias[j] = base + lane + j * kWarp < p.experts ? p.bias[base + lane + j * kWarp] : 0.0f;
+      raw[j] = 0.0f;
+    }
     for (uint32_t first = 0; first < p.parts; first += kParts) {
-      float more[kParts][kLaneExperts];
 #pragma unroll
       for (uint32_t i = 0; i < kParts; i++) {
         const float* from = p.scores + (first + i) * part + static_cast<uint64_t>(token) * p.experts + base + lane;
@@ -100,12 +91,30 @@ __device__ __forceinline__ void select(const MoeSelectParams& p, uint32_t token,
         for (uint32_t j = 0; j < kLaneExperts; j++) raw[j] += more[i][j];
       }
     }
+  };
+  read(0);
+  const bool is_live = token < *p.live;
+  for (uint32_t choice = lane; choice < p.top_k + p.shared; choice += kWarp) {
+    if (!is_live) p.chosen[entry + choice] = kNoExpert;
+    if (is_live && choice >= p.top_k) {
+      p.chosen[entry + choice] = p.experts + choice - p.top_k;
+      p.weights[entry + choice] = 1.0f;
+    }
+  }
+  if (!is_live) return;
+  float* scores = shared + static_cast<uint64_t>(threadIdx.x / kWarp) * (2 * p.experts + p.groups + 2 * p.top_k);
+  float* biased = scores + p.experts;
+  float* group_scores = biased + p.experts;
+  uint32_t* picked = reinterpret_cast<uint32_t*>(group_scores + p.groups);
+  uint32_t* ordered = picked + p.top_k;
+  for (uint32_t base = 0; base < p.experts; base += kWarpExperts) {
+    if (base > 0) read(base);
 #pragma unroll
     for (uint32_t j = 0; j < kLaneExperts; j++) {
       const uint32_t e = base + lane + j * kWarp;
       if (e < p.experts) {
         scores[e] = sigmoid(raw[j]);
-        biased[e] = scores[e] + p.bias[e];
+        biased[e] = scores[e] + bias[j];
       }
     }
   }
@@ -188,7 +197,7 @@ __device__ __forceinline__ void select_some(const MoeSelectParams& p) {
   extern __shared__ float shared[];
   grid_dependency();
   const uint32_t token = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  if (token < p.tokens) select<kFault>(p, token, shared);
+  if (token < p.tokens) select<kFault, 18>(p, token, shared);
 }
 
 // The whole block. Counts, offsets, tiles and places of all entries. The order within an expert varies from run to run, which no
@@ -257,7 +266,7 @@ template <Fault kFault>
 __device__ __forceinline__ void select_all(const MoeSelectSortParams& p) {
   extern __shared__ float shared[];
   grid_dependency();
-  for (uint32_t token = threadIdx.x / kWarp; token < p.select.tokens; token += blockDim.x / kWarp) select<kFault>(p.select, token, shared);
+  for (uint32_t token = threadIdx.x / kWarp; token < p.select.tokens; token += blockDim.x / kWarp) select<kFault, 1>(p.select, token, shared);
   // What the block's other warps chose, in device memory, is seen behind the barrier.
   __syncthreads();
   sort(p.sort, reinterpret_cast<uint32_t*>(shared));

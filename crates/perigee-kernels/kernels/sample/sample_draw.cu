@@ -96,6 +96,46 @@ extern "C" __global__ void __launch_bounds__(kDrawThreads) sample_prepare(const 
   if (threadIdx.x == 0) p.cuts[blockIdx.x] = {-INFINITY, INFINITY, 0, ~0u, bad ? kSampleBadLogit : 0u, 0};
 }
 
+// The two largest logits of a thread's share of kDrawTokens tokens, where nothing is added to them: a float32 number is its own score.
+__device__ __forceinline__ Lead largest(const SampleParams& p, const float* logits, const uint64_t* mask, uint32_t first_quad, bool& bad) {
+  float best = -INFINITY, second = -INFINITY;
+  uint32_t token = ~0u;
+  Quad all[kDrawQuads];
+#pragma unroll
+  for (int q = 0; q < kDrawQuads; q++) {
+    const uint32_t first = (first_quad + q * kDrawThreads) * 4;
+    const uint32_t count = first < p.vocab ? min(4u, p.vocab - first) : 0;
+    all[q] = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
+    if (p.vocab % 4 == 0) {
+      if (count) all[q] = read4(logits + first);
+    } else {
+#pragma unroll
+      for (uint32_t e = 0; e < 4; e++) {
+        if (e < count) all[q].x[e] = logits[first + e];
+      }
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < kDrawQuads; q++) {
+    const uint32_t first = (first_quad + q * kDrawThreads) * 4;
+    const uint32_t allowed = mask && first < p.vocab ? static_cast<uint32_t>(mask[first / 64] >> first % 64) : ~0u;
+#pragma unroll
+    for (uint32_t e = 0; e < 4; e++) {
+      const float x = all[q].x[e];
+      bad |= !(x < INFINITY);
+      if (!(allowed >> e & 1)) continue;
+      // Tokens ascend, so the first of equals stays.
+      second = fmaxf(second, fminf(best, x));
+      if (x > best) {
+        best = x;
+        token = first + e;
+      }
+    }
+  }
+  // The sign of a zero is none of a score's.
+  return {static_cast<double>(best) + 0.0, static_cast<double>(second) + 0.0, token};
+}
+
 // The two best scores of kDrawTokens tokens: blockIdx.x counts them, blockIdx.y rows. The noise is computed in float32 for all,
 // and in float64 for those that are near the second best.
 extern "C" __global__ void __launch_bounds__(kDrawThreads) sample_draw(const __grid_constant__ SampleParams p) {
@@ -111,6 +151,13 @@ extern "C" __global__ void __launch_bounds__(kDrawThreads) sample_draw(const __g
   double rough[kDrawQuads][4];
   Lead lead = {-INFINITY, -INFINITY, ~0u};
   bool bad = false;
+  auto leave = [&](Lead all) {
+    bad = __syncthreads_or(bad);
+    if (threadIdx.x == 0) {
+      p.parts[static_cast<uint64_t>(blockIdx.y) * p.parts_per_row + blockIdx.x] = {all.best, all.second, all.token, bad ? kSampleBadLogit : 0u};
+    }
+  };
+  if (greedy) return leave(block_lead(largest(p, logits, mask, first_quad, bad), scratch));
 #pragma unroll
   for (int q = 0; q < kDrawQuads; q++) {
     const uint32_t quad = first_quad + q * kDrawThreads, first = quad * 4;
@@ -123,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(kDrawThreads) sample_draw(const __g
       for (uint32_t e = 0; e < 4; e++) x.x[e] = e < count ? logits[first + e] : 0.0f;
     }
     const uint32_t allowed = mask && count ? static_cast<uint32_t>(mask[first / 64] >> first % 64) : ~0u;
-    const uint4 words = greedy ? uint4{} : noise_words(draw, quad);
+    const uint4 words = noise_words(draw, quad);
     const uint32_t bits[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (uint32_t e = 0; e < 4; e++) {
@@ -133,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(kDrawThreads) sample_draw(const __g
       if (x.x[e] == -INFINITY || !(allowed >> e & 1) || rank_of(sort_key(x.x[e]), first + e) < kept) continue;
       const double scaled = static_cast<double>(x.x[e]) / temperature + 0.0;
       if (scaled < bound) continue;
-      rough[q][e] = greedy ? scaled : scaled + static_cast<double>(rough_gumbel(bits[e]));
+      rough[q][e] = scaled + static_cast<double>(rough_gumbel(bits[e]));
       lead.second = fmax(lead.second, fmin(lead.best, rough[q][e]));
       lead.best = fmax(lead.best, rough[q][e]);
     }
@@ -153,18 +200,12 @@ extern "C" __global__ void __launch_bounds__(kDrawThreads) sample_draw(const __g
     const uint32_t at = __ffs(near) - 1;
     near &= near - 1;
     const uint32_t quad = first_quad + at / 4 * kDrawThreads, token = quad * 4 + at % 4;
-    double score = static_cast<double>(logits[token]) / temperature + 0.0;
-    if (!greedy) {
-      const uint4 words = noise_words(draw, quad);
-      score += gumbel(at % 4 < 2 ? (at % 4 ? words.y : words.x) : (at % 4 == 3 ? words.w : words.z));
-    }
+    const uint4 words = noise_words(draw, quad);
+    const double score = static_cast<double>(logits[token]) / temperature + 0.0 +
+                         gumbel(at % 4 < 2 ? (at % 4 ? words.y : words.x) : (at % 4 == 3 ? words.w : words.z));
     lead = joined(lead, {score, -INFINITY, token});
   }
-  lead = block_lead(lead, scratch);
-  bad = __syncthreads_or(bad);
-  if (threadIdx.x == 0) {
-    p.parts[static_cast<uint64_t>(blockIdx.y) * p.parts_per_row + blockIdx.x] = {lead.best, lead.second, lead.token, bad ? kSampleBadLogit : 0u};
-  }
+  leave(block_lead(lead, scratch));
 }
 
 // Joins the parts of a row, puts changed logits back, and writes the result. What sample_logprobs wrote is kept.
