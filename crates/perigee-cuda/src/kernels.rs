@@ -11,7 +11,7 @@ use crate::module::{Kernel, Modules};
 use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
-    ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaDecodeParams, MlaExpandedParams,
+    DenseManyParams, ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaDecodeParams, MlaExpandedParams,
     MlaGatherParams, MlaMergeParams, MlaStoreParams, MoeCombineNormParams, MoeCombineParams, MoeGatherParams,
     MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, MoeSpreadParams,
     MoeWideParams, NormParams, SampleParams, SkinnyParams, StateSumParams,
@@ -61,6 +61,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_combine_norm: Kernel<MoeCombineNormParams>,
     /// Dense products with few tokens, by ascending tokens; with bfloat16 activations only.
     pub(crate) skinny: Vec<Skinny>,
+    /// Dense products with some dozen tokens, by ascending number; with bfloat16 activations only.
+    pub(crate) many: Vec<Many>,
     pub(crate) sample_logprobs: Kernel<SampleParams>,
     pub(crate) sample_prepare: Kernel<SampleParams>,
     pub(crate) sample_filter: Kernel<SampleParams>,
@@ -247,6 +249,27 @@ pub(crate) struct Skinny {
     pub(crate) shared: usize,
 }
 
+/// A dense product with some dozen tokens, for one number of tokens.
+#[derive(Debug)]
+pub(crate) struct Many {
+    pub(crate) tokens: usize,
+    /// Weight rows of a block.
+    pub(crate) rows: usize,
+    pub(crate) threads: u32,
+    pub(crate) product: Kernel<DenseManyParams>,
+    pub(crate) shared: usize,
+}
+
+impl Many {
+    fn load(modules: &Modules, tokens: usize, groups: usize, stages: usize) -> Result<Self> {
+        // The size of the structure `Shared` of dense_many.cu, which asserts it.
+        let shared = stages * (64 * groups + tokens) * 128 + 1024;
+        let product = modules.overlapping("dense_many", &format!("dense_many_{tokens}"))?;
+        product.allow_shared(shared)?;
+        Ok(Self { tokens, rows: 64 * groups, threads: 128 * groups as u32 + 32, product, shared })
+    }
+}
+
 impl Skinny {
     fn load(modules: &Modules, tokens: usize, row_warps: usize, ahead: usize) -> Result<Self> {
         // The size of the buffers of gemm/skinny.cuh, which skinny.cu asserts.
@@ -403,6 +426,10 @@ impl Kernels {
                         .map(|&(tokens, row_warps, ahead)| Skinny::load(&modules, tokens, row_warps, ahead))
                         .collect::<Result<_>>()?
                 }
+                DType::Fp32 => Vec::new(),
+            },
+            many: match precision {
+                DType::Bf16 => vec![Many::load(&modules, 64, 1, 6)?, Many::load(&modules, 128, 2, 3)?],
                 DType::Fp32 => Vec::new(),
             },
             sample_logprobs: ranking(&modules, "sample_logprobs")?,
