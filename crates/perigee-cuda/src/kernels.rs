@@ -429,7 +429,7 @@ impl Kernels {
                 DType::Fp32 => Vec::new(),
             },
             many: match precision {
-                DType::Bf16 => vec![Many::load(&modules, 64, 1, 6)?, Many::load(&modules, 128, 2, 3)?],
+                DType::Bf16 => vec![Many::load(&modules, 64, 1, 6)?],
                 DType::Fp32 => Vec::new(),
             },
             sample_logprobs: ranking(&modules, "sample_logprobs")?,

@@ -240,7 +240,7 @@ impl CudaBackend {
     /// Rows of one token in one fused kernel.
     fn kda_decode(&self, layer: &Kda, fast: usize, params: &KdaParams) -> Result<()> {
         let rows = self.step.decode_rows;
-        let params = KdaParams { rows: rows.address, row_count: rows.count as u32, ..*params };
+        let params = KdaParams { rows: rows.address, row_count: rows.count as u32, reserved: std::env::var("KDA_HINT").ok().and_then(|text| text.parse().ok()).unwrap_or(0), ..*params };
         // Heads of a row follow each other, as their states do.
         let grid = Grid::new(params.heads as usize, rows.count, 256);
         let fast = &self.kernels.kda_fast[fast];
@@ -249,7 +249,7 @@ impl CudaBackend {
             (None, Some(bulk)) if rows.count >= BULK_ROWS => {
                 let pairs = params.heads as usize * rows.count;
                 let blocks = pairs.min(BULK_BLOCKS * self.stream.device().multiprocessors() as usize);
-                let blocks = if std::env::var("NO_STAY").is_ok() { pairs } else { blocks };
+                let blocks = if std::env::var("STAY").is_err() { pairs } else { blocks };
                 self.stream.launch(bulk, Grid::new(blocks, 1, 256).shared(fast.state_shared), &params)
             }
             _ => self.stream.launch(&fast.decode, grid, &params),

@@ -28,7 +28,7 @@ const TILE_ROWS: usize = 64;
 const TILE_COLUMNS: usize = 64;
 /// Tokens up to which a shared expert is computed like a routed one: three launches fewer. Beyond, its many rows fill many tiles
 /// that each read its weights, and a dense product is faster.
-const MOST_SHARED: usize = 32;
+const MOST_SHARED: usize = 256;
 /// Rows an expert, on average, up to which the product is one of reading weights.
 const FEW_ROWS: usize = 16;
 /// Depth of a step of that product, and weight rows of a block: half as many where blocks would be too few otherwise.

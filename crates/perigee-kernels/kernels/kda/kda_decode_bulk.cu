@@ -4,6 +4,13 @@
 #include "common/mma.cuh"
 #include "kda/decode.cuh"
 
+__device__ __forceinline__ uint64_t policy(bool last) {
+  uint64_t p;
+  if (last) asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
+  else asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+
 // One head of one row.
 template <class T, int kDim>
 __device__ __forceinline__ void decode_one(const KdaParams& p, const KdaRow& row, uint32_t head, DecodeShared<kDim>& s, uint4* dynamic,
@@ -15,8 +22,8 @@ __device__ __forceinline__ void decode_one(const KdaParams& p, const KdaRow& row
     // The state before it has been read for its way back.
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(kBytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(whole),
-                 "l"(p.state + state_offset(p, row.read_slot, head)), "r"(kBytes), "r"(barrier)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(whole),
+                 "l"(p.state + state_offset(p, row.read_slot, head)), "r"(kBytes), "r"(barrier), "l"(policy(p.reserved & 2))
                  : "memory");
   }
   // Its barriers also make that of the copy known to all.
@@ -61,7 +68,7 @@ __device__ __forceinline__ void decode_one(const KdaParams& p, const KdaRow& row
   gather(out, s);
   if (threadIdx.x == 0) {
     float* target = p.state + state_offset(p, row.write_slot, head);
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(whole), "r"(kBytes) : "memory");
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(target), "r"(whole), "r"(kBytes), "l"(policy(p.reserved & 1)) : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
   }
   finish<T>(p, row, head, s);
@@ -91,7 +98,10 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
   }
   grid_wait();
   // The block's memory is needed until it is read.
-  if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  if (threadIdx.x == 0) {
+    if (p.reserved & 4) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    else asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
 }
 extern "C" __global__ void __launch_bounds__(kThreads, 3) kda_decode_bulk_fp32_128(const __grid_constant__ KdaParams p) { decode<float, 128>(p); }
 extern "C" __global__ void __launch_bounds__(kThreads, 3) kda_decode_bulk_bf16_128(const __grid_constant__ KdaParams p) { decode<bf16, 128>(p); }

@@ -40,9 +40,11 @@ struct alignas(1024) Shared {
 __device__ __forceinline__ void sync_group(uint32_t group) { asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kWarpgroup) : "memory"); }
 __device__ __forceinline__ void sync_groups() { asm volatile("bar.sync %0, %1;" ::"n"(kGroups + 1), "n"(kConsumers) : "memory"); }
 
-// One thread asks for all tiles of the block's items.
+// One thread asks for all tiles of the block's items. Pages that end before the item's token were full before this step: they are asked
+// for before the kernel ahead has ended.
 __device__ __forceinline__ void fetch(const MlaDecodeParams& p, Shared& s, uint32_t first_item, uint32_t last_item) {
   uint32_t turn = 0;
+  bool has_waited = false;
   for (uint32_t index = first_item; index < last_item; index++) {
     const AttendItem item = p.attend.items[index];
     for (uint32_t r = item.first_range; r < item.first_range + item.ranges; r++) {
@@ -50,6 +52,10 @@ __device__ __forceinline__ void fetch(const MlaDecodeParams& p, Shared& s, uint3
       const uint32_t* pages = p.attend.pages + range.pages - range.first_page;
       for (uint32_t page = range.start / kKeys; page < (range.end + kKeys - 1) / kKeys; page++) {
         const int row = pages[page] * kKeys;
+        if (!has_waited && (page + 1) * kKeys > item.first_position) {
+          grid_wait();
+          has_waited = true;
+        }
         for (int part = 0; part < kTileStages; part++, turn++) {
           const uint32_t stage = turn % kStages;
           barrier_wait(&s.empty[stage], turn / kStages & 1 ^ 1);
@@ -66,7 +72,7 @@ __device__ __forceinline__ void fetch(const MlaDecodeParams& p, Shared& s, uint3
 // The item's queries as the right operand of the scores: bfloat16, swizzled, zeros for heads that there are not.
 __device__ __forceinline__ void load_queries(const MlaAttendParams& p, Shared& s, const AttendItem& item) {
   const float* queries = p.queries + static_cast<uint64_t>(item.first_token) * p.heads * kWidth;
-#pragma unroll 3
+#pragma unroll 5
   for (int i = 0; i < kHeads * kWidth / 8 / kConsumers; i++) {
     const uint32_t at = threadIdx.x + i * kConsumers;
     const uint32_t head = at / (kWidth / 8), piece = at % (kWidth / 8);
@@ -328,12 +334,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __gri
   __syncthreads();
   grid_trigger();
   const uint32_t first_item = p.first_items[blockIdx.x], last_item = p.first_items[blockIdx.x + 1];
-  grid_wait();
   if (threadIdx.x >= kConsumers) {
     registers_down<24>();
     if (threadIdx.x == kConsumers) fetch(p, s, first_item, last_item);
   } else {
     registers_up<240>();
+    grid_wait();
     attend(p.attend, s, first_item, last_item);
   }
 }
