@@ -20,6 +20,9 @@ use crate::params::{
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
 pub(crate) const ROUTER_SHARED: usize = 4 * 2 * 64 * 72 * 2;
 
+/// Dynamic shared memory of a block of the dense products with some dozen tokens: `Shared` of dense_many.cu, which asserts it.
+pub(crate) const MANY_SHARED: usize = 6 * (64 + 64) * 128 + 1024;
+
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
 #[derive(Debug)]
 pub(crate) struct Kernels {
@@ -61,8 +64,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_combine_norm: Kernel<MoeCombineNormParams>,
     /// Dense products with few tokens, by ascending tokens; with bfloat16 activations only.
     pub(crate) skinny: Vec<Skinny>,
-    /// Dense products with some dozen tokens, by ascending number; with bfloat16 activations only.
-    pub(crate) many: Vec<Many>,
+    /// Dense products with some dozen tokens; with bfloat16 activations only.
+    pub(crate) many: Option<Kernel<DenseManyParams>>,
     pub(crate) sample_logprobs: Kernel<SampleParams>,
     pub(crate) sample_prepare: Kernel<SampleParams>,
     pub(crate) sample_filter: Kernel<SampleParams>,
@@ -249,27 +252,6 @@ pub(crate) struct Skinny {
     pub(crate) shared: usize,
 }
 
-/// A dense product with some dozen tokens, for one number of tokens.
-#[derive(Debug)]
-pub(crate) struct Many {
-    pub(crate) tokens: usize,
-    /// Weight rows of a block.
-    pub(crate) rows: usize,
-    pub(crate) threads: u32,
-    pub(crate) product: Kernel<DenseManyParams>,
-    pub(crate) shared: usize,
-}
-
-impl Many {
-    fn load(modules: &Modules, tokens: usize, groups: usize, stages: usize) -> Result<Self> {
-        // The size of the structure `Shared` of dense_many.cu, which asserts it.
-        let shared = stages * (64 * groups + tokens) * 128 + 1024;
-        let product = modules.overlapping("dense_many", &format!("dense_many_{tokens}"))?;
-        product.allow_shared(shared)?;
-        Ok(Self { tokens, rows: 64 * groups, threads: 128 * groups as u32 + 32, product, shared })
-    }
-}
-
 impl Skinny {
     fn load(modules: &Modules, tokens: usize, row_warps: usize, ahead: usize) -> Result<Self> {
         // The size of the buffers of gemm/skinny.cuh, which skinny.cu asserts.
@@ -429,8 +411,12 @@ impl Kernels {
                 DType::Fp32 => Vec::new(),
             },
             many: match precision {
-                DType::Bf16 => vec![Many::load(&modules, 64, 1, 6)?],
-                DType::Fp32 => Vec::new(),
+                DType::Bf16 => {
+                    let kernel = modules.overlapping("dense_many", "dense_many")?;
+                    kernel.allow_shared(MANY_SHARED)?;
+                    Some(kernel)
+                }
+                DType::Fp32 => None,
             },
             sample_logprobs: ranking(&modules, "sample_logprobs")?,
             sample_prepare: modules.kernel("sample_draw", "sample_prepare")?,
