@@ -1,6 +1,7 @@
 //! The conformance suite: every op of [`Backend`] against a float64 reference of its own, written once and run by each
 //! backend's tests. README.md beside this file says how; the suite knows no backend and needs no checkpoint.
 
+mod brief;
 mod cache;
 mod check;
 mod draw;
@@ -15,12 +16,14 @@ mod mla_others;
 mod reference;
 mod report;
 mod sampling;
+mod steps;
 mod stream;
 
 use crate::error::Result;
 use crate::ops::Backend;
 use crate::weights::DType;
 
+pub use brief::{BRIEF, is_brief};
 use check::Checks;
 pub use report::{CaseReport, Measure, Outcome, Report, assert_all};
 
@@ -84,6 +87,7 @@ pub fn cases<F: Factory>() -> Vec<Case<F>> {
     cases.extend(experts::cases());
     cases.extend(kda::cases());
     cases.extend(mla::cases());
+    cases.extend(steps::cases());
     cases.extend(sampling::cases());
     cases.extend(cache::cases());
     cases

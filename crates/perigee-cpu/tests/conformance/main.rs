@@ -4,7 +4,7 @@
 mod faulty;
 
 use faulty::{Fault, Faulty};
-use perigee_backend::conformance::{Factory, OpenSpec, Outcome, assert_all, run, run_matching};
+use perigee_backend::conformance::{BRIEF, Factory, OpenSpec, Outcome, assert_all, cases, run, run_matching};
 use perigee_backend::{DType, Result};
 use perigee_collectives::Solo;
 use perigee_cpu::{CpuBackend, CpuOptions};
@@ -124,6 +124,14 @@ fn notices_faults_in_float32() {
 #[test]
 fn notices_faults_in_bfloat16() {
     notices(DType::Bf16);
+}
+
+/// A case that is renamed does not leave the brief suite unnoticed.
+#[test]
+fn the_brief_suite_names_cases() {
+    let names: Vec<String> = cases::<Cpu>().iter().map(|case| case.name().to_owned()).collect();
+    let unknown = BRIEF.iter().filter(|beginning| !names.iter().any(|name| name.starts_with(**beginning)));
+    assert_eq!(unknown.collect::<Vec<_>>(), Vec::<&&str>::new());
 }
 
 /// The wrapper itself is innocent.
