@@ -2,10 +2,11 @@
 //! under which a launch takes a hundred times as long. The rest are the same launches with other numbers.
 
 /// Beginnings of their names.
-pub const BRIEF: [&str; 40] = [
+pub const BRIEF: [&str; 41] = [
     "load/counts bytes",
+    "rms_norm/width 50",
     "rms_norm/width 64",
-    "rms_norm/width 2304",
+    "rms_norm/width 4608",
     "embed/random rule",
     "logits/odd vocabulary",
     "logits/wide",

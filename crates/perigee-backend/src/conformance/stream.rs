@@ -14,7 +14,7 @@ const EPS: f32 = 1e-5;
 
 pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     let mut cases = Vec::new();
-    for width in [64, 128, 2304] {
+    for width in [50, 64, 128, 2304, 4608] {
         cases.push(Case::new(format!("rms_norm/width {width}"), move |factory: &mut F, checks| {
             norm(factory, checks, width, Origin::Bytes)
         }));
