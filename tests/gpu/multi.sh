@@ -21,8 +21,8 @@ cd "$root" || exit 1
 export PYTHON=${PYTHON:-python3}
 perigee=${PERIGEE_GPU_BIN:-target/release}/perigee
 part_seconds=600 failed=0
-# NVLink's multicast is off: not every machine grants it to a container.
-export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+# NVLink's multicast is off: not every machine grants it to a container. Where ranks are more than cards they share them.
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} NCCL_MULTI_RANK_GPU_ENABLE=1
 
 # Runs a command within a part's time under a title; keeps count of failures.
 check() {
@@ -80,7 +80,7 @@ part_distance() {
 }
 
 part_kill() {
-  check 'a served stream, a rank killed, a rank stopped' "$PYTHON" tests/gpu/ranks.py "$perigee" tests/cases/tiny "$pair"
+  check 'a served stream, a rank killed, a rank stopped' "$PYTHON" tests/gpu/ranks.py "$perigee" tests/cases/tiny "$all"
 }
 
 if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L; then
@@ -89,13 +89,8 @@ if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L; then
 fi
 cards=$(nvidia-smi -L | wc -l)
 printf '%s, %d cards\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" "$cards"
-# Devices of one replica over all cards, which replicas of one rank share out among them, and of two ranks.
-all=cuda:$(seq -s, 0 $((cards - 1))) pair=cuda
-if ((cards > 1)); then
-  pair=cuda:0,1
-else
-  export NCCL_MULTI_RANK_GPU_ENABLE=1
-fi
+# Devices of one replica over all cards, which replicas of one rank share out among them.
+all=cuda:$(seq -s, 0 $((cards - 1)))
 for part in "${@:-golden grid moves distance kill}"; do
   for name in $part; do
     "part_$name"

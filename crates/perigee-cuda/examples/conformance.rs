@@ -3,8 +3,8 @@
 //!
 //! usage: conformance [both|fp32|bf16|names|kernels] [--brief] [--part I/N] [--launched FILE] [PREFIX|=NAME]...
 //!
-//! names prints the cases, kernels the kernels of this program that the device runs. --brief leaves out cases that launch
-//! nothing that others do not, for checkers that make each launch slow; --part runs every Nth case from the Ith of N on, for
+//! names prints the cases, kernels the kernels of this program. --brief leaves out cases and steps that launch nothing that
+//! others do not, for checkers that make each launch slow; --part runs every Nth case from the Ith of N on, for
 //! several processes beside each other; --launched adds to a file what was launched, a kernel a line.
 
 use std::collections::BTreeSet;
@@ -109,14 +109,17 @@ impl Wanted {
         }
     }
 
-    /// The cases to run, without regard to parts.
-    fn cases(&self) -> Vec<Case<Cuda>> {
+    /// The cases to run with an activation type, without regard to parts.
+    fn cases(&self, precision: DType) -> Vec<Case<Cuda>> {
         let fits = |name: &str, wanted: &String| match wanted.strip_prefix('=') {
             Some(whole) => name == whole,
             None => name.starts_with(wanted.as_str()),
         };
         let is_chosen = |name: &str| self.names.is_empty() || self.names.iter().any(|wanted| fits(name, wanted));
-        cases().into_iter().filter(|case| is_chosen(case.name()) && (!self.is_brief || is_brief(case.name()))).collect()
+        cases()
+            .into_iter()
+            .filter(|case| is_chosen(case.name()) && (!self.is_brief || is_brief(case.name(), precision)))
+            .collect()
     }
 }
 
@@ -126,13 +129,13 @@ fn run(wanted: &Wanted, program: &Program) -> std::result::Result<bool, String> 
     for precision in wanted.precisions()? {
         let mut factory = Cuda { program: program.clone(), precision };
         let mut report = Report { backend: format!("cuda:0 {precision:?}").to_lowercase(), cases: Vec::new() };
-        for case in wanted.cases() {
+        for case in wanted.cases(precision) {
             number += 1;
             if (number - 1) % wanted.part.1 != wanted.part.0 {
                 continue;
             }
             let began = Instant::now();
-            report.cases.push(case.run(&mut factory));
+            report.cases.push(if wanted.is_brief { case.run_brief(&mut factory) } else { case.run(&mut factory) });
             eprintln!("{:7.2} s {precision:?} {}", began.elapsed().as_secs_f64(), case.name());
         }
         println!("{report}");
@@ -161,7 +164,7 @@ fn main() -> ExitCode {
     };
     match wanted.what.as_str() {
         "names" => {
-            wanted.cases().iter().for_each(|case| println!("{}", case.name()));
+            wanted.cases(DType::Bf16).iter().for_each(|case| println!("{}", case.name()));
             return ExitCode::SUCCESS;
         }
         "kernels" => {

@@ -70,7 +70,7 @@ fn lengths<F: Factory>(factory: &mut F, checks: &mut Checks, model: &KdaLayer) -
     let width = model.shape.hidden;
     let x = model.inputs(&mut Draw::new(1), 200, bench.harness.activation);
     let (mut state, mut expected) = (KdaState::empty(&model.shape), Vec::new());
-    for length in LENGTHS {
+    for &length in checks.sizes(&LENGTHS, &[1, 200]) {
         // Causality: the reference's first tokens are the same for every length.
         let done = expected.len();
         expected.extend(model.run(&mut state, &x[done..length * width]));
@@ -186,7 +186,8 @@ fn many_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &KdaLayer)
     for (&slot, state) in slots.iter().zip(&states) {
         bench.import(slot, state)?;
     }
-    for (count, last) in [(ROWS, 1), (9, 1), (8, 1), (ROWS, 3), (ROWS, 1)] {
+    let steps = [(ROWS, 1), (9, 1), (8, 1), (ROWS, 3), (ROWS, 1)];
+    for &(count, last) in checks.sizes(&steps, &steps[..3]) {
         let size = |row| if row + 1 == count { last } else { 1 };
         let inputs: Vec<Vec<f64>> =
             (0..count).map(|row| model.inputs(&mut draw, size(row), bench.harness.activation)).collect();
@@ -211,7 +212,7 @@ fn transaction<F: Factory>(factory: &mut F, checks: &mut Checks, model: &KdaLaye
     let mut bench = KdaBench::open(factory, model)?;
     let width = model.shape.hidden;
     let mut draw = Draw::new(9);
-    for size in [1, 2, 17, 65] {
+    for &size in checks.sizes(&[1, 2, 17, 65], &[65]) {
         bench.harness.backend.poison_slots(&[2, 5, 10])?;
         let prior = KdaState::drawn(&model.shape, &mut draw, bench.harness.activation);
         bench.import(5, &prior)?;

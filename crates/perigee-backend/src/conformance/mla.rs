@@ -168,8 +168,8 @@ fn long_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer)
     let other = bench.sequence(&mut draw, 64);
     let beside = bench.place(&[0, 64])?;
     bench.fill(&[MlaRow { sequence: &other, segments: &beside, tokens: 0..30 }])?;
-    for bounds in [vec![0, 620], vec![0, 1, 65, 311, 500, 620]] {
-        let segments = bench.place(&bounds)?;
+    for bounds in checks.sizes(&[vec![0, 620], vec![0, 1, 65, 311, 500, 620]], &[vec![0, 311, 620]]) {
+        let segments = bench.place(bounds)?;
         let row = |tokens| MlaRow { sequence: &sequence, segments: &segments, tokens };
         bench.step(checks, &format!("311 tokens in segments {bounds:?}"), &[row(0..311)])?;
         let few = MlaRow { sequence: &other, segments: &beside, tokens: 30..32 };
@@ -191,8 +191,8 @@ fn long_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer)
 fn long_contexts<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer) -> Result<()> {
     let mut bench = MlaBench::open(factory, model)?;
     let sequence = bench.sequence(&mut Draw::new(11), 900);
-    for bounds in [vec![0, 900], vec![0, 300, 301, 700, 900]] {
-        let segments = bench.place(&bounds)?;
+    for bounds in checks.sizes(&[vec![0, 900], vec![0, 300, 301, 700, 900]], &[vec![0, 300, 301, 900]]) {
+        let segments = bench.place(bounds)?;
         let row = |tokens| MlaRow { sequence: &sequence, segments: &segments, tokens };
         for tokens in [0..300, 300..600, 600..860] {
             bench.fill(&[row(tokens)])?;

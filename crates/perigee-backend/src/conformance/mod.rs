@@ -23,7 +23,7 @@ use crate::error::Result;
 use crate::ops::Backend;
 use crate::weights::DType;
 
-pub use brief::{BRIEF, is_brief};
+pub use brief::{brief_names, is_brief};
 use check::Checks;
 pub use report::{CaseReport, Measure, Outcome, Report, assert_all};
 
@@ -73,7 +73,17 @@ impl<F: Factory> Case<F> {
 
     /// Runs the case on a backend of its own.
     pub fn run(&self, factory: &mut F) -> CaseReport {
-        let mut checks = Checks::new(factory.activation());
+        let checks = Checks::new(factory.activation());
+        self.run_with(factory, checks)
+    }
+
+    /// The same with no more and no larger steps than it takes to launch what the case launches; see [`is_brief`].
+    pub fn run_brief(&self, factory: &mut F) -> CaseReport {
+        let checks = Checks::new(factory.activation()).brief();
+        self.run_with(factory, checks)
+    }
+
+    fn run_with(&self, factory: &mut F, mut checks: Checks) -> CaseReport {
         let result = (self.body)(factory, &mut checks);
         checks.finish(self.name.clone(), result)
     }

@@ -36,7 +36,7 @@ const MOE: MoeShape = MoeShape {
 };
 /// Sequences, as many twins of theirs, and tokens that each has before it decodes.
 const SEQUENCES: usize = 24;
-const HISTORY: usize = 3;
+const HISTORY: usize = 1;
 
 pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     vec![
@@ -160,7 +160,7 @@ fn recorded<F: Factory>(factory: &mut F, checks: &mut Checks) -> Result<()> {
     }
     positions.fill(HISTORY);
     let mut seen = Vec::new();
-    for count in [5, SEQUENCES, 3, 5, SEQUENCES, 1, 3] {
+    for &count in checks.sizes(&[5, SEQUENCES, 3, 5, SEQUENCES, 1, 3], &[5, SEQUENCES, 5]) {
         let tokens = words(count);
         let (_, expected) = stage.run(&batch(0, &positions[..count], 1, &tokens), false)?;
         let (outcome, found) = stage.run(&batch(SEQUENCES, &positions[..count], 1, &tokens), true)?;

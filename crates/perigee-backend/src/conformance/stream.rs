@@ -61,7 +61,7 @@ fn norm<F: Factory>(factory: &mut F, checks: &mut Checks, width: usize, origin: 
     let normed = |x: &[f64]| -> Vec<f64> {
         x.chunks_exact(width).flat_map(|x| rms_norm(x, &weight.values, f64::from(EPS))).collect()
     };
-    for rows in [1, 3, 130] {
+    for &rows in checks.sizes(&[1, 3, 130], &[3]) {
         let values = rows_of_all_sizes(&mut draw, rows, width, h.activation);
         let stream = rows_of_all_sizes(&mut draw, rows, width, h.activation);
         h.begin_count(rows)?;
