@@ -4,12 +4,29 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use bytemuck::Pod;
 use cudarc::driver::{result, sys};
 use perigee_backend::{BackendError, Result};
 
 use crate::device::{Device, fault};
+
+/// This program's kernels on a device, loaded once for any number of backends there.
+#[derive(Debug, Clone)]
+pub struct Program {
+    pub(crate) modules: Arc<Modules>,
+}
+
+impl Program {
+    /// Loads them onto a device.
+    ///
+    /// # Errors
+    /// As [`crate::check`], or [`BackendError::Device`] where the driver refuses an image.
+    pub fn load(device: usize) -> Result<Self> {
+        Ok(Self { modules: Arc::new(Modules::load(&Device::open(device)?)?) })
+    }
+}
 
 /// All modules that run on a device.
 #[derive(Debug)]
@@ -19,6 +36,11 @@ pub(crate) struct Modules {
 }
 
 impl Modules {
+    /// The device that they are on.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Loads every image that fits the device, the most specific one of each module.
     pub(crate) fn load(device: &Device) -> Result<Self> {
         device.bind()?;

@@ -8,7 +8,6 @@ use crate::weights::DType;
 
 use super::check::{Checks, Quantity};
 use super::draw::{Draw, Origin};
-use super::harness::MAX_ROWS;
 use super::mla_bench::{MlaBench, MlaRow};
 use super::mla_others::answers;
 use super::reference::mla::{MlaLayer, Sequence};
@@ -52,6 +51,11 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     for heads in [2, 12] {
         cases.push(Case::new(format!("mla/many ranges/latent 512, {heads} heads"), move |factory: &mut F, checks| {
             many_ranges(factory, checks, &MlaLayer::draw(MlaShape { heads, ..PUBLISHED }, 53, Origin::Bytes))
+        }));
+    }
+    for shape in [SMALL, PUBLISHED] {
+        cases.push(Case::new(format!("mla/long contexts/latent {}", shape.latent), move |factory: &mut F, checks| {
+            long_contexts(factory, checks, &MlaLayer::draw(shape, 53, Origin::Bytes))
         }));
     }
     cases.push(Case::new("mla/random rule".into(), |factory: &mut F, checks| {
@@ -169,8 +173,8 @@ fn long_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer)
     let other = bench.sequence(&mut draw, 64);
     let beside = bench.place(&[0, 64])?;
     bench.fill(&[MlaRow { sequence: &other, segments: &beside, tokens: 0..30 }])?;
-    for bounds in [vec![0, 620], vec![0, 1, 65, 311, 500, 620]] {
-        let segments = bench.place(&bounds)?;
+    for bounds in checks.sizes(&[vec![0, 620], vec![0, 1, 65, 311, 500, 620]], &[vec![0, 311, 620]]) {
+        let segments = bench.place(bounds)?;
         let row = |tokens| MlaRow { sequence: &sequence, segments: &segments, tokens };
         bench.step(checks, &format!("311 tokens in segments {bounds:?}"), &[row(0..311)])?;
         let few = MlaRow { sequence: &other, segments: &beside, tokens: 30..32 };
@@ -192,13 +196,14 @@ fn long_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer)
 /// deals them out gives a worker several, of different rows.
 fn many_ranges<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer) -> Result<()> {
     const LENGTH: usize = 200;
+    const ROWS: usize = 16;
     let mut bench = MlaBench::open(factory, model)?;
     let sequence = bench.sequence(&mut Draw::new(11), LENGTH + 1);
     let bounds: Vec<usize> = (0..=LENGTH).step_by(4).collect();
     let shared = bench.place(&bounds)?;
     bench.fill(&[MlaRow { sequence: &sequence, segments: &shared, tokens: 0..LENGTH }])?;
     let mut placed = Vec::new();
-    for row in 0..MAX_ROWS {
+    for row in 0..ROWS {
         // Rows skip beginnings of different lengths, as if those were elsewhere.
         let own = bench.place(&[LENGTH, LENGTH + 1])?;
         placed.push([&shared[row * row % shared.len()..], &own].concat());
@@ -208,6 +213,26 @@ fn many_ranges<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLaye
         .map(|segments| MlaRow { sequence: &sequence, segments, tokens: LENGTH..LENGTH + 1 })
         .collect();
     bench.step(checks, "many ranges", &rows)
+}
+
+/// Rows of few tokens behind contexts long enough that a backend may share one row's keys out among several blocks.
+fn long_contexts<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer) -> Result<()> {
+    let mut bench = MlaBench::open(factory, model)?;
+    let sequence = bench.sequence(&mut Draw::new(11), 900);
+    for bounds in checks.sizes(&[vec![0, 900], vec![0, 300, 301, 700, 900]], &[vec![0, 300, 301, 900]]) {
+        let segments = bench.place(bounds)?;
+        let row = |tokens| MlaRow { sequence: &sequence, segments: &segments, tokens };
+        for tokens in [0..300, 300..600, 600..860] {
+            bench.fill(&[row(tokens)])?;
+        }
+        for tokens in [860..861, 861..863, 863..882] {
+            let what = format!("positions {tokens:?} in segments {bounds:?}");
+            bench.step(checks, &what, &[row(tokens)])?;
+        }
+        bench.check_pages(checks, &sequence, &segments, 882)?;
+        bench.release(segments);
+    }
+    Ok(())
 }
 
 /// Segments left out of a row, as if at remote homes; the reference's parts over them are merged, and the whole must be
