@@ -63,5 +63,6 @@ fn main() -> ExitCode {
             passed = false;
         }
     }
+    println!("kernels: {}", perigee_cuda::launched().join(" "));
     if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -60,6 +60,8 @@ pub use backend::{CudaBackend, Options};
 #[cfg(feature = "cuda")]
 pub use device::{DeviceInfo, devices};
 pub use ladder::ladder;
+#[cfg(feature = "cuda")]
+pub use module::launched;
 pub use needs::{LayerShapes, gathered_bytes, working_bytes};
 #[cfg(feature = "cuda")]
 pub use ops::embed::Embedding;

@@ -1,15 +1,26 @@
 //! Compiled kernels on the device: images become modules, and a kernel is a function together with the type of its one
 //! argument. The size of that argument is compared with what the image says, so the two sides cannot drift apart unseen.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::CString;
 use std::marker::PhantomData;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
 use cudarc::driver::{result, sys};
 use perigee_backend::{BackendError, Result};
 
 use crate::device::{Device, fault};
+
+/// Names of kernels that this process has launched.
+static LAUNCHED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+/// Names of the kernels that this process has launched so far, on whichever backend, in alphabetical order. The libraries' own are
+/// not among them.
+pub fn launched() -> Vec<String> {
+    LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+}
 
 /// All modules that run on a device.
 #[derive(Debug)]
@@ -69,7 +80,7 @@ impl Modules {
                 size_of::<P>()
             )));
         }
-        Ok(Kernel { function, name: name.into(), begins_ahead: false, argument: PhantomData })
+        Ok(Kernel { function, name: name.into(), begins_ahead: false, launched: Arc::default(), argument: PhantomData })
     }
 }
 
@@ -96,6 +107,8 @@ pub(crate) struct Kernel<P> {
     function: sys::CUfunction,
     name: String,
     begins_ahead: bool,
+    /// Whether it was ever launched.
+    launched: Arc<AtomicBool>,
     argument: PhantomData<fn(P)>,
 }
 
@@ -117,6 +130,14 @@ impl<P: Pod> Kernel<P> {
         // SAFETY: the function belongs to a loaded module.
         unsafe { result::function::set_function_attribute(self.function, attribute, value) }
             .map_err(fault(&format!("raising the shared memory of {}", self.name)))
+    }
+
+    /// Its first launch is told, so that what ran can be held against what was checked.
+    pub(crate) fn note_launch(&self) {
+        if !self.launched.load(Ordering::Relaxed) && !self.launched.swap(true, Ordering::Relaxed) {
+            tracing::debug!(kernel = self.name, "first launch");
+            LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).insert(self.name.clone());
+        }
     }
 
     pub(crate) fn function(&self) -> sys::CUfunction {

@@ -75,6 +75,7 @@ impl Stream {
             return Ok(());
         }
         self.device.bind()?;
+        kernel.note_launch();
         let mut pointers = [std::ptr::from_ref(argument).cast_mut().cast()];
         let mut ahead = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,

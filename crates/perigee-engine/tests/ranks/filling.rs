@@ -2,13 +2,19 @@
 
 use perigee_backend::DType;
 use perigee_engine::executor::Executor;
+use perigee_migration::Digest;
 
 use crate::group::{Fed, Group, LIMITS, Options, feed, spans, text};
 
 const PAGES: [u32; 3] = [4, 2, 9];
 
 fn filling(tp: usize, dtype: DType) -> Group {
-    Group::open(&Options { tp, dtype, fills: true, ..Options::default() })
+    Group::open(&Options { tp, dtype, fills: Some(u64::MAX), ..Options::default() })
+}
+
+fn digests(group: &mut Group, positions: std::ops::Range<u64>) -> Vec<Digest> {
+    let pages = &PAGES[positions.start as usize / 64..];
+    group.ranks.digest_pages(&spans(pages, positions.start, positions.end)).unwrap()
 }
 
 /// Feeds a chunk of a prompt that wants the logits of its last token.
@@ -42,6 +48,19 @@ fn all_ranks_have_the_same_latents_however_a_prompt_is_cut() {
         });
         assert_eq!(digests[0], digests[1]);
     }
+}
+
+#[test]
+fn what_lies_beyond_a_position_is_computed() {
+    let mut part = Group::open(&Options { fills: Some(100), ..Options::default() });
+    let mut whole = filling(1, DType::Fp32);
+    for group in [&mut part, &mut whole] {
+        group.ranks.poison(&[0], &PAGES).unwrap();
+        let logits = [0..70, 70..150].map(|range| chunk(group, range));
+        assert!(logits.iter().flatten().all(|logit| logit.is_finite()));
+    }
+    assert_eq!(digests(&mut part, 0..64), digests(&mut whole, 0..64));
+    assert_ne!(digests(&mut part, 64..128), digests(&mut whole, 64..128));
 }
 
 #[test]
