@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -23,26 +24,28 @@ def launched(log):
 
 
 def of_golden(binary, case):
-    """Judges a golden case in bfloat16 in several chunkings, and gives the kernels that it launched."""
-    expected, kernels = case / "expected.safetensors", set()
+    """Judges a golden case in bfloat16 in several chunkings at once, and gives the kernels that they launched."""
+    with ThreadPoolExecutor() as pool:
+        return set().union(*pool.map(lambda chunk: of_chunks(binary, case, chunk), CHUNKS))
+
+
+def of_chunks(binary, case, chunk):
+    expected = case / "expected.safetensors"
     greedy = len(load_file(expected)["greedy_0"])
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder, "out.safetensors")
-        for chunk in CHUNKS:
-            line = [binary, "score", "--model", case, "--tokens", expected, "--feed", expected, "--experts", expected, "--out", out,
-                    "--greedy", greedy, "--device", "cuda", "--dtype", "bf16", *([] if chunk is None else ["--chunk", chunk])]
-            done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=120,
-                                  env=os.environ | {"PERIGEE_LOG": LOG})
-            assert done.returncode == 0, done.stderr[-2000:]
-            kernels |= launched(done.stderr)
-            judge = [sys.executable, ROOT / "tests/cases/compare.py", case, out, "--dtype", "bf16"]
-            judged = subprocess.run(list(map(str, judge)), capture_output=True, text=True)
-            assert judged.returncode == 0, f"chunk {chunk}: {judged.stdout[-2000:]}"
-            found, right = load_file(out), load_file(expected)
-            off = max(float(np.linalg.norm(found[name] - right[name]) / np.linalg.norm(right[name]))
-                      for name in found if "logits" in name)
-            print(f"{case.name} in bf16, chunks of {chunk or 'all'}: within the limits, logits off by {off:.2e}")
-    return kernels
+        line = [binary, "score", "--model", case, "--tokens", expected, "--feed", expected, "--experts", expected, "--out", out,
+                "--greedy", greedy, "--device", "cuda", "--dtype", "bf16", *([] if chunk is None else ["--chunk", chunk])]
+        done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=120,
+                              env=os.environ | {"PERIGEE_LOG": LOG})
+        assert done.returncode == 0, done.stderr[-2000:]
+        judge = [sys.executable, ROOT / "tests/cases/compare.py", case, out, "--dtype", "bf16"]
+        judged = subprocess.run(list(map(str, judge)), capture_output=True, text=True)
+        assert judged.returncode == 0, f"chunks of {chunk}: {judged.stdout[-2000:]}"
+        found, right = load_file(out), load_file(expected)
+    off = max(float(np.linalg.norm(found[name] - right[name]) / np.linalg.norm(right[name])) for name in found if "logits" in name)
+    print(f"{case.name} in bf16, chunks of {chunk or 'all'}: within the limits, logits off by {off:.2e}")
+    return launched(done.stderr)
 
 
 def of_conformance(program):

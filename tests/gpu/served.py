@@ -12,6 +12,7 @@ import os
 import pathlib
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import launched
 from cluster import Cluster
@@ -52,6 +53,21 @@ def plan_of(replica):
     return plan[-1][-400:] if plan else "none was told"
 
 
+def judged(options):
+    """The kernels that golden wide and the conformance suite launched, both at once: neither is timed."""
+    with ThreadPoolExecutor() as pool:
+        golden = conformance = None
+        if "PERIGEE_GOLDEN" in os.environ:
+            golden = pool.submit(launched.of_golden, options.binary, pathlib.Path(os.environ["PERIGEE_GOLDEN"], "wide"))
+        else:
+            print("golden wide: not run, PERIGEE_GOLDEN is not set")
+        if options.conformance:
+            conformance = pool.submit(launched.of_conformance, options.conformance)
+        else:
+            print("conformance suite: not run")
+        return [part.result() if part else set() for part in (golden, conformance)]
+
+
 def main():
     options = argparse.ArgumentParser()
     options.add_argument("binary")
@@ -60,16 +76,7 @@ def main():
     options.add_argument("--model", default="random:48b")
     options.add_argument("--conformance")
     options = options.parse_args()
-    golden, conformance = set(), set()
-    if "PERIGEE_GOLDEN" in os.environ:
-        golden = launched.of_golden(options.binary, pathlib.Path(os.environ["PERIGEE_GOLDEN"], "wide"))
-    else:
-        print("golden wide: not run, PERIGEE_GOLDEN is not set")
-    if options.conformance:
-        conformance = launched.of_conformance(options.conformance)
-    else:
-        print("conformance: not run")
-
+    golden, conformance = judged(options)
     began = time.monotonic()
     with Cluster(options.binary, options.model, "cuda", *sizes(options.cells), dtype="bf16") as replica:
         ready = time.monotonic() - began
