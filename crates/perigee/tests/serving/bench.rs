@@ -80,8 +80,12 @@ fn a_served_replica_is_measured_by_batch_and_context() {
     let told: Vec<_> = cells.iter().map(|cell| (cell["batch"].as_u64(), cell["context"].as_u64())).collect();
     assert_eq!(told, [(Some(1), Some(64)), (Some(4), Some(200))]);
     for cell in cells {
-        let number = |path: &str| cell.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("{path}: {cell}"));
-        assert!(number("/steps") >= 8.0 && number("/gaps/count") >= 8.0 * number("/batch") - number("/batch"), "{cell}");
+        let number =
+            |path: &str| cell.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("{path}: {cell}"));
+        assert!(
+            number("/steps") >= 8.0 && number("/gaps/count") >= 8.0 * number("/batch") - number("/batch"),
+            "{cell}"
+        );
         assert!(number("/gaps/p50_ms") <= number("/gaps/p99_ms") && number("/gaps/p99_ms") <= number("/gaps/max_ms"));
         assert!(number("/ttft_s") > 0.0 && number("/tpot_ms") > 0.0, "{cell}");
     }
