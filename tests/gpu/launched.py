@@ -50,10 +50,12 @@ def of_chunks(binary, case, chunk):
 
 def of_conformance(program):
     """Runs the conformance suite in bfloat16, and gives the kernels that it launched."""
-    done = subprocess.run([program, "bf16"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    print(next(line for line in done.stdout.splitlines() if line.startswith("conformance of")))
-    return set(next(line for line in done.stdout.splitlines() if line.startswith("kernels: ")).split()[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        names = pathlib.Path(folder, "kernels")
+        done = subprocess.run([program, "bf16", "--launched", names], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        print(next(line for line in done.stdout.splitlines() if line.startswith("conformance of")))
+        return set(names.read_text().split())
 
 
 def account(timed, golden, conformance):

@@ -1,11 +1,11 @@
 //! Compiled kernels on the device: images become modules, and a kernel is a function together with the type of its one
 //! argument. The size of that argument is compared with what the image says, so the two sides cannot drift apart unseen.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::ffi::CString;
 use std::marker::PhantomData;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
 use cudarc::driver::{result, sys};
@@ -13,13 +13,20 @@ use perigee_backend::{BackendError, Result};
 
 use crate::device::{Device, fault};
 
-/// Names of kernels that this process has launched.
-static LAUNCHED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+/// This program's kernels on a device, loaded once for any number of backends there.
+#[derive(Debug, Clone)]
+pub struct Program {
+    pub(crate) modules: Arc<Modules>,
+}
 
-/// Names of the kernels that this process has launched so far, on whichever backend, in alphabetical order. The libraries' own are
-/// not among them.
-pub fn launched() -> Vec<String> {
-    LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+impl Program {
+    /// Loads them onto a device.
+    ///
+    /// # Errors
+    /// As [`crate::check`], or [`BackendError::Device`] where the driver refuses an image.
+    pub fn load(device: usize) -> Result<Self> {
+        Ok(Self { modules: Arc::new(Modules::load(&Device::open(device)?)?) })
+    }
 }
 
 /// All modules that run on a device.
@@ -30,6 +37,11 @@ pub(crate) struct Modules {
 }
 
 impl Modules {
+    /// The device that they are on.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Loads every image that fits the device, the most specific one of each module.
     pub(crate) fn load(device: &Device) -> Result<Self> {
         device.bind()?;
@@ -80,7 +92,7 @@ impl Modules {
                 size_of::<P>()
             )));
         }
-        Ok(Kernel { function, name: name.into(), begins_ahead: false, launched: Arc::default(), argument: PhantomData })
+        Ok(Kernel { function, name: name.into(), begins_ahead: false, was_launched: Arc::default(), argument: PhantomData })
     }
 }
 
@@ -107,8 +119,7 @@ pub(crate) struct Kernel<P> {
     function: sys::CUfunction,
     name: String,
     begins_ahead: bool,
-    /// Whether it was ever launched.
-    launched: Arc<AtomicBool>,
+    was_launched: Arc<AtomicBool>,
     argument: PhantomData<fn(P)>,
 }
 
@@ -132,11 +143,10 @@ impl<P: Pod> Kernel<P> {
             .map_err(fault(&format!("raising the shared memory of {}", self.name)))
     }
 
-    /// Its first launch is told, so that what ran can be held against what was checked.
+    /// Tells the first launch, so that what ran can be held against what was checked.
     pub(crate) fn note_launch(&self) {
-        if !self.launched.load(Ordering::Relaxed) && !self.launched.swap(true, Ordering::Relaxed) {
+        if !self.was_launched.load(Ordering::Relaxed) && !self.was_launched.swap(true, Ordering::Relaxed) {
             tracing::debug!(kernel = self.name, "first launch");
-            LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).insert(self.name.clone());
         }
     }
 
