@@ -92,7 +92,13 @@ impl Modules {
                 size_of::<P>()
             )));
         }
-        Ok(Kernel { function, name: name.into(), begins_ahead: false, was_launched: Arc::default(), argument: PhantomData })
+        Ok(Kernel {
+            function,
+            name: name.into(),
+            begins_ahead: false,
+            was_launched: Arc::default(),
+            argument: PhantomData,
+        })
     }
 }
 
