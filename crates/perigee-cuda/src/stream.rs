@@ -85,6 +85,7 @@ impl Stream {
             return Ok(());
         }
         tracing::trace!(target: LAUNCHES, kernel = kernel.name());
+        kernel.note_launch();
         self.device.bind()?;
         let mut pointers = [std::ptr::from_ref(argument).cast_mut().cast()];
         let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
