@@ -10,10 +10,10 @@ use crate::module::{Kernel, Modules};
 use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
-    DenseManyParams, ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaDecodeParams, MlaExpandedParams,
-    MlaGatherParams, MlaMergeParams, MlaStoreParams, MoeCombineNormParams, MoeCombineParams, MoeGatherParams,
-    MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams, MoeSpreadParams,
-    MoeWideParams, NormParams, SampleParams, SkinnyParams, StateSumParams,
+    DenseManyParams, ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaDecodeParams,
+    MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MoeCombineNormParams, MoeCombineParams,
+    MoeGatherParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams,
+    MoeSpreadParams, MoeWideParams, NormParams, SampleParams, SkinnyParams, StateSumParams,
 };
 
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.

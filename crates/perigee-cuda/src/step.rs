@@ -654,9 +654,9 @@ mod tests {
         let pages = |range: &AttendRange| (range.end.div_ceil(64) - range.start / 64) as usize;
         for items in plan.first_items.windows(2) {
             let items = &plan.items[items[0] as usize..items[1] as usize];
-            let ranges = items.iter().flat_map(|item| {
-                &plan.ranges[item.first_range as usize..(item.first_range + item.ranges) as usize]
-            });
+            let ranges = items
+                .iter()
+                .flat_map(|item| &plan.ranges[item.first_range as usize..(item.first_range + item.ranges) as usize]);
             assert!(ranges.map(pages).sum::<usize>() <= 13);
         }
     }
@@ -671,7 +671,8 @@ mod tests {
                 for blocks in [0, 132] {
                     let planning = Planning { heads: 32, items: 264, blocks, stretch: 0 };
                     let plan = Attention::plan(&batch, planning);
-                    let form = DecodeForm { rows: rows as usize, pages: (rows * pages) as usize, formula: Formula::default() };
+                    let form =
+                        DecodeForm { rows: rows as usize, pages: (rows * pages) as usize, formula: Formula::default() };
                     assert!(plan.items.len() <= form.items(planning), "{rows} x {context}: {} items", plan.items.len());
                     assert!(plan.ranges.len() <= form.items(planning) * RANGES_PER_ITEM);
                     assert!(plan.merges.len() <= rows as usize && plan.item_tokens == 1);

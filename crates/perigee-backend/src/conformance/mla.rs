@@ -208,10 +208,8 @@ fn many_ranges<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLaye
         let own = bench.place(&[LENGTH, LENGTH + 1])?;
         placed.push([&shared[row * row % shared.len()..], &own].concat());
     }
-    let rows: Vec<MlaRow<'_>> = placed
-        .iter()
-        .map(|segments| MlaRow { sequence: &sequence, segments, tokens: LENGTH..LENGTH + 1 })
-        .collect();
+    let rows: Vec<MlaRow<'_>> =
+        placed.iter().map(|segments| MlaRow { sequence: &sequence, segments, tokens: LENGTH..LENGTH + 1 }).collect();
     bench.step(checks, "many ranges", &rows)
 }
 

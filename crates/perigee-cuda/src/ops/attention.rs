@@ -101,9 +101,6 @@ impl AttentionKernels {
 
     /// Blocks that items of single tokens are dealt out to, 0 where no kernel takes them so.
     pub(crate) fn decode_blocks(&self, heads: usize, latent: usize, device: &Device) -> usize {
-        if std::env::var("NO_DECODE").is_ok() {
-            return 0;
-        }
         let fits = self.decode.as_ref().is_some_and(|decode| heads <= decode.heads && latent == decode.latent);
         if fits { device.multiprocessors() as usize } else { 0 }
     }

@@ -240,7 +240,12 @@ impl CudaBackend {
     /// Rows of one token in one fused kernel.
     fn kda_decode(&self, layer: &Kda, fast: usize, params: &KdaParams) -> Result<()> {
         let rows = self.step.decode_rows;
-        let params = KdaParams { rows: rows.address, row_count: rows.count as u32, reserved: std::env::var("KDA_HINT").ok().and_then(|text| text.parse().ok()).unwrap_or(0), ..*params };
+        let params = KdaParams {
+            rows: rows.address,
+            row_count: rows.count as u32,
+            reserved: std::env::var("KDA_HINT").ok().and_then(|text| text.parse().ok()).unwrap_or(0),
+            ..*params
+        };
         // Heads of a row follow each other, as their states do.
         let grid = Grid::new(params.heads as usize, rows.count, 256);
         let fast = &self.kernels.kda_fast[fast];

@@ -62,7 +62,9 @@ impl CudaBackend {
             let share = steps.div_ceil(parts);
             tiles * parts <= most && share >= LEAST_STEPS && (parts - 1) * share < steps
         };
-        std::iter::successors(Some(MOST_PARTS), |parts| Some(parts / 2)).find(|&parts| parts <= 1 || fits(parts)).unwrap_or(1)
+        std::iter::successors(Some(MOST_PARTS), |parts| Some(parts / 2))
+            .find(|&parts| parts <= 1 || fits(parts))
+            .unwrap_or(1)
     }
 }
 

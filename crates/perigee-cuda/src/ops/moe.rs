@@ -81,11 +81,7 @@ pub struct Moe {
 impl Moe {
     /// 1 where a step of `tokens` tokens has the shared expert computed like the routed ones, which every token has then; else 0.
     fn shared_choices(&self, tokens: usize) -> usize {
-        static MOST: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
-        let most = *MOST.get_or_init(|| {
-            std::env::var("MOST_SHARED").ok().and_then(|text| text.parse().ok()).unwrap_or(MOST_SHARED)
-        });
-        if tokens <= most { self.extra } else { 0 }
+        if tokens <= MOST_SHARED { self.extra } else { 0 }
     }
 
     /// Experts of a token.
@@ -445,7 +441,7 @@ impl CudaBackend {
         layer: &'a Moe,
         tokens: usize,
     ) -> Option<(&'a Kernel<MoeRouterParams>, &'a Matrix)> {
-        let fits = std::env::var("NO_ROUTER").is_err() && tokens >= ROUTER_TENSOR && layer.shape.hidden.is_multiple_of(ROUTER_DEPTH);
+        let fits = tokens >= ROUTER_TENSOR && layer.shape.hidden.is_multiple_of(ROUTER_DEPTH);
         self.kernels.moe_router_tensor.as_ref().zip(layer.narrow_router.as_ref()).filter(|_| fits)
     }
 
