@@ -160,8 +160,6 @@ pub(crate) struct KdaParams {
     pub(crate) query_scale: f32,
     pub(crate) first_row: u32,
     pub(crate) first_chunk: u32,
-    pub(crate) row_count: u32,
-    pub(crate) reserved: u32,
 }
 
 /// `mla/params.h`: query tokens against key ranges.

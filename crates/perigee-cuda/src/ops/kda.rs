@@ -28,8 +28,6 @@ const GATE_PAIRS: usize = 4;
 const GATE_ROWS: usize = 8;
 /// Rows of one token from which their kernel is bound by the states' bytes.
 const BULK_ROWS: usize = 24;
-/// Blocks of that kernel on a multiprocessor.
-const BULK_BLOCKS: usize = 3;
 
 /// Value channels of one block of the scan.
 const SCAN_COLUMNS: usize = 32;
@@ -220,8 +218,6 @@ impl CudaBackend {
             },
             first_row: 0,
             first_chunk: 0,
-            row_count: 0,
-            reserved: 0,
         })
     }
 
@@ -240,22 +236,14 @@ impl CudaBackend {
     /// Rows of one token in one fused kernel.
     fn kda_decode(&self, layer: &Kda, fast: usize, params: &KdaParams) -> Result<()> {
         let rows = self.step.decode_rows;
-        let params = KdaParams {
-            rows: rows.address,
-            row_count: rows.count as u32,
-            reserved: std::env::var("KDA_HINT").ok().and_then(|text| text.parse().ok()).unwrap_or(0),
-            ..*params
-        };
+        let params = KdaParams { rows: rows.address, ..*params };
         // Heads of a row follow each other, as their states do.
         let grid = Grid::new(params.heads as usize, rows.count, 256);
         let fast = &self.kernels.kda_fast[fast];
         match (self.kda_gates_kernel(layer), &fast.decode_bulk) {
             (Some(kernel), _) => self.stream.launch(kernel, grid, &params),
             (None, Some(bulk)) if rows.count >= BULK_ROWS => {
-                let pairs = params.heads as usize * rows.count;
-                let blocks = pairs.min(BULK_BLOCKS * self.stream.device().multiprocessors() as usize);
-                let blocks = if std::env::var("STAY").is_err() { pairs } else { blocks };
-                self.stream.launch(bulk, Grid::new(blocks, 1, 256).shared(fast.state_shared), &params)
+                self.stream.launch(bulk, grid.shared(fast.state_shared), &params)
             }
             _ => self.stream.launch(&fast.decode, grid, &params),
         }

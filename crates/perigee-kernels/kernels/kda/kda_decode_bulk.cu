@@ -1,40 +1,42 @@
 // kda_decode for many rows, where the kernel is bound by reading and writing states: a head's 64 KB come to shared memory and go
-// back by the copy engine in one piece each, so that three blocks a multiprocessor have theirs under way. Blocks stay and work through
-// the (row, head) pairs of the step: a state is asked for as soon as the one before it has left. See README.md.
+// back by the copy engine in one piece each, so that three blocks a multiprocessor have theirs under way. See README.md.
 #include "common/mma.cuh"
 #include "kda/decode.cuh"
 
-__device__ __forceinline__ uint64_t policy(bool last) {
-  uint64_t p;
-  if (last) asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
-  else asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p));
-  return p;
-}
-
-// One head of one row.
 template <class T, int kDim>
-__device__ __forceinline__ void decode_one(const KdaParams& p, const KdaRow& row, uint32_t head, DecodeShared<kDim>& s, uint4* dynamic,
-                                           uint32_t barrier, uint32_t parity) {
+__device__ __forceinline__ void decode(const KdaParams& p) {
   using Share = StateShare<kDim>;
   constexpr uint32_t kBytes = kDim * kDim * 4;
-  const uint32_t whole = shared_address(dynamic);
+  extern __shared__ uint4 dynamic[];  // the state, [key][value] float32
+  __shared__ DecodeShared<kDim> s;
+  __shared__ alignas(8) uint64_t arrived;
+  grid_trigger();
+  // Rows come with the step's plan, and state and tails are this kernel's alone: none of them waits for the kernel ahead.
+  const uint32_t head = blockIdx.x;
+  const KdaRow row = p.rows[blockIdx.y];
+  // A row that only pads the step to a recorded size has no slots.
+  if (row.tokens == 0) {
+    grid_wait();
+    return;
+  }
+  const uint32_t barrier = shared_address(&arrived), whole = shared_address(dynamic);
   if (threadIdx.x == 0) {
-    // The state before it has been read for its way back.
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(kBytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(whole),
-                 "l"(p.state + state_offset(p, row.read_slot, head)), "r"(kBytes), "r"(barrier), "l"(policy(p.reserved & 2))
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(whole),
+                 "l"(p.state + state_offset(p, row.read_slot, head)), "r"(kBytes), "r"(barrier)
                  : "memory");
   }
-  // Its barriers also make that of the copy known to all.
+  // Its barriers also make the one above known to all.
   const Factors factors = prepare<T, kDim, false, Fault::kNone>(p, row, head, s);
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], 0;\n"
       "@!done bra again;\n"
-      "}" ::"r"(barrier), "r"(parity)
+      "}" ::"r"(barrier)
       : "memory");
   float* mine = reinterpret_cast<float*>(dynamic) + Share::first_row() * kDim + Share::column();
   float4 read = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -68,40 +70,13 @@ __device__ __forceinline__ void decode_one(const KdaParams& p, const KdaRow& row
   gather(out, s);
   if (threadIdx.x == 0) {
     float* target = p.state + state_offset(p, row.write_slot, head);
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(target), "r"(whole), "r"(kBytes), "l"(policy(p.reserved & 1)) : "memory");
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(whole), "r"(kBytes) : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
   }
   finish<T>(p, row, head, s);
-  __syncthreads();
+  // The block's memory is needed until it is read.
+  if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-template <class T, int kDim>
-__device__ __forceinline__ void decode(const KdaParams& p) {
-  extern __shared__ uint4 dynamic[];  // the state, [key][value] float32
-  __shared__ DecodeShared<kDim> s;
-  __shared__ alignas(8) uint64_t arrived;
-  grid_trigger();
-  const uint32_t barrier = shared_address(&arrived);
-  if (threadIdx.x == 0) {
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  // Heads of a row follow each other, as their states do.
-  uint32_t parity = 0;
-  for (uint32_t pair = blockIdx.x; pair < p.row_count * p.heads; pair += gridDim.x, parity ^= 1) {
-    // Rows come with the step's plan, and state and tails are this kernel's alone: none of them waits for the kernel ahead.
-    const uint32_t head = pair % p.heads;
-    const KdaRow row = p.rows[pair / p.heads];
-    // A row that only pads the step to a recorded size has no slots.
-    if (row.tokens == 0) break;
-    decode_one<T, kDim>(p, row, head, s, dynamic, barrier, parity);
-  }
-  grid_wait();
-  // The block's memory is needed until it is read.
-  if (threadIdx.x == 0) {
-    if (p.reserved & 4) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    else asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-  }
-}
 extern "C" __global__ void __launch_bounds__(kThreads, 3) kda_decode_bulk_fp32_128(const __grid_constant__ KdaParams p) { decode<float, 128>(p); }
 extern "C" __global__ void __launch_bounds__(kThreads, 3) kda_decode_bulk_bf16_128(const __grid_constant__ KdaParams p) { decode<bf16, 128>(p); }

@@ -49,6 +49,4 @@ struct KdaParams {
   float query_scale;      // head_dim^-1/2
   uint32_t first_row;     // the chunked kernels take rows and chunks in groups that fit the workspace
   uint32_t first_chunk;
-  uint32_t row_count;     // rows of one token, padding included
-  uint32_t reserved;
 };
