@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytemuck::Pod;
 use cudarc::driver::{result, sys};
@@ -91,7 +92,13 @@ impl Modules {
                 size_of::<P>()
             )));
         }
-        Ok(Kernel { function, name: name.into(), begins_ahead: false, argument: PhantomData })
+        Ok(Kernel {
+            function,
+            name: name.into(),
+            begins_ahead: false,
+            was_launched: Arc::default(),
+            argument: PhantomData,
+        })
     }
 }
 
@@ -118,6 +125,7 @@ pub(crate) struct Kernel<P> {
     function: sys::CUfunction,
     name: String,
     begins_ahead: bool,
+    was_launched: Arc<AtomicBool>,
     argument: PhantomData<fn(P)>,
 }
 
@@ -139,6 +147,13 @@ impl<P: Pod> Kernel<P> {
         // SAFETY: the function belongs to a loaded module.
         unsafe { result::function::set_function_attribute(self.function, attribute, value) }
             .map_err(fault(&format!("raising the shared memory of {}", self.name)))
+    }
+
+    /// Tells the first launch, so that what ran can be held against what was checked.
+    pub(crate) fn note_launch(&self) {
+        if !self.was_launched.load(Ordering::Relaxed) && !self.was_launched.swap(true, Ordering::Relaxed) {
+            tracing::debug!(kernel = self.name, "first launch");
+        }
     }
 
     pub(crate) fn function(&self) -> sys::CUfunction {

@@ -78,6 +78,7 @@ impl Stream {
             return Ok(());
         }
         tracing::trace!(target: LAUNCHES, kernel = kernel.name());
+        kernel.note_launch();
         self.device.bind()?;
         let mut pointers = [std::ptr::from_ref(argument).cast_mut().cast()];
         let mut ahead = sys::CUlaunchAttribute {
