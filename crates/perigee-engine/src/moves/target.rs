@@ -499,11 +499,15 @@ mod tests {
 
     #[test]
     fn gaps_are_cut_where_pages_came_back() {
-        let cut =
-            |gaps: &[std::ops::Range<u64>], returned: &[std::ops::Range<u64>]| pieces(gaps.iter().cloned(), returned);
-        assert_eq!(cut(&[0..9], &[]), [(0..9, false)]);
-        assert_eq!(cut(&[0..9], &[0..9]), [(0..9, true)]);
-        assert_eq!(cut(&[0..9], &[2..4, 4..5]), [(0..2, false), (2..4, true), (4..5, true), (5..9, false)]);
-        assert_eq!(cut(&[0..3, 5..9], &[0..3, 8..9]), [(0..3, true), (5..8, false), (8..9, true)]);
+        let ranges = |pairs: &[(u64, u64)]| pairs.iter().map(|&(start, end)| start..end).collect::<Vec<_>>();
+        let cut = |gaps: &[(u64, u64)], returned: &[(u64, u64)]| {
+            let pieces = pieces(ranges(gaps).into_iter(), &ranges(returned));
+            pieces.into_iter().map(|(range, came_back)| (range.start, range.end, came_back)).collect::<Vec<_>>()
+        };
+        assert_eq!(cut(&[(0, 9)], &[]), [(0, 9, false)]);
+        assert_eq!(cut(&[(0, 9)], &[(0, 9)]), [(0, 9, true)]);
+        let both = [(0, 2, false), (2, 4, true), (4, 5, true), (5, 9, false)];
+        assert_eq!(cut(&[(0, 9)], &[(2, 4), (4, 5)]), both);
+        assert_eq!(cut(&[(0, 3), (5, 9)], &[(0, 3), (8, 9)]), [(0, 3, true), (5, 8, false), (8, 9, true)]);
     }
 }
