@@ -10,7 +10,7 @@ use crate::module::{Kernel, Modules};
 use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
-    DenseManyParams, ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaDecodeParams,
+    ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaDecodeParams,
     MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MoeCombineNormParams, MoeCombineParams,
     MoeGatherParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams,
     MoeSpreadParams, MoeWideParams, NormParams, SampleParams, SkinnyParams, StateSumParams,
@@ -18,9 +18,6 @@ use crate::params::{
 
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
 pub(crate) const ROUTER_SHARED: usize = 4 * 2 * 64 * 72 * 2;
-
-/// Dynamic shared memory of a block of the dense products with some dozen tokens: `Shared` of dense_many.cu, which asserts it.
-pub(crate) const MANY_SHARED: usize = 6 * (64 + 64) * 128 + 1024;
 
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
 #[derive(Debug)]
@@ -63,8 +60,6 @@ pub(crate) struct Kernels {
     pub(crate) moe_combine_norm: Kernel<MoeCombineNormParams>,
     /// Dense products with few tokens, by ascending tokens; with bfloat16 activations only.
     pub(crate) skinny: Vec<Skinny>,
-    /// Dense products with some dozen tokens; with bfloat16 activations only.
-    pub(crate) many: Option<Kernel<DenseManyParams>>,
     pub(crate) sample_logprobs: Kernel<SampleParams>,
     pub(crate) sample_prepare: Kernel<SampleParams>,
     pub(crate) sample_filter: Kernel<SampleParams>,
@@ -407,14 +402,6 @@ impl Kernels {
                         .collect::<Result<_>>()?
                 }
                 DType::Fp32 => Vec::new(),
-            },
-            many: match precision {
-                DType::Bf16 => {
-                    let kernel = modules.overlapping("dense_many", "dense_many")?;
-                    kernel.allow_shared(MANY_SHARED)?;
-                    Some(kernel)
-                }
-                DType::Fp32 => None,
             },
             sample_logprobs: ranking(&modules, "sample_logprobs")?,
             sample_prepare: modules.kernel("sample_draw", "sample_prepare")?,

@@ -92,21 +92,6 @@ pub(crate) struct SkinnyParams {
     pub(crate) reserved: u32,
 }
 
-/// `gemm/params.h`
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(crate) struct DenseManyParams {
-    pub(crate) weight: TensorMap,
-    pub(crate) input: TensorMap,
-    pub(crate) out: u64,
-    pub(crate) out_pitch: u32,
-    pub(crate) tokens: u32,
-    pub(crate) rows: u32,
-    pub(crate) depth: u32,
-    pub(crate) parts: u32,
-    pub(crate) reserved: [u32; 9],
-}
-
 /// `kda/params.h`: a row of the step.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]

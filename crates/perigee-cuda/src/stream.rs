@@ -17,20 +17,13 @@ pub(crate) struct Grid {
     pub(crate) threads: u32,
     /// Dynamic shared memory of a block in bytes.
     pub(crate) shared: u32,
-    /// Blocks of a cluster, along x; 1 leaves it to the kernel.
-    pub(crate) cluster: u32,
 }
 
 impl Grid {
     /// A grid without dynamic shared memory; sizes beyond 32 bits saturate and fail at the launch.
     pub(crate) fn new(x: usize, y: usize, threads: u32) -> Self {
         let narrow = |value| u32::try_from(value).unwrap_or(u32::MAX);
-        Self { blocks: (narrow(x), narrow(y), 1), threads, shared: 0, cluster: 1 }
-    }
-
-    /// The same in clusters of this many blocks.
-    pub(crate) fn clusters(self, blocks: usize) -> Self {
-        Self { cluster: u32::try_from(blocks).unwrap_or(u32::MAX), ..self }
+        Self { blocks: (narrow(x), narrow(y), 1), threads, shared: 0 }
     }
 
     /// The same with dynamic shared memory.
@@ -84,21 +77,11 @@ impl Stream {
         kernel.note_launch();
         self.device.bind()?;
         let mut pointers = [std::ptr::from_ref(argument).cast_mut().cast()];
-        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
-        let ahead = attribute(
-            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        );
-        let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: grid.cluster, y: 1, z: 1 };
-        let cluster = attribute(
-            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            sys::CUlaunchAttributeValue { clusterDim: size },
-        );
-        let mut attributes = [ahead, cluster];
-        // Those that apply lie together: the second alone, the first alone, or both.
-        let from = usize::from(!kernel.may_begin_ahead());
-        let to = if grid.cluster > 1 { 2 } else { 1 };
-        let attributes = &mut attributes[from.min(to)..to];
+        let mut ahead = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
         let launch = sys::CUlaunchConfig {
             gridDimX: grid.blocks.0,
             gridDimY: grid.blocks.1,
@@ -108,8 +91,8 @@ impl Stream {
             blockDimZ: 1,
             sharedMemBytes: grid.shared,
             hStream: self.raw,
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: attributes.len() as u32,
+            attrs: &mut ahead,
+            numAttrs: u32::from(kernel.may_begin_ahead()),
         };
         // SAFETY: the kernel's module is loaded and its one argument has exactly the size of `P` (checked by
         // `Modules::kernel`); the driver copies the argument before it returns. Arguments hold addresses of device

@@ -16,7 +16,7 @@ const FEW_BLOCKS: usize = 100;
 impl CudaBackend {
     /// Queues a product.
     pub(crate) fn dense(&mut self, product: &Product, operands: Operands) -> Result<()> {
-        let Some(form) = self.skinny(product) else { return self.dense_many(product, operands) };
+        let Some(form) = self.skinny(product) else { return self.blas.run(&self.stream, product, operands) };
         let params = SkinnyParams {
             input: operands.input,
             weight: operands.weight,

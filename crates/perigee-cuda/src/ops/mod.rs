@@ -7,7 +7,6 @@ pub(crate) mod embed;
 pub(crate) mod expanded;
 pub(crate) mod kda;
 pub(crate) mod logits;
-pub(crate) mod many;
 pub(crate) mod mla;
 pub(crate) mod mlp;
 pub(crate) mod moe;

@@ -2,8 +2,6 @@
 #pragma once
 #include <stdint.h>
 
-#include "common/tensor_map.h"
-
 struct ElementParams {
   const void* in;     // convert: [count] float32; silu_mul: [rows][2 width] T, gate then up, or both in turn by blocks
   void* out;          // convert: [count] T; silu_mul: [rows][width] T
@@ -22,17 +20,4 @@ struct SkinnyParams {
   uint32_t in_pitch;   // a multiple of 8
   uint32_t out_pitch;
   uint32_t reserved;
-};
-
-// out [tokens][rows] = input [tokens][depth] . weight [rows][depth], all bfloat16. Blocks parts * i .. are a cluster and share the depth.
-struct DenseManyParams {
-  TensorMap weight;   // boxes of 64 columns by 64 rows, 128-byte swizzle
-  TensorMap input;    // the same
-  void* out;
-  uint32_t out_pitch;
-  uint32_t tokens;
-  uint32_t rows;
-  uint32_t depth;
-  uint32_t parts;     // blocks of a cluster
-  uint32_t reserved[9];
 };
