@@ -173,7 +173,7 @@ pub trait Backend: Send {
     /// A tensor of `rows` by `width`, poisoned.
     fn tensor(&mut self, rows: usize, width: usize, precision: Precision) -> Result<Self::Tensor>;
 
-    // A step: `run_recorded` or `begin_step`, then ops in the model's order. The current batch is implicit in all of them.
+    // A step: `run_recorded`, `begin_pieces` or `begin_step`, then ops in the model's order. The current batch is implicit in all of them.
 
     /// Offers a step to run as a whole, `batch` already validated, instead of op by op: where the answer is not
     /// [`Recorded::No`], `begin_step` is left out. Only steps whose ops nobody changes or looks into are offered, always of the
@@ -184,6 +184,16 @@ pub trait Backend: Send {
     /// Ends what [`Recorded::Recording`] began, and runs it.
     fn end_recording(&mut self) -> Result<()> {
         Ok(())
+    }
+    /// The same for a step that others take part in at its MLA layers. Its pieces are the ops up to the first `mla_project`,
+    /// those from an `mla_output` to the next `mla_project`, and the rest; `mla_attend` and what comes of others stays between
+    /// them. Where the answer is yes, `begin_step` is left out and every piece is offered to `run_piece`. As provided, no.
+    fn begin_pieces(&mut self, _batch: &StepBatch) -> Result<bool> {
+        Ok(false)
+    }
+    /// Offers the next piece of the step, counted from 0, as `run_recorded` offers a whole one.
+    fn run_piece(&mut self, _number: usize) -> Result<Recorded> {
+        Ok(Recorded::No)
     }
     /// Makes `batch`, already validated, the current one.
     fn begin_step(&mut self, batch: &StepBatch) -> Result<()>;

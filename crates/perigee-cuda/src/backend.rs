@@ -274,6 +274,14 @@ impl Backend for CudaBackend {
         self.recording_end()
     }
 
+    fn begin_pieces(&mut self, batch: &StepBatch) -> Result<bool> {
+        self.pieces_begin(batch)
+    }
+
+    fn run_piece(&mut self, number: usize) -> Result<Recorded> {
+        self.piece_run(number)
+    }
+
     fn embed(&mut self, table: &Embedding, out: &mut Tensor) -> Result<()> {
         self.embed_run(table, out)
     }

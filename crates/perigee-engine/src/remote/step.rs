@@ -222,6 +222,10 @@ pub(crate) struct RemoteHooks<'a, 'b> {
 }
 
 impl StepHooks for RemoteHooks<'_, '_> {
+    fn is_plain(&self) -> bool {
+        self.inner.is_plain()
+    }
+
     fn routing(&mut self, layer: usize) -> Routing<'_> {
         self.inner.routing(layer)
     }
