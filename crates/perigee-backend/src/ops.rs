@@ -2,6 +2,7 @@
 //! description. A backend owns its device, its caches and its seat in the tensor-parallel group; the model owns layers and
 //! activations and never learns what device they are on.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::batch::{Row, StepBatch};
@@ -47,6 +48,17 @@ pub struct Partials<T> {
     pub output: T,
     /// [tokens, heads], full precision; -inf where the part is empty.
     pub lse: T,
+}
+
+/// A part of one token's attention that was computed elsewhere.
+#[derive(Debug, Clone, Copy)]
+pub struct OtherPart<'a> {
+    /// Which token of the step.
+    pub token: usize,
+    /// [heads * R], normalised.
+    pub output: &'a [f32],
+    /// `[heads]`, natural log of the sum of exponentials.
+    pub lse: &'a [f32],
 }
 
 /// The four tensors of a KDA layer's state.
@@ -236,15 +248,12 @@ pub trait Backend: Send {
         let _ = row;
         true
     }
-    /// Merges another part, computed elsewhere, into `partials` for one token of the step whose row's partials are shown:
-    /// `output` [heads * R], `lse` `[heads]`.
+    /// Merges parts computed elsewhere into `partials`, one after the other; those of their tokens' rows are shown.
     fn mla_merge(
         &mut self,
         layer: &Self::Mla,
         partials: &mut Partials<Self::Tensor>,
-        token: usize,
-        output: &[f32],
-        lse: &[f32],
+        parts: &[OtherPart<'_>],
     ) -> Result<()>;
     /// Last third: values from latent space, then this rank's partial sum of the output projection.
     fn mla_output(
@@ -319,6 +328,13 @@ pub trait Backend: Send {
 
     /// The first `rows` rows as float32.
     fn read(&mut self, tensor: &Self::Tensor, rows: usize) -> Result<Vec<f32>>;
+    /// The same for some rows.
+    fn read_some(&mut self, tensor: &Self::Tensor, rows: Range<usize>) -> Result<Vec<f32>> {
+        let mut values = self.read(tensor, rows.end)?;
+        let width = values.len() / rows.end.max(1);
+        values.drain(..(rows.start * width).min(values.len()));
+        Ok(values)
+    }
     /// Overwrites the first rows; `values.len()` is a multiple of the width.
     fn write(&mut self, tensor: &mut Self::Tensor, values: &[f32]) -> Result<()>;
 

@@ -2,7 +2,9 @@
 //! around the residual stream, then the head. What happens inside an op is the backend's business; what a caller wants to
 //! see or to change on the way (traces, forced routing, attention answered elsewhere) goes through [`StepHooks`].
 
-use perigee_backend::{Backend, DType, Partials, Precision, Recorded, Routing, StepBatch};
+use std::ops::Range;
+
+use perigee_backend::{Backend, DType, OtherPart, Partials, Precision, Recorded, Routing, StepBatch};
 
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -16,6 +18,12 @@ pub struct RemotePart {
     pub output: Vec<f32>,
     /// `[heads]`, natural log of the sum of exponentials.
     pub lse: Vec<f32>,
+}
+
+impl RemotePart {
+    fn as_other(&self) -> OtherPart<'_> {
+        OtherPart { token: self.token, output: &self.output, lse: &self.lse }
+    }
 }
 
 /// What a caller sees and changes during a step. The defaults do nothing.
@@ -41,8 +49,12 @@ pub trait StepHooks {
     fn remote(&self) -> bool {
         false
     }
-    /// Sends the absorbed queries [tokens, heads * (R + r)] of MLA layer `index` to whoever holds the other keys. The
-    /// local part is computed after this returns.
+    /// Tokens of the step from the first to the last with keys elsewhere.
+    fn asking(&self) -> Range<usize> {
+        0..0
+    }
+    /// Sends absorbed queries [tokens, heads * (R + r)] of MLA layer `index`, those of the tokens of `asking`, to whoever holds
+    /// the other keys. The local part is computed after this returns.
     fn ask(&mut self, _index: usize, _queries: &[f32]) {}
     /// Waits for the parts asked for; a missing answer is the hook's to remember, not an error of the step.
     fn answers(&mut self, _index: usize) -> Vec<RemotePart> {
@@ -194,7 +206,7 @@ impl<B: Backend> Model<B> {
                 backend.end_recording()?;
             }
             let Some(layer) = until else { break };
-            self.attend(backend, layer, batch.tokens.len(), hooks)?;
+            self.attend(backend, layer, hooks)?;
             begun = until;
         }
         Ok(())
@@ -250,17 +262,18 @@ impl<B: Backend> Model<B> {
     }
 
     /// Attention of an MLA layer over the keys that are here, and what others add to it.
-    fn attend(&mut self, backend: &mut B, layer: usize, tokens: usize, hooks: &mut dyn StepHooks) -> Result<()> {
+    fn attend(&mut self, backend: &mut B, layer: usize, hooks: &mut dyn StepHooks) -> Result<()> {
         let Mixer::Mla(mixer, index) = &self.layers[layer].mixer else { return Ok(()) };
         let Activations { queries, partials, .. } = &mut self.activations;
         if hooks.remote() {
-            hooks.ask(*index, &backend.read(queries, tokens)?);
+            let queries = backend.read_some(queries, hooks.asking())?;
+            hooks.ask(*index, &queries);
         }
         backend.mla_attend(mixer, *index, queries, partials)?;
         if hooks.remote() {
-            for part in hooks.answers(*index) {
-                backend.mla_merge(mixer, partials, part.token, &part.output, &part.lse)?;
-            }
+            let parts = hooks.answers(*index);
+            let parts: Vec<OtherPart<'_>> = parts.iter().map(RemotePart::as_other).collect();
+            backend.mla_merge(mixer, partials, &parts)?;
         }
         Ok(())
     }
