@@ -148,7 +148,7 @@ pub(crate) fn fed(seat: &Seat, position: u64, tokens: &[u32]) -> StepPlan {
 /// A row whose first `pages` pages are at the home.
 pub(crate) fn asks(pages: u64) -> RemotePlan {
     let home = RemoteHome { replica: "home".into(), incarnation: "1".into(), endpoint: "home:1".into() };
-    let part = RemoteRanges { home: 0, ranges: vec![0..pages * PAGE] };
+    let part = RemoteRanges { home: 0, ranges: std::iter::once(0..pages * PAGE).collect() };
     let row = RemoteRow { row: 0, session: SESSION.into(), epoch: 2, parts: vec![part] };
     RemotePlan { homes: vec![home], rows: vec![row], patience_ms: 60_000 }
 }
