@@ -1,29 +1,28 @@
 #!/usr/bin/env bash
 # What several GPUs of one machine do together, in parts of at most ten minutes. With one card the same parts run with ranks
-# and replicas that share it: right, not fast.
+# and replicas that share it, over less: right, not fast.
 #
 #   tests/gpu/multi.sh [PART...]   all of: golden grid moves distance kill
 #
-# golden    golden cases with 2 and 4 ranks, one a card where there are so many
-# grid      `bench engine` on random:48b (random:48b-e16 with one card), all cards one replica: batch by context
+# golden    golden cases with 2, 4 and 8 ranks, one a card where there are so many
+# grid      `bench engine` on random:48b, all cards one replica: batch by context; with one card random:48b-e16, two ranks on it
 # moves     streams that move between replicas on different cards, in float32: tests/gpu/moves.py
 # distance  `bench migrate` in bf16, where digests hold the bits of states equal: bytes, stalls, the price of remote attention
-# kill      a rank is killed, the others leave
+# kill      a rank is killed, one is stopped, the others leave
 #
 # Replicas hand sessions to each other by CUDA's handles of memory, over NVLink where there is one; communicators of NCCL between
 # replicas do not exist. PERIGEE_GPU_BIN, PERIGEE_GOLDEN and PYTHON as in tests/gpu/run; PERIGEE_CONTEXTS are the contexts of grid and
-# distance (default 1024,8192,65536,524288), PERIGEE_BATCHES the batches of grid (default 1,8,64,256). Exit status 1 when something
-# failed.
+# distance, PERIGEE_FILLED those of distance whose latents are filled in rather than computed, PERIGEE_BATCHES the batches of grid.
+# What cannot run is reported as not run. Exit status 1 when something failed.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$root" || exit 1
 . tests/gpu/libraries.sh
 export PYTHON=${PYTHON:-python3}
 perigee=${PERIGEE_GPU_BIN:-target/release}/perigee
-contexts=${PERIGEE_CONTEXTS:-1024,8192,65536,524288} batches=${PERIGEE_BATCHES:-1,8,64,256}
 part_seconds=600 failed=0
-# NVLink's multicast is off: not every machine grants it to a container.
-export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+# NVLink's multicast is off: not every machine grants it to a container. Where ranks are more than cards they share them.
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} NCCL_MULTI_RANK_GPU_ENABLE=1
 
 # Runs a command within a part's time under a title; keeps count of failures.
 check() {
@@ -47,17 +46,23 @@ golden_cases() {
 }
 
 part_golden() {
-  local cases dtype
+  local cases dtype ranks=2,4
+  ((cards < 8)) || ranks=2,4,8
   mapfile -t cases < <(golden_cases)
   for dtype in fp32 bf16; do
-    check "golden cases over $cards cards in $dtype" env PERIGEE="$perigee" tests/tools/golden_matrix.sh --ranks --device "$all" --dtype "$dtype" "${cases[@]}"
+    check "golden cases over $cards cards in $dtype" env PERIGEE="$perigee" tests/tools/golden_matrix.sh --ranks "$ranks" --recorded \
+      --device "$all" --dtype "$dtype" "${cases[@]}"
   done
 }
 
 part_grid() {
-  local model=random:48b
-  ((cards > 1)) || model=random:48b-e16
-  check "grid of $model, $cards ranks" "$perigee" bench engine --model "$model" --device "$all" --tp "$cards" --batch "$batches" --context "$contexts"
+  if ((cards > 1)); then
+    check "grid of random:48b, $cards ranks" "$perigee" bench engine --model random:48b --device "$all" --tp "$cards" \
+      --batch "${PERIGEE_BATCHES:-1,8,64,256}" --context "${PERIGEE_CONTEXTS:-1024,8192,65536}"
+  else
+    check 'grid of random:48b-e16, two ranks on one card' "$perigee" bench engine --model random:48b-e16 --device cuda --tp 2 \
+      --state-slots 8 --latent-pages 256 --batch "${PERIGEE_BATCHES:-1}" --context "${PERIGEE_CONTEXTS:-1024}" --steps 8
+  fi
 }
 
 part_moves() {
@@ -68,11 +73,14 @@ part_moves() {
 }
 
 part_distance() {
-  check "price of distance, random:48b-e16" "$perigee" bench migrate --model random:48b-e16 --device "$all" --context "$contexts"
+  local contexts=1024,8192,65536 filled=524288
+  ((cards > 1)) || contexts=1024 filled=65536
+  check 'price of distance, random:48b-e16' "$perigee" bench migrate --model random:48b-e16 --device "$all" \
+    --context "${PERIGEE_CONTEXTS:-$contexts}" --filled "${PERIGEE_FILLED:-$filled}"
 }
 
 part_kill() {
-  check 'a served stream, a rank killed, a rank stopped' "$PYTHON" tests/gpu/ranks.py "$perigee" tests/cases/tiny "$pair"
+  check 'a served stream, a rank killed, a rank stopped' "$PYTHON" tests/gpu/ranks.py "$perigee" tests/cases/tiny "$all"
 }
 
 if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L; then
@@ -81,13 +89,8 @@ if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L; then
 fi
 cards=$(nvidia-smi -L | wc -l)
 printf '%s, %d cards\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" "$cards"
-# Devices of one replica over all cards, which replicas of one rank share out among them, and of two ranks.
-all=cuda:$(seq -s, 0 $((cards - 1))) pair=cuda
-if ((cards > 1)); then
-  pair=cuda:0,1
-else
-  export NCCL_MULTI_RANK_GPU_ENABLE=1
-fi
+# Devices of one replica over all cards, which replicas of one rank share out among them.
+all=cuda:$(seq -s, 0 $((cards - 1)))
 for part in "${@:-golden grid moves distance kill}"; do
   for name in $part; do
     "part_$name"

@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
 # Run `perigee score` on golden cases in every splitting that must not change the result, and judge each run.
 #
-#   tests/tools/golden_matrix.sh [--quick|--ranks] [--dtype fp32|bf16] [--device cpu|cuda] CASE_DIR...
+#   tests/tools/golden_matrix.sh [--quick|--ranks LIST] [--recorded] [--jobs N] [--limit SECONDS]
+#                                [--dtype fp32|bf16] [--device cpu|cuda] CASE_DIR...
 #
 # The splittings are all combinations of 1, 2 and 4 ranks, prompt chunks of 1, 7, 64 and all tokens, and latent caches
-# cut into 1, 3 and 7 segments; --quick varies one at a time, --ranks only the ranks, from 2. compare.py judges. bf16 runs with the expected experts
-# forced, as cases/README.md explains. PERIGEE names the binary (default target/release/perigee), PYTHON an interpreter
-# with NumPy and safetensors (default .venv/bin/python). The table shows the largest relative L2 of each kind of tensor;
-# exit status 1 when a run failed or a limit was exceeded.
+# cut into 1, 3 and 7 segments; --quick varies one at a time, --ranks (e.g. 2,4) only the ranks. Ranks that do not divide a
+# case's heads are left out. compare.py judges. bf16 runs with the expected experts forced, as cases/README.md explains.
+# --recorded leaves out traces, and what they show is not judged, so that a GPU may record decode steps (in fp32: it records none
+# with forced experts). --jobs runs so many beside each other; a run that takes longer than --limit (600) is killed with all its
+# ranks and counts as failed. PERIGEE names the binary (default target/release/perigee), PYTHON an interpreter with NumPy and
+# safetensors (default .venv/bin/python). The table shows the largest relative L2 of each kind of tensor; exit status 1 when a
+# run failed or exceeded what compare.py allows.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 perigee=${PERIGEE:-$root/target/release/perigee}
 python=${PYTHON:-$root/.venv/bin/python}
-quick=false only_ranks=false dtype=fp32 device=cpu
+quick=false only_ranks=false ranks=1,2,4 recorded=false dtype=fp32 device=cpu jobs=1 limit=600
 
 usage() {
     sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
@@ -22,10 +26,11 @@ usage() {
 while [[ ${1:-} == --* ]]; do
     case $1 in
         --quick) quick=true ;;
-        --ranks) quick=true only_ranks=true ;;
-        --dtype | --device)
+        --recorded) recorded=true ;;
+        --dtype | --device | --jobs | --limit | --ranks)
             (($# > 1)) || usage
             declare "${1#--}=$2"
+            [[ $1 != --ranks ]] || only_ranks=true
             shift
             ;;
         *) usage ;;
@@ -40,23 +45,40 @@ for needed in "$perigee" "$python"; do
     fi
 done
 
-# Ranks, chunk ("all": the whole prompt), segments.
+# Ranks out of those given, chunk ("all": the whole prompt), segments.
 combinations() {
-    local ranks chunk segments changed
-    for ranks in 1 2 4; do
+    local number chunk segments changed
+    for number in $1; do
         for chunk in all 64 7 1; do
             for segments in 1 3 7; do
-                changed=$(((ranks != 1) + (segments != 1)))
+                changed=$(((number != 1) + (segments != 1)))
                 [[ $chunk == all ]] || changed=$((changed + 1))
-                if [[ $only_ranks == true ]] && ((ranks == 1)); then
+                if [[ $only_ranks == true && $chunk-$segments != all-1 ]]; then
                     continue
                 fi
-                if [[ $quick == false ]] || ((changed <= 1)); then
-                    printf '%s %s %s\n' "$ranks" "$chunk" "$segments"
+                if [[ $quick == false && $only_ranks == false ]] || ((changed <= 1)); then
+                    printf '%s %s %s\n' "$number" "$chunk" "$segments"
                 fi
             done
         done
     done
+}
+
+# The number of greedy tokens of a case, then which of the ranks divide its heads.
+facts() {
+    "$python" - "$1" "$ranks" <<'END'
+import json
+import pathlib
+import sys
+
+from safetensors import safe_open
+
+case, ranks = pathlib.Path(sys.argv[1]), sys.argv[2].split(",")
+config = json.loads((case / "config.json").read_text())
+heads = config["num_attention_heads"], config["linear_attn_config"]["num_heads"]
+with safe_open(case / "expected.safetensors", "np") as expected:
+    print(len(expected.get_tensor("greedy_0")), *(n for n in ranks if all(h % int(n) == 0 for h in heads)))
+END
 }
 
 # The largest relative L2 of each kind in compare.py's table, or what went wrong.
@@ -76,44 +98,68 @@ row_of() {
         }' "$2"
 }
 
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-failures=0 runs=0
-for case_dir in "$@"; do
-    expected=$case_dir/expected.safetensors
-    greedy=$("$python" -c '
-import sys
-from safetensors import safe_open
-with safe_open(sys.argv[1], "np") as f:
-    print(len(f.get_tensor("greedy_0")))' "$expected")
-    printf '%s (%s, %s, %s greedy tokens)\n' "$case_dir" "$device" "$dtype" "$greedy"
-    printf '%2s %5s %8s %13s %13s %13s %13s %7s\n' tp chunk segments logits greedy_logits hidden kda_state seconds
-    while read -r ranks chunk segments; do
-        command=("$perigee" score --model "$case_dir" --tokens "$expected" --out "$scratch/out.safetensors"
-            --greedy "$greedy" --feed "$expected" --trace --tp "$ranks" --segments "$segments"
-            --device "$device" --dtype "$dtype")
-        [[ $chunk == all ]] || command+=(--chunk "$chunk")
-        [[ $dtype == fp32 ]] || command+=(--experts "$expected")
-        rm -f "$scratch/out.safetensors"
-        began=$EPOCHREALTIME
-        status=0
-        "${command[@]}" >"$scratch/log" 2>&1 </dev/null || status=$?
-        seconds=$(awk -v a="$began" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }')
-        runs=$((runs + 1))
+# One run: its line of the table goes to a file when it is done, and a failure leaves one more.
+run() {
+    local number=$1 case_dir=$2 greedy=$3 ranks=$4 chunk=$5 segments=$6
+    local expected=$case_dir/expected.safetensors out=$scratch/$1.safetensors log=$scratch/$1.log began=$EPOCHREALTIME status=0
+    local command=("$perigee" score --model "$case_dir" --tokens "$expected" --out "$out" --greedy "$greedy" --feed "$expected"
+        --tp "$ranks" --segments "$segments" --device "$device" --dtype "$dtype")
+    local judge=("$python" "$root/tests/cases/compare.py" "$case_dir" "$out" --dtype "$dtype")
+    [[ $chunk == all ]] || command+=(--chunk "$chunk")
+    [[ $dtype == fp32 ]] || command+=(--experts "$expected")
+    if [[ $recorded == false ]]; then
+        command+=(--trace)
+        judge+=(--complete)
+    fi
+    timeout -k 5 "$limit" "${command[@]}" >"$log" 2>&1 </dev/null || status=$?
+    {
         printf '%2s %5s %8s' "$ranks" "$chunk" "$segments"
         if ((status == 0)); then
-            "$python" "$root/tests/cases/compare.py" "$case_dir" "$scratch/out.safetensors" \
-                --dtype "$dtype" --complete >"$scratch/table" 2>&1 || status=$?
-            row=$(row_of "$status" "$scratch/table")
-            printf '%s %6s s %s\n' "${row:0:56}" "$seconds" "${row:58}"
+            "${judge[@]}" >"$scratch/$number.table" 2>&1 || status=$?
+            row=$(row_of "$status" "$scratch/$number.table")
+            printf '%s %6s s %s\n' "${row:0:56}" "$(awk -v a="$began" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }')" "${row:58}"
         else
             printf '  FAIL: exit status %d\n' "$status"
             printf '%q ' "${command[@]}"
             printf '\n'
-            tail -n 5 "$scratch/log"
+            tail -n 5 "$log"
         fi
-        ((status == 0)) || failures=$((failures + 1))
-    done < <(combinations)
+    } >"$scratch/$number.row"
+    rm -f "$out"
+    ((status == 0)) || touch "$scratch/$number.failed"
+    mv "$scratch/$number.row" "$scratch/$number.done"
+}
+
+# The lines of runs that are done, in the order in which they began.
+show() {
+    while [[ -e $scratch/$shown.done ]]; do
+        cat "$scratch/$shown.done"
+        shown=$((shown + 1))
+        cat "$scratch/$shown.title" 2>/dev/null || true
+    done
+}
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+runs=0 shown=0
+for case_dir in "$@"; do
+    read -r greedy fitting <<<"$(facts "$case_dir")"
+    {
+        printf '%s (%s, %s, %s greedy tokens)\n' "$case_dir" "$device" "$dtype" "$greedy"
+        printf '%2s %5s %8s %13s %13s %13s %13s %7s\n' tp chunk segments logits greedy_logits hidden kda_state seconds
+    } >"$scratch/$runs.title"
+    ((shown < runs)) || cat "$scratch/$runs.title"
+    while read -r number chunk segments; do
+        run "$runs" "$case_dir" "$greedy" "$number" "$chunk" "$segments" &
+        runs=$((runs + 1))
+        while (($(jobs -rp | wc -l) >= jobs)); do
+            wait -n || true
+            show
+        done
+    done < <(combinations "$fitting")
 done
+wait
+show
+failures=$(find "$scratch" -name '*.failed' | wc -l)
 printf '%d passed, %d failed\n' "$((runs - failures))" "$failures"
-((failures == 0))
+((shown == runs && failures == 0))

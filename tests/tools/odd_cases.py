@@ -55,6 +55,17 @@ SHAPES = {
                   "num_expert_group": 3, "topk_group": 2, "num_experts_per_token": 3, "moe_renormalize": False},
     "few_ids": {"linear_attn_config": linear_attention([3]), "vocab_size": 37, "num_shared_experts": 3,
                 "num_experts_per_token": 1},
+    # Heads that no number of ranks divides, and widths of which nothing is a multiple.
+    "odd_heads": {"linear_attn_config": linear_attention([4], heads=3, dim=32), "hidden_size": 50, "vocab_size": 97,
+                  "num_attention_heads": 5, "kv_lora_rank": 36, "intermediate_size": 70, "moe_intermediate_size": 18,
+                  "num_experts": 7, "num_experts_per_token": 3},
+    # The published sizes of heads, which GPUs have kernels of their own for, and little else like the published model.
+    "wide_heads": {"linear_attn_config": linear_attention([3], heads=3, dim=128), "hidden_size": 72,
+                   "num_attention_heads": 3, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+                   "v_head_dim": 128, "first_k_dense_replace": 0},
+    "low_rank": {"linear_attn_config": linear_attention([2], heads=2, dim=64), "hidden_size": 100, "q_lora_rank": 33,
+                 "num_attention_heads": 6, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+                 "v_head_dim": 96, "moe_intermediate_size": 64, "num_experts": 3},
 }
 
 

@@ -15,13 +15,14 @@ use perigee_sampling::{Draw, Sampled, Scratch as HostScratch};
 use crate::blas::Blas;
 use crate::buffer::Buffer;
 use crate::cache::Cache;
-use crate::device::{Device, DeviceInfo};
+use crate::device::DeviceInfo;
 use crate::exchange::Exchange;
 use crate::expand::is_expanded;
 use crate::formula::Formula;
 use crate::ipc::{self, Neighbours};
 use crate::kernels::Kernels;
 use crate::loader::Loader;
+use crate::module::Program;
 use crate::needs;
 use crate::ops::embed::Embedding;
 use crate::ops::kda::Kda;
@@ -96,14 +97,22 @@ impl CudaBackend {
     /// # Errors
     /// As [`crate::check`], or [`BackendError::Memory`] where the device has no room even for the workspace.
     pub fn open(options: Options, group: Box<dyn Collective>) -> Result<Self> {
+        Self::with_program(&Program::load(options.device)?, options.precision, group)
+    }
+
+    /// The same with kernels that are loaded already, on their device.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn with_program(program: &Program, precision: DType, group: Box<dyn Collective>) -> Result<Self> {
         let formula = Formula::from_environment()?;
-        let device = Device::open(options.device)?;
+        let device = program.modules.device().clone();
         let stream = Stream::new(&device)?;
         let touched = Buffer::new(&device, 8, "count of experts")?;
         stream.fill(&touched, 0, 8, 0)?;
         Ok(Self {
             recorder: Recorder::default(),
-            precision: options.precision,
+            precision,
             formula,
             exchange: Exchange::open(&device, group)?,
             loader: Loader::default(),
@@ -125,7 +134,7 @@ impl CudaBackend {
             vocabulary: 0,
             least_rows: usize::MAX,
             blas: Blas::new(&stream)?,
-            kernels: Kernels::load(&device, options.precision, formula)?,
+            kernels: Kernels::find(Arc::clone(&program.modules), precision, formula)?,
             stream,
         })
     }

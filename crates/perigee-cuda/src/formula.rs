@@ -63,11 +63,6 @@ impl Formula {
         self.fault == Some(fault)
     }
 
-    /// Whether no mistake is planted.
-    pub(crate) fn is_plain(self) -> bool {
-        self.fault.is_none()
-    }
-
     /// What the name of a kernel ends in where one of these mistakes is planted, and nothing otherwise.
     pub(crate) fn suffix(self, faults: &[Fault]) -> &'static str {
         match self.fault.filter(|fault| faults.contains(fault)) {
@@ -89,10 +84,6 @@ impl Formula {
 
     pub(crate) fn has(self, _: Fault) -> bool {
         false
-    }
-
-    pub(crate) fn is_plain(self) -> bool {
-        true
     }
 
     pub(crate) fn suffix(self, _: &[Fault]) -> &'static str {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use perigee_backend::{DType, Result};
 
-use crate::device::Device;
 use crate::formula::{Fault, Formula};
 use crate::module::{Kernel, Modules};
 use crate::needs::KDA_HEAD_DIMS;
@@ -290,8 +289,7 @@ impl WideProduct {
 }
 
 impl Kernels {
-    pub(crate) fn load(device: &Device, precision: DType, formula: Formula) -> Result<Self> {
-        let modules = Arc::new(Modules::load(device)?);
+    pub(crate) fn find(modules: Arc<Modules>, precision: DType, formula: Formula) -> Result<Self> {
         let suffix = match precision {
             DType::Bf16 => "bf16",
             DType::Fp32 => "fp32",

@@ -60,6 +60,8 @@ pub use backend::{CudaBackend, Options};
 #[cfg(feature = "cuda")]
 pub use device::{DeviceInfo, devices};
 pub use ladder::ladder;
+#[cfg(feature = "cuda")]
+pub use module::Program;
 pub use needs::{LayerShapes, gathered_bytes, working_bytes};
 #[cfg(feature = "cuda")]
 pub use ops::embed::Embedding;
@@ -75,6 +77,8 @@ pub use ops::mlp::Mlp;
 pub use ops::moe::Moe;
 #[cfg(feature = "cuda")]
 pub use ops::norm::Norm;
+#[cfg(feature = "cuda")]
+pub use stream::LAUNCHES;
 #[cfg(feature = "cuda")]
 pub use tensor::Tensor;
 

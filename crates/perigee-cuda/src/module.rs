@@ -4,12 +4,30 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytemuck::Pod;
 use cudarc::driver::{result, sys};
 use perigee_backend::{BackendError, Result};
 
 use crate::device::{Device, fault};
+
+/// This program's kernels on a device, loaded once for any number of backends there.
+#[derive(Debug, Clone)]
+pub struct Program {
+    pub(crate) modules: Arc<Modules>,
+}
+
+impl Program {
+    /// Loads them onto a device.
+    ///
+    /// # Errors
+    /// As [`crate::check`], or [`BackendError::Device`] where the driver refuses an image.
+    pub fn load(device: usize) -> Result<Self> {
+        Ok(Self { modules: Arc::new(Modules::load(&Device::open(device)?)?) })
+    }
+}
 
 /// All modules that run on a device.
 #[derive(Debug)]
@@ -19,6 +37,11 @@ pub(crate) struct Modules {
 }
 
 impl Modules {
+    /// The device that they are on.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Loads every image that fits the device, the most specific one of each module.
     pub(crate) fn load(device: &Device) -> Result<Self> {
         device.bind()?;
@@ -69,7 +92,13 @@ impl Modules {
                 size_of::<P>()
             )));
         }
-        Ok(Kernel { function, name: name.into(), begins_ahead: false, argument: PhantomData })
+        Ok(Kernel {
+            function,
+            name: name.into(),
+            begins_ahead: false,
+            was_launched: Arc::default(),
+            argument: PhantomData,
+        })
     }
 }
 
@@ -96,6 +125,7 @@ pub(crate) struct Kernel<P> {
     function: sys::CUfunction,
     name: String,
     begins_ahead: bool,
+    was_launched: Arc<AtomicBool>,
     argument: PhantomData<fn(P)>,
 }
 
@@ -117,6 +147,13 @@ impl<P: Pod> Kernel<P> {
         // SAFETY: the function belongs to a loaded module.
         unsafe { result::function::set_function_attribute(self.function, attribute, value) }
             .map_err(fault(&format!("raising the shared memory of {}", self.name)))
+    }
+
+    /// Tells the first launch, so that what ran can be held against what was checked.
+    pub(crate) fn note_launch(&self) {
+        if !self.was_launched.load(Ordering::Relaxed) && !self.was_launched.swap(true, Ordering::Relaxed) {
+            tracing::debug!(kernel = self.name, "first launch");
+        }
     }
 
     pub(crate) fn function(&self) -> sys::CUfunction {

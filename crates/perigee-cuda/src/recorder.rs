@@ -95,12 +95,12 @@ impl CudaBackend {
         // What goes through host memory waits for it. All ranks decide alike: it depends on the plan and on the steps before.
         let on_device = !matches!(self.exchange, Exchange::Host(_));
         let size = rung(&self.recorder.ladder, batch.rows.len())
-            .filter(|_| self.recorder.has_run && on_device && self.formula.is_plain() && only_decodes(batch));
+            .filter(|_| self.recorder.has_run && on_device && only_decodes(batch));
         let Some(rows) = size else { return Ok(None) };
         self.stream.device().bind()?;
         self.exchange.check()?;
         let planning = self.planning();
-        let form = DecodeForm { rows, pages: self.cache()?.shape().pages };
+        let form = DecodeForm { rows, pages: self.cache()?.shape().pages, formula: self.formula };
         if !self.step.begin_decode(&self.stream, batch, &self.feed, planning, form)? {
             return Ok(None);
         }

@@ -15,6 +15,8 @@ use crate::transfer::Upload;
 
 /// An item's result that needs no merge.
 const NO_PART: u32 = u32::MAX;
+/// The place of a row that pads a step, as in `mla/params.h`.
+const NO_PLACE: u32 = u32::MAX;
 /// Least keys of a split: below it a split costs more than it gains.
 const LEAST_SPLIT: usize = 256;
 
@@ -86,10 +88,7 @@ impl Step {
         formula: Formula,
     ) -> Result<()> {
         let mut rows = Rows::new(batch)?;
-        if formula.has(Fault::Rotary) {
-            let positions = batch.rows.iter().flat_map(|row| (row.position..).take(row.tokens as usize));
-            rows.places.extend(positions.map(|position| position as u32));
-        }
+        rows.append_positions(batch, formula);
         let attention = Attention::plan(batch, planning);
         self.expansion =
             if planning.stretch > 0 { Expansion::plan(batch, planning.stretch) } else { Expansion::default() };
@@ -172,7 +171,9 @@ impl Step {
         planning: Planning,
         form: DecodeForm,
     ) -> Result<bool> {
-        let rows = Rows::new(batch)?;
+        let mut rows = Rows::new(batch)?;
+        rows.places.resize(form.rows, NO_PLACE);
+        rows.append_positions(batch, form.formula);
         let attention = Attention::plan(batch, planning);
         let items = form.items(planning);
         // Pages come last, and only those that there are are sent.
@@ -192,15 +193,15 @@ impl Step {
             return Ok(false);
         }
         self.packed.clear();
-        self.tokens = self.pack_fixed(&batch.tokens, form.rows, 0);
-        self.feed = self.pack_fixed(feed, form.rows, 0);
-        self.live = self.pack_fixed(&[batch.tokens.len() as u32], 1, 0);
-        self.logits = self.pack_fixed(&batch.logits, form.rows, 0);
-        self.places = self.pack_fixed(&rows.places, form.rows, 0xff);
-        self.decode_rows = self.pack_fixed(&rows.decode, form.rows, 0);
-        self.items = self.pack_fixed(&attention.items, items, 0);
-        self.merges = self.pack_fixed(&attention.merges, form.rows, 0);
-        self.ranges = self.pack_fixed(&attention.ranges, items * RANGES_PER_ITEM, 0);
+        self.tokens = self.pack_fixed(&batch.tokens, form.rows);
+        self.feed = self.pack_fixed(feed, form.rows);
+        self.live = self.pack_fixed(&[batch.tokens.len() as u32], 1);
+        self.logits = self.pack_fixed(&batch.logits, form.rows);
+        self.places = self.pack_fixed(&rows.places, form.places());
+        self.decode_rows = self.pack_fixed(&rows.decode, form.rows);
+        self.items = self.pack_fixed(&attention.items, items);
+        self.merges = self.pack_fixed(&attention.merges, form.rows);
+        self.ranges = self.pack_fixed(&attention.ranges, items * RANGES_PER_ITEM);
         let none = Section { address: 0, count: 0 };
         (self.prefill_rows, self.chunks, self.row_chunks) = (none, none, none);
         (self.gather_runs, self.expanded_items) = (none, none);
@@ -223,11 +224,11 @@ impl Step {
         self.decode_upload.as_ref().map_or(0, Upload::address)
     }
 
-    /// Appends a section of `capacity` elements, the missing ones filled with bytes of `pad`.
-    fn pack_fixed<T: NoUninit>(&mut self, values: &[T], capacity: usize, pad: u8) -> Section {
+    /// Appends a section of `capacity` elements; the missing ones are zeros.
+    fn pack_fixed<T: NoUninit>(&mut self, values: &[T], capacity: usize) -> Section {
         let offset = self.packed.len();
         self.packed.extend_from_slice(cast_slice(values));
-        self.packed.resize(offset + capacity * size_of::<T>(), pad);
+        self.packed.resize(offset + capacity * size_of::<T>(), 0);
         self.packed.resize(self.packed.len().next_multiple_of(SECTION_ALIGNMENT), 0);
         Section { address: offset as u64, count: capacity }
     }
@@ -245,9 +246,15 @@ pub(crate) struct DecodeForm {
     pub(crate) rows: usize,
     /// Latent pages that there are.
     pub(crate) pages: usize,
+    pub(crate) formula: Formula,
 }
 
 impl DecodeForm {
+    /// Numbers in the section of places.
+    fn places(self) -> usize {
+        if self.formula.has(Fault::Rotary) { 2 * self.rows } else { self.rows }
+    }
+
     /// Most items of attention: one for each row, and the splits that fill the device.
     fn items(self, planning: Planning) -> usize {
         self.rows + planning.items
@@ -262,7 +269,8 @@ impl DecodeForm {
     fn fixed_bytes(self, planning: Planning) -> usize {
         let section = |elements: usize, bytes: usize| (elements * bytes).next_multiple_of(SECTION_ALIGNMENT);
         let items = self.items(planning);
-        section(self.rows, 4) * 4
+        section(self.rows, 4) * 3
+            + section(self.places(), 4)
             + section(1, 4)
             + section(self.rows, size_of::<KdaRow>())
             + section(items, size_of::<AttendItem>())
@@ -311,6 +319,14 @@ impl Rows {
             rows.row_chunks.push(rows.chunks.len() as u32);
         }
         Ok(rows)
+    }
+
+    /// The mistake of rotary positions takes each token's behind the places.
+    fn append_positions(&mut self, batch: &StepBatch, formula: Formula) {
+        if formula.has(Fault::Rotary) {
+            let positions = batch.rows.iter().flat_map(|row| (row.position..).take(row.tokens as usize));
+            self.places.extend(positions.map(|position| position as u32));
+        }
     }
 
     /// Places of the row's new latents; the segments that hold them were checked to be there.
@@ -533,7 +549,8 @@ mod tests {
                     batch((0..rows).map(|at| row(context - 1, 1, vec![segment(0, context, at * pages)])).collect());
                 let planning = Planning { heads: 32, items: 264, stretch: 0 };
                 let plan = Attention::plan(&batch, planning);
-                let form = DecodeForm { rows: rows as usize, pages: (rows * pages) as usize };
+                let form =
+                    DecodeForm { rows: rows as usize, pages: (rows * pages) as usize, formula: Formula::default() };
                 assert!(plan.items.len() <= form.items(planning), "{rows} x {context}: {} items", plan.items.len());
                 assert!(plan.ranges.len() <= form.items(planning) * RANGES_PER_ITEM);
                 assert!(plan.merges.len() <= rows as usize && plan.item_tokens == 1);

@@ -16,6 +16,7 @@ use perigee_model::{LayerKind, ModelError};
 use perigee_sampling::{Draw, Sampled, Scratch};
 
 use self::caches::{Parked, storage_type};
+use self::filling::Filling;
 use self::traces::RankTraces;
 use crate::executor::{CacheBytes, ExecutorLimits, StepPlan};
 use crate::homes::AnswerModel;
@@ -38,8 +39,8 @@ pub struct Rank<B: Backend> {
     dtype: Option<DType>,
     attention: Option<RemoteAttention>,
     traces: RankTraces,
-    /// Whether prompts are filled in rather than computed.
-    fills_prompts: bool,
+    /// What prompts are filled in with, where they are not computed.
+    filling: Option<Filling>,
 }
 
 /// Sizes of a rank that is about to run.
@@ -63,8 +64,8 @@ impl<B: Backend> Rank<B> {
         backend.reserve_cache(&cache)?;
         let dtype = storage_type(&mut backend, &cache)?;
         let traces = RankTraces::default();
-        let (parked, attention, fills_prompts) = (HashMap::new(), None, false);
-        Ok(Self { backend, model, cache, limits, rank, parked, dtype, attention, traces, fills_prompts })
+        let (parked, attention, filling) = (HashMap::new(), None, None);
+        Ok(Self { backend, model, cache, limits, rank, parked, dtype, attention, traces, filling })
     }
 
     /// Sizes that all ranks share.
@@ -134,8 +135,10 @@ impl<B: Backend> Rank<B> {
             self.backend.feed_drawn(&plan.feed)?;
         }
         if plan.remote.rows.is_empty() {
-            let filled = if self.fills_prompts { Some(self.fill(&plan.batch)?) } else { None };
-            self.model.step(&mut self.backend, filled.as_ref().unwrap_or(&plan.batch), hooks)?;
+            let filling = self.filling.take();
+            let filled = filling.as_ref().map(|filling| self.fill(filling, &plan.batch)).transpose();
+            self.filling = filling;
+            self.model.step(&mut self.backend, filled?.as_ref().unwrap_or(&plan.batch), hooks)?;
             return Ok(StepReport::default());
         }
         let seat = Seat { rank: self.rank, dtype: self.dtype.unwrap_or(DType::Fp32) };

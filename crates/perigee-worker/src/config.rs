@@ -13,6 +13,12 @@ use crate::addresses;
 use crate::device::Device;
 use crate::move_options::MoveOptions;
 
+/// Most tokens in one step where nothing else is said.
+const CPU_STEP_TOKENS: usize = 512;
+const GPU_STEP_TOKENS: usize = 8192;
+/// More positions than any prompt has.
+const FILL_ALL: &str = "18446744073709551615";
+
 /// Type of activations, caches and products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Precision {
@@ -59,9 +65,10 @@ pub struct EngineOptions {
     /// Most sessions in one step.
     #[arg(long, default_value_t = 64)]
     pub max_batch: usize,
-    /// Most tokens in one step: decode rows and prefill chunks together.
-    #[arg(long, default_value_t = 512)]
-    pub token_budget: usize,
+    /// Most tokens in one step: decode rows and prefill chunks together; by default 512 on CPUs and 8,192 on GPUs, which more
+    /// tokens make no faster.
+    #[arg(long)]
+    pub token_budget: Option<usize>,
     /// Most requests that wait for their first slot; more are refused with RESOURCE_EXHAUSTED. 0 refuses all.
     #[arg(long, default_value_t = 1024)]
     pub queue_limit: usize,
@@ -78,12 +85,19 @@ pub struct EngineOptions {
     /// Seconds after which a rank that is alive but silent inside a step fails the replica.
     #[arg(long, default_value_t = 30)]
     pub step_timeout: u64,
-    /// Prompts are filled in rather than computed: for `perigee bench migrate`. What is answered means nothing.
-    #[arg(long, hide = true)]
-    pub fill_prompts: bool,
+    /// Positions of prompts below this, all where no number is given, are filled in rather than computed: for measurements. What is
+    /// answered means nothing.
+    #[arg(long, hide = true, value_name = "POSITIONS", num_args = 0..=1, require_equals = true, default_missing_value = FILL_ALL)]
+    pub fill_prompts: Option<u64>,
 }
 
 impl EngineOptions {
+    /// Most tokens in one step, by the device where it is not given.
+    pub fn step_tokens(&self) -> usize {
+        let usual = if self.device == Device::Cpu { CPU_STEP_TOKENS } else { GPU_STEP_TOKENS };
+        self.token_budget.unwrap_or(usual)
+    }
+
     /// The activation type, by the device where it is not given.
     pub fn activation(&self) -> DType {
         match (self.dtype, &self.device) {
@@ -119,7 +133,6 @@ impl EngineOptions {
             format!("--device={}", self.device),
             format!("--state-slots={}", self.state_slots),
             format!("--max-batch={}", self.max_batch),
-            format!("--token-budget={}", self.token_budget),
             format!("--queue-limit={}", self.queue_limit),
             format!("--memory-fraction={}", self.memory_fraction),
             format!("--join-timeout={}", self.join_timeout),
@@ -135,10 +148,9 @@ impl EngineOptions {
         optional("dtype", precision);
         optional("latent-pages", self.latent_pages.map(|n| n.to_string()));
         optional("max-model-len", self.max_model_len.map(|n| n.to_string()));
+        optional("token-budget", self.token_budget.map(|n| n.to_string()));
         optional("threads", self.threads.map(|n| n.to_string()));
-        if self.fill_prompts {
-            arguments.push("--fill-prompts".to_owned());
-        }
+        optional("fill-prompts", self.fill_prompts.map(|n| n.to_string()));
         arguments
     }
 
@@ -148,7 +160,7 @@ impl EngineOptions {
         for (name, value) in [
             ("--state-slots", self.state_slots),
             ("--max-batch", self.max_batch),
-            ("--token-budget", self.token_budget),
+            ("--token-budget", self.token_budget.unwrap_or(1)),
             ("--latent-pages", self.latent_pages.unwrap_or(1)),
             ("--max-model-len", self.max_model_len.unwrap_or(1)),
             ("--threads", self.threads.unwrap_or(1)),

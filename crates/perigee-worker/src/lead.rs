@@ -123,7 +123,7 @@ async fn lead<B: Backend + 'static>(
     let engine = Engine::start(
         Box::new(ranks),
         EngineConfig {
-            token_budget: config.engine.token_budget,
+            token_budget: config.engine.step_tokens(),
             max_batch: config.engine.max_batch,
             queue_limit: config.engine.queue_limit,
             eos_token_ids: generation.eos_token_ids.clone(),

@@ -36,8 +36,8 @@ pub struct Opened {
     pub logit_rows: usize,
     /// How this rank's card is divided; none on CPUs.
     pub memory: Option<MemoryPlan>,
-    /// Whether prompts are filled in rather than computed.
-    pub fill_prompts: bool,
+    /// Positions below which prompts are filled in rather than computed.
+    pub fill_prompts: Option<u64>,
 }
 
 /// A rank of a replica.
@@ -66,7 +66,7 @@ pub fn open_engine(options: &EngineOptions, seat: Seat) -> Result<Opened> {
     let source = WeightSource::open(&spec)?;
     source.config().check_tp(seat.tp)?;
     let digest = served_digest(options, &spec)?;
-    let step_tokens = options.token_budget.max(options.max_batch);
+    let step_tokens = options.step_tokens().max(options.max_batch);
     // The engine asks for no more rows of logits than a step has rows.
     let logit_rows = options.max_batch;
     let steps = StepLimits { tokens: step_tokens, logits: logit_rows };
@@ -99,7 +99,7 @@ pub fn open_engine(options: &EngineOptions, seat: Seat) -> Result<Opened> {
 /// The model cannot be read.
 pub fn served_digest(options: &EngineOptions, spec: &ModelSpec) -> Result<String> {
     let mut digest = model_digest(spec)?;
-    if options.fill_prompts {
+    if options.fill_prompts.is_some() {
         // Neither routers nor replicas take it for the model itself.
         digest.push_str("-filled");
     }
@@ -181,9 +181,9 @@ impl Opened {
         let model = Model::load(&mut backend, &self.source, (rank, tp), limits, progress)?;
         let cache = self.source.config().cache_shape(tp, self.limits.slots, self.limits.pages);
         let mut loaded = Rank::new(backend, model, RankShape { rank, cache, limits: self.limits })?;
-        if self.fill_prompts {
+        if let Some(until) = self.fill_prompts {
             tracing::warn!("prompts are filled in, not computed: what is answered means nothing");
-            loaded.fill_prompts();
+            loaded.fill_prompts(until);
         }
         Ok(loaded)
     }

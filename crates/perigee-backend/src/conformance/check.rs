@@ -81,6 +81,7 @@ pub(super) struct Checks {
     dtype: DType,
     /// Factor on the limits of this case.
     slack: f64,
+    is_brief: bool,
     count: usize,
     worst: Option<Measure>,
     failures: Vec<String>,
@@ -88,7 +89,17 @@ pub(super) struct Checks {
 
 impl Checks {
     pub(super) fn new(dtype: DType) -> Self {
-        Self { dtype, slack: 1.0, count: 0, worst: None, failures: Vec::new() }
+        Self { dtype, slack: 1.0, is_brief: false, count: 0, worst: None, failures: Vec::new() }
+    }
+
+    /// Cases run with the least that launches what they launch.
+    pub(super) fn brief(self) -> Self {
+        Self { is_brief: true, ..self }
+    }
+
+    /// The sizes to run a case with: all, or the few that launch what all do.
+    pub(super) fn sizes<'a, T>(&self, all: &'a [T], few: &'a [T]) -> &'a [T] {
+        if self.is_brief { few } else { all }
     }
 
     /// Multiplies all limits from here on, for a case whose inputs amplify rounding by about this much.

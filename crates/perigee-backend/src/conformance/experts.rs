@@ -25,15 +25,22 @@ const PLAIN: MoeShape = MoeShape {
     shared_width: 32,
 };
 
+/// Tokens of the steps of most cases.
+const COUNTS: [usize; 5] = [1, 2, 33, 128, 301];
+
 pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     let mut cases = Vec::new();
     for (name, hidden, width, origin) in
         [("narrow", 64, 32, Origin::Bytes), ("wide", 128, 384, Origin::Bytes), ("random rule", 64, 96, Origin::Rules)]
     {
         cases.push(Case::new(format!("mlp/{name}"), move |factory: &mut F, checks| {
-            mlp(factory, checks, MlpShape { hidden, width }, origin)
+            mlp(factory, checks, MlpShape { hidden, width }, origin, &[1, 2, 17, 65, 200])
         }));
     }
+    // Deep and wide enough for what a backend has for few tokens only.
+    cases.push(Case::new("mlp/few tokens".into(), |factory: &mut F, checks| {
+        mlp(factory, checks, MlpShape { hidden: 1088, width: 3264 }, Origin::Bytes, &[1, 3, 8, 9])
+    }));
     let grouped = MoeShape { experts: 16, top_k: 4, groups: 4, top_groups: 2, ..PLAIN };
     let variants = [
         ("one group", PLAIN, Bias::Mixed),
@@ -49,25 +56,42 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
         ("four groups, no renormalisation", MoeShape { renormalize: false, ..grouped }, Bias::Negative),
         ("many experts", MoeShape { hidden: 128, experts: 64, top_k: 8, width: 64, ..PLAIN }, Bias::Mixed),
         ("depths of 72 and 200", MoeShape { hidden: 72, width: 200, shared_width: 0, ..PLAIN }, Bias::Mixed),
+        ("depths of 60 and 20", MoeShape { hidden: 60, width: 20, shared_width: 20, ..PLAIN }, Bias::Mixed),
     ];
     for (name, shape, bias) in variants {
+        // All forms that depend on the number of tokens, in one case.
+        let few: &[usize] = if name == "one group" { &COUNTS[1..] } else { &COUNTS[1..3] };
         cases.push(Case::new(format!("moe/{name}"), move |factory: &mut F, checks| {
-            moe(factory, checks, shape, bias, Origin::Bytes)
+            moe(factory, checks, (shape, bias), Origin::Bytes, [&COUNTS, few])
+        }));
+    }
+    // More steps of the depth than a backend has under way, and more tiles than a device has room for at once.
+    let deep = MoeShape { hidden: 640, experts: 2, top_k: 1, width: 576, shared_width: 0, ..PLAIN };
+    let many = MoeShape { hidden: 448, experts: 56, top_k: 8, width: 128, shared_width: 0, ..PLAIN };
+    for (name, shape, counts) in [("deep", deep, [3, 70, 100]), ("many tiles", many, [40, 200, 301])] {
+        cases.push(Case::new(format!("moe/{name}"), move |factory: &mut F, checks| {
+            moe(factory, checks, (shape, Bias::Mixed), Origin::Bytes, [&counts, &counts])
         }));
     }
     cases.push(Case::new("moe/random rule".into(), move |factory: &mut F, checks| {
-        moe(factory, checks, PLAIN, Bias::Mixed, Origin::Rules)
+        moe(factory, checks, (PLAIN, Bias::Mixed), Origin::Rules, [&COUNTS, &COUNTS])
     }));
     cases
 }
 
-fn mlp<F: Factory>(factory: &mut F, checks: &mut Checks, shape: MlpShape, origin: Origin) -> Result<()> {
+fn mlp<F: Factory>(
+    factory: &mut F,
+    checks: &mut Checks,
+    shape: MlpShape,
+    origin: Origin,
+    counts: &[usize],
+) -> Result<()> {
     let model = MlpLayer::draw(shape, 21, origin);
     let (mut h, layer) =
         Harness::open(factory, small_cache(), |backend: &mut F::B| backend.load_mlp(&shape, &model.weights()))?;
     let (mut x, mut out) = (h.activations(shape.hidden)?, h.activations(shape.hidden)?);
     let mut draw = Draw::new(22);
-    for count in [1, 2, 17, 65, 200] {
+    for &count in checks.sizes(counts, &counts[counts.len() / 2..][..1]) {
         let values = draw.normals(count * shape.hidden, 1.0, h.activation);
         h.begin_count(count)?;
         h.upload(&mut x, &values)?;
@@ -79,7 +103,13 @@ fn mlp<F: Factory>(factory: &mut F, checks: &mut Checks, shape: MlpShape, origin
     Ok(())
 }
 
-fn moe<F: Factory>(factory: &mut F, checks: &mut Checks, shape: MoeShape, bias: Bias, origin: Origin) -> Result<()> {
+fn moe<F: Factory>(
+    factory: &mut F,
+    checks: &mut Checks,
+    (shape, bias): (MoeShape, Bias),
+    origin: Origin,
+    [counts, few]: [&[usize]; 2],
+) -> Result<()> {
     let width = shape.hidden;
     let model = MoeLayer::draw(shape, bias, 23, origin);
     let (mut h, layer) =
@@ -87,7 +117,7 @@ fn moe<F: Factory>(factory: &mut F, checks: &mut Checks, shape: MoeShape, bias: 
     let (mut x, mut out) = (h.activations(width)?, h.activations(width)?);
     let mut draw = Draw::new(24);
     let mut moved = 0;
-    for count in [1, 2, 33, 128, 301] {
+    for &count in checks.sizes(counts, few) {
         let values = model.inputs(&mut draw, count, h.activation);
         let tokens: Vec<&[f64]> = values.chunks_exact(width).collect();
         let own: Vec<Vec<u32>> = tokens.iter().map(|x| model.choose(x).experts).collect();

@@ -12,7 +12,7 @@ use super::{Factory, OpenSpec};
 /// Most tokens of a step in any case.
 pub(super) const MAX_TOKENS: usize = 320;
 /// Most rows of a step in any case.
-pub(super) const MAX_ROWS: usize = 16;
+pub(super) const MAX_ROWS: usize = 64;
 /// Token ids of every case are below this.
 pub(super) const VOCAB: usize = 517;
 
@@ -85,13 +85,18 @@ impl<B: Backend> Harness<B> {
     }
 
     fn begin_batch(&mut self, batch: &StepBatch) -> Result<()> {
+        self.validate(batch)?;
+        self.backend.begin_step(batch)
+    }
+
+    /// A batch within the limits of every case.
+    pub(super) fn validate(&self, batch: &StepBatch) -> Result<()> {
         batch.validate(&BatchLimits {
             tokens: MAX_TOKENS,
             vocab: VOCAB,
             slots: self.cache.slots,
             pages: self.cache.pages,
-        })?;
-        self.backend.begin_step(batch)
+        })
     }
 
     /// Overwrites the first rows of a tensor.

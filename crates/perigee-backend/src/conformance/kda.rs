@@ -30,6 +30,7 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
         (shape(128, 1, 128, 4), Gates::Strong),
         (shape(128, 1, 128, 4), Gates::Open),
         (shape(128, 1, 128, 4), Gates::Repeat),
+        (shape(48, 2, 24, 4), Gates::Mixed),
     ];
     let mut cases = Vec::new();
     for (number, (shape, gates)) in variants.into_iter().enumerate() {
@@ -47,6 +48,12 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
             }));
         }
     }
+    for shape in [shape(64, 3, 64, 4), shape(128, 2, 128, 4)] {
+        let name = format!("kda_mixer/many rows/{}x{}", shape.heads, shape.head_dim);
+        cases.push(Case::new(name, move |factory: &mut F, checks| {
+            many_rows(factory, checks, &KdaLayer::draw(shape, Gates::Mixed, 76, Origin::Bytes))
+        }));
+    }
     cases.push(Case::new("kda_mixer/random rule".into(), |factory: &mut F, checks| {
         chunks(factory, checks, &KdaLayer::draw(shape(128, 1, 128, 4), Gates::Mixed, 77, Origin::Rules))
     }));
@@ -63,7 +70,7 @@ fn lengths<F: Factory>(factory: &mut F, checks: &mut Checks, model: &KdaLayer) -
     let width = model.shape.hidden;
     let x = model.inputs(&mut Draw::new(1), 200, bench.harness.activation);
     let (mut state, mut expected) = (KdaState::empty(&model.shape), Vec::new());
-    for length in LENGTHS {
+    for &length in checks.sizes(&LENGTHS, &[1, 200]) {
         // Causality: the reference's first tokens are the same for every length.
         let done = expected.len();
         expected.extend(model.run(&mut state, &x[done..length * width]));
@@ -167,12 +174,45 @@ fn batch<F: Factory>(factory: &mut F, checks: &mut Checks, model: &KdaLayer) -> 
     bench.check_poison(checks, &all_but(&slots))
 }
 
+/// Steps of a few, some and many rows of one token, which a backend may compute in different forms, and one row of more among many.
+fn many_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &KdaLayer) -> Result<()> {
+    const ROWS: usize = 27;
+    let mut bench = KdaBench::with_slots(factory, model, ROWS + 1)?;
+    let width = model.shape.hidden;
+    let mut draw = Draw::new(10);
+    let slots: Vec<u32> = draw.permutation(ROWS).into_iter().map(|slot| slot as u32).collect();
+    let mut states: Vec<KdaState> =
+        slots.iter().map(|_| KdaState::drawn(&model.shape, &mut draw, bench.harness.activation)).collect();
+    for (&slot, state) in slots.iter().zip(&states) {
+        bench.import(slot, state)?;
+    }
+    let steps = [(ROWS, 1), (9, 1), (8, 1), (ROWS, 3), (ROWS, 1)];
+    for &(count, last) in checks.sizes(&steps, &steps[..3]) {
+        let size = |row| if row + 1 == count { last } else { 1 };
+        let inputs: Vec<Vec<f64>> =
+            (0..count).map(|row| model.inputs(&mut draw, size(row), bench.harness.activation)).collect();
+        let rows: Vec<KdaRow<'_>> = slots
+            .iter()
+            .zip(&inputs)
+            .map(|(&slot, x)| KdaRow { read: slot, write: slot, position: 70 + slot as usize, x })
+            .collect();
+        let found = bench.step(&rows)?;
+        let expected: Vec<f64> = states.iter_mut().zip(&inputs).flat_map(|(state, x)| model.run(state, x)).collect();
+        let what = format!("{count} rows, the last of {last} tokens");
+        checks.close(&what, Quantity::KdaOutput, width, &found, &expected);
+        for (&slot, state) in slots.iter().zip(&states).take(count) {
+            bench.check_state(checks, &format!("slot {slot}, {what}"), slot, state)?;
+        }
+    }
+    bench.check_poison(checks, &[ROWS as u32])
+}
+
 /// Rows that read one slot and write another: the slot read keeps its bits, and two rows may read the same one.
 fn transaction<F: Factory>(factory: &mut F, checks: &mut Checks, model: &KdaLayer) -> Result<()> {
     let mut bench = KdaBench::open(factory, model)?;
     let width = model.shape.hidden;
     let mut draw = Draw::new(9);
-    for size in [1, 2, 17, 65] {
+    for &size in checks.sizes(&[1, 2, 17, 65], &[65]) {
         bench.harness.backend.poison_slots(&[2, 5, 10])?;
         let prior = KdaState::drawn(&model.shape, &mut draw, bench.harness.activation);
         bench.import(5, &prior)?;

@@ -53,9 +53,14 @@ pub(super) fn kda_cache(shape: &KdaShape) -> CacheShape {
 
 impl<'m, B: Backend> KdaBench<'m, B> {
     pub(super) fn open<F: Factory<B = B>>(factory: &mut F, model: &'m KdaLayer) -> Result<Self> {
-        let (mut harness, layer) = Harness::open(factory, kda_cache(&model.shape), |backend: &mut B| {
-            backend.load_kda(&model.shape, &model.weights())
-        })?;
+        Self::with_slots(factory, model, SLOTS as usize)
+    }
+
+    /// With another number of state slots.
+    pub(super) fn with_slots<F: Factory<B = B>>(factory: &mut F, model: &'m KdaLayer, slots: usize) -> Result<Self> {
+        let cache = CacheShape { slots, ..kda_cache(&model.shape) };
+        let (mut harness, layer) =
+            Harness::open(factory, cache, |backend: &mut B| backend.load_kda(&model.shape, &model.weights()))?;
         let (x, out) = (harness.activations(model.shape.hidden)?, harness.activations(model.shape.hidden)?);
         Ok(Self { harness, model, layer, x, out })
     }

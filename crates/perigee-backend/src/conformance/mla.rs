@@ -48,6 +48,11 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     cases.push(Case::new("mla/long rows/latent 512".into(), |factory: &mut F, checks| {
         long_rows(factory, checks, &MlaLayer::draw(PUBLISHED, 52, Origin::Bytes))
     }));
+    for shape in [SMALL, PUBLISHED] {
+        cases.push(Case::new(format!("mla/long contexts/latent {}", shape.latent), move |factory: &mut F, checks| {
+            long_contexts(factory, checks, &MlaLayer::draw(shape, 53, Origin::Bytes))
+        }));
+    }
     cases.push(Case::new("mla/random rule".into(), |factory: &mut F, checks| {
         chunks(factory, checks, &MlaLayer::draw(PUBLISHED, 51, Origin::Rules))
     }));
@@ -163,8 +168,8 @@ fn long_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer)
     let other = bench.sequence(&mut draw, 64);
     let beside = bench.place(&[0, 64])?;
     bench.fill(&[MlaRow { sequence: &other, segments: &beside, tokens: 0..30 }])?;
-    for bounds in [vec![0, 620], vec![0, 1, 65, 311, 500, 620]] {
-        let segments = bench.place(&bounds)?;
+    for bounds in checks.sizes(&[vec![0, 620], vec![0, 1, 65, 311, 500, 620]], &[vec![0, 311, 620]]) {
+        let segments = bench.place(bounds)?;
         let row = |tokens| MlaRow { sequence: &sequence, segments: &segments, tokens };
         bench.step(checks, &format!("311 tokens in segments {bounds:?}"), &[row(0..311)])?;
         let few = MlaRow { sequence: &other, segments: &beside, tokens: 30..32 };
@@ -177,6 +182,26 @@ fn long_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer)
             let row = MlaRow { sequence: &sequence, segments: local, tokens: 300..560 };
             bench.step(checks, "260 tokens after 300 of which the first is elsewhere", &[row])?;
         }
+        bench.release(segments);
+    }
+    Ok(())
+}
+
+/// Rows of few tokens behind contexts long enough that a backend may share one row's keys out among several blocks.
+fn long_contexts<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer) -> Result<()> {
+    let mut bench = MlaBench::open(factory, model)?;
+    let sequence = bench.sequence(&mut Draw::new(11), 900);
+    for bounds in checks.sizes(&[vec![0, 900], vec![0, 300, 301, 700, 900]], &[vec![0, 300, 301, 900]]) {
+        let segments = bench.place(bounds)?;
+        let row = |tokens| MlaRow { sequence: &sequence, segments: &segments, tokens };
+        for tokens in [0..300, 300..600, 600..860] {
+            bench.fill(&[row(tokens)])?;
+        }
+        for tokens in [860..861, 861..863, 863..882] {
+            let what = format!("positions {tokens:?} in segments {bounds:?}");
+            bench.step(checks, &what, &[row(tokens)])?;
+        }
+        bench.check_pages(checks, &sequence, &segments, 882)?;
         bench.release(segments);
     }
     Ok(())

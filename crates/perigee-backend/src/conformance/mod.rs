@@ -1,6 +1,7 @@
 //! The conformance suite: every op of [`Backend`] against a float64 reference of its own, written once and run by each
 //! backend's tests. README.md beside this file says how; the suite knows no backend and needs no checkpoint.
 
+mod brief;
 mod cache;
 mod check;
 mod draw;
@@ -15,12 +16,14 @@ mod mla_others;
 mod reference;
 mod report;
 mod sampling;
+mod steps;
 mod stream;
 
 use crate::error::Result;
 use crate::ops::Backend;
 use crate::weights::DType;
 
+pub use brief::{brief_names, is_brief};
 use check::Checks;
 pub use report::{CaseReport, Measure, Outcome, Report, assert_all};
 
@@ -70,7 +73,17 @@ impl<F: Factory> Case<F> {
 
     /// Runs the case on a backend of its own.
     pub fn run(&self, factory: &mut F) -> CaseReport {
-        let mut checks = Checks::new(factory.activation());
+        let checks = Checks::new(factory.activation());
+        self.run_with(factory, checks)
+    }
+
+    /// The same with no more and no larger steps than it takes to launch what the case launches; see [`is_brief`].
+    pub fn run_brief(&self, factory: &mut F) -> CaseReport {
+        let checks = Checks::new(factory.activation()).brief();
+        self.run_with(factory, checks)
+    }
+
+    fn run_with(&self, factory: &mut F, mut checks: Checks) -> CaseReport {
         let result = (self.body)(factory, &mut checks);
         checks.finish(self.name.clone(), result)
     }
@@ -84,6 +97,7 @@ pub fn cases<F: Factory>() -> Vec<Case<F>> {
     cases.extend(experts::cases());
     cases.extend(kda::cases());
     cases.extend(mla::cases());
+    cases.extend(steps::cases());
     cases.extend(sampling::cases());
     cases.extend(cache::cases());
     cases

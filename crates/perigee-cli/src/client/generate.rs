@@ -2,9 +2,10 @@
 //! --json, when all are there.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use perigee_proto::v1::{FinishReason, GenerateRequest, GenerateResponse, SamplingParams};
 use serde::Serialize;
 use tonic::Request;
@@ -15,11 +16,14 @@ use super::{ClientArgs, block_on, print_json, refused};
 #[derive(Debug, clap::Args)]
 pub(crate) struct GenerateArgs {
     /// Prompt as text.
-    #[arg(long, required_unless_present = "tokens", conflicts_with = "tokens")]
+    #[arg(long, required_unless_present_any = ["tokens", "tokens_from"], conflicts_with_all = ["tokens", "tokens_from"])]
     prompt: Option<String>,
     /// Prompt as token ids, separated by commas.
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', conflicts_with = "tokens_from")]
     tokens: Vec<u32>,
+    /// The same in a file, separated by commas or white space: a command line has no room for very many.
+    #[arg(long, value_name = "FILE")]
+    tokens_from: Option<PathBuf>,
     /// Most tokens to generate; by default as many as the model's length allows.
     #[arg(long)]
     max_tokens: Option<u32>,
@@ -44,6 +48,9 @@ pub(crate) struct GenerateArgs {
     /// String that ends generation; may be given several times.
     #[arg(long)]
     stop: Vec<String>,
+    /// With --json, so many of the likeliest tokens at each generated one, with their log-probabilities.
+    #[arg(long, requires = "json")]
+    logprobs: Option<u32>,
     /// Go on after the model's end-of-sequence tokens.
     #[arg(long)]
     ignore_eos: bool,
@@ -79,6 +86,9 @@ struct Choice {
     replica: String,
     text: String,
     tokens: Vec<u32>,
+    /// For each token the likeliest ones, where they were asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    logprobs: Vec<Vec<(u32, f32)>>,
     finish_reason: Option<&'static str>,
     seed: Option<u64>,
     prompt_tokens: u64,
@@ -91,7 +101,10 @@ impl GenerateArgs {
         let mut request = Request::new(GenerateRequest {
             request_id: self.request_id.clone(),
             text: self.prompt.clone(),
-            token_ids: self.tokens.clone(),
+            token_ids: match &self.tokens_from {
+                Some(file) => token_ids(file)?,
+                None => self.tokens.clone(),
+            },
             sampling: Some(SamplingParams {
                 temperature: self.temperature,
                 top_k: self.top_k,
@@ -100,6 +113,7 @@ impl GenerateArgs {
                 seed: self.seed,
                 n: self.n,
                 ignore_eos: self.ignore_eos,
+                logprobs: self.logprobs,
                 ..SamplingParams::default()
             }),
             stop: self.stop.clone(),
@@ -144,6 +158,9 @@ impl Answer {
             FinishReason::Aborted => Some("aborted"),
         };
         choice.text.push_str(&response.text);
+        if let Some(position) = response.logprobs {
+            choice.logprobs.push(position.top.iter().map(|token| (token.token_id, token.logprob)).collect());
+        }
         choice.session = response.session_id;
         choice.replica = response.replica;
         choice.seed = response.seed.or(choice.seed);
@@ -186,6 +203,15 @@ impl Answer {
     }
 }
 
+/// The token ids in a file.
+fn token_ids(file: &Path) -> anyhow::Result<Vec<u32>> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("--tokens-from: reading {}", file.display()))?;
+    let ids = text.split(|letter: char| letter == ',' || letter.is_whitespace()).filter(|id| !id.is_empty());
+    let id =
+        |text: &str| text.parse().with_context(|| format!("--tokens-from: {}: no token id: {text:?}", file.display()));
+    ids.map(id).collect()
+}
+
 /// Text where there is some, else token ids.
 fn readable(text: &str, tokens: &[u32], has_text: bool) -> String {
     if has_text {
@@ -205,6 +231,8 @@ impl GenerateArgs {
         Self {
             prompt: Some(prompt),
             tokens: Vec::new(),
+            tokens_from: None,
+            logprobs: None,
             max_tokens: Some(max_tokens),
             temperature: None,
             top_k: None,
@@ -282,6 +310,19 @@ mod tests {
         assert_eq!((answer.ttft_ms, answer.choices[0].text.as_str()), (20.0, "xxx"));
         assert!((answer.tpot_ms - 50.0 / 3.0).abs() < 1e-9, "{}", answer.tpot_ms);
         assert!(answer.take(token(0, 5), at(70)).is_err(), "a gap");
+    }
+
+    #[test]
+    fn token_ids_are_read_from_a_file() {
+        let file = std::env::temp_dir().join(format!("perigee-tokens-{}", std::process::id()));
+        for (text, expected) in
+            [("1,2, 3\n 40\n", Some(vec![1, 2, 3, 40])), ("", Some(vec![])), ("1,x", None), ("-1", None)]
+        {
+            std::fs::write(&file, text).expect("written");
+            assert_eq!(token_ids(&file).ok(), expected, "{text:?}");
+        }
+        std::fs::remove_file(&file).expect("removed");
+        assert!(token_ids(&file).is_err());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod config;
+pub(crate) mod hint;
 pub(crate) mod init_model;
 pub(crate) mod router;
 pub(crate) mod score;

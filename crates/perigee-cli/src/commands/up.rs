@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use crate::client::ClientArgs;
 use crate::client::generate::GenerateArgs;
 use crate::commands::router::RouterOptions;
-use crate::commands::{at_least_one, interrupted, without_faults};
+use crate::commands::{at_least_one, hint, interrupted, without_faults};
 use crate::launch::{ReplicaLaunch, ReplicaProcesses};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
@@ -251,7 +251,7 @@ fn announce(args: &UpArgs, (grpc, http): (SocketAddr, SocketAddr), ready: &[Read
         };
         println!("  HTTP   {scheme}://{http}/v1 (OpenAI-compatible), /health and /metrics");
         println!("Ask something from another terminal:");
-        println!("  perigee generate --router {grpc}{client} --prompt \"Hello\" --max-tokens 32");
+        println!("  {}", hint::request(&args.engine.model, &grpc.to_string(), &client));
         println!("Stop with Ctrl-C.");
     }
     // A closed pipe is the reader's business.

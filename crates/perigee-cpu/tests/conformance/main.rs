@@ -4,7 +4,9 @@
 mod faulty;
 
 use faulty::{Fault, Faulty};
-use perigee_backend::conformance::{Factory, OpenSpec, Outcome, assert_all, run, run_matching};
+use perigee_backend::conformance::{
+    Factory, OpenSpec, Outcome, assert_all, brief_names, cases, is_brief, run, run_matching,
+};
 use perigee_backend::{DType, Result};
 use perigee_collectives::Solo;
 use perigee_cpu::{CpuBackend, CpuOptions};
@@ -124,6 +126,22 @@ fn notices_faults_in_float32() {
 #[test]
 fn notices_faults_in_bfloat16() {
     notices(DType::Bf16);
+}
+
+/// A case that is renamed does not leave the brief suite unnoticed, and brief cases check what they run.
+#[test]
+fn the_brief_suite_names_cases_that_pass() {
+    let cases = cases::<Cpu>();
+    for activation in [DType::Fp32, DType::Bf16] {
+        for beginning in brief_names(activation) {
+            assert!(cases.iter().any(|case| case.name().starts_with(beginning)), "no case is named {beginning}");
+        }
+    }
+    let mut cpu = Cpu(CpuOptions { activation: DType::Fp32, threads: 1 });
+    let brief = cases.iter().filter(|case| is_brief(case.name(), DType::Fp32) && !case.name().starts_with("mla"));
+    for report in brief.map(|case| case.run_brief(&mut cpu)) {
+        assert_eq!(report.outcome, Outcome::Passed, "{}", report.name);
+    }
 }
 
 /// The wrapper itself is innocent.

@@ -8,7 +8,7 @@ use crate::group::{Fed, Group, LIMITS, Options, feed, spans, text};
 const PAGES: [u32; 3] = [4, 2, 9];
 
 fn filling(tp: usize, dtype: DType) -> Group {
-    Group::open(&Options { tp, dtype, fills: true, ..Options::default() })
+    Group::open(&Options { tp, dtype, fills: Some(u64::MAX), ..Options::default() })
 }
 
 /// Feeds a chunk of a prompt that wants the logits of its last token.
@@ -42,6 +42,24 @@ fn all_ranks_have_the_same_latents_however_a_prompt_is_cut() {
         });
         assert_eq!(digests[0], digests[1]);
     }
+}
+
+#[test]
+fn what_lies_beyond_a_position_is_computed() {
+    let mut part = Group::open(&Options { fills: Some(100), ..Options::default() });
+    let mut whole = filling(1, DType::Fp32);
+    for group in [&mut part, &mut whole] {
+        group.ranks.poison(&[0], &PAGES).unwrap();
+        let logits = [0..70, 70..150].map(|range| chunk(group, range));
+        assert!(logits.iter().flatten().all(|logit| logit.is_finite()));
+    }
+    let [part, whole] = [part, whole].map(|mut group| {
+        [0, 1].map(|page| {
+            group.ranks.digest_pages(&spans(&PAGES[page..], 64 * page as u64, 64 * page as u64 + 64)).unwrap()
+        })
+    });
+    assert_eq!(part[0], whole[0]);
+    assert_ne!(part[1], whole[1]);
 }
 
 #[test]

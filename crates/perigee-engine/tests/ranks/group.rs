@@ -35,12 +35,12 @@ pub(crate) struct Options<'a> {
     /// What lies between leader and followers.
     pub(crate) link: &'a dyn Fn(Box<dyn LeaderLink>) -> Box<dyn LeaderLink>,
     /// Whether prompts are filled in.
-    pub(crate) fills: bool,
+    pub(crate) fills: Option<u64>,
 }
 
 impl Default for Options<'_> {
     fn default() -> Self {
-        Self { tp: 1, dtype: DType::Fp32, client: &|_| None, link: &|link| link, fills: false }
+        Self { tp: 1, dtype: DType::Fp32, client: &|_| None, link: &|link| link, fills: None }
     }
 }
 
@@ -73,8 +73,8 @@ impl Group {
                 let shape = rank.answer_model().shape;
                 rank.set_attention(client, shape);
             }
-            if fills {
-                rank.fill_prompts();
+            if let Some(fills) = fills {
+                rank.fill_prompts(fills);
             }
             rank
         };

@@ -91,7 +91,7 @@ impl<B: Backend> Replica<B> {
             rank.set_attention(Box::new(client), home.model.shape);
         }
         if fills {
-            rank.fill_prompts();
+            rank.fill_prompts(u64::MAX);
         }
         Ok(Self { ranks: Ranks::new(rank, Vec::new(), Duration::from_secs(60))?, vocab })
     }

@@ -24,8 +24,6 @@ use cell::Driver;
 use floor::step_bytes;
 use shared::SharedRanks;
 
-/// Tokens of prompts in one step on a GPU.
-const GPU_BUDGET: usize = 8192;
 /// Positions of a cell from which its prompts are computed once only, and the time of that is taken from the same run.
 const HEAVY: usize = 70_000;
 /// A cell that is run first and thrown away.
@@ -115,16 +113,14 @@ fn sized(request: &BenchRequest) -> Result<EngineOptions> {
     if request.steps == 0 || all().any(|cell| cell.batch == 0 || cell.context == 0) {
         return Err(WorkerError::Options("steps, batches and contexts: expected at least 1 each".into()));
     }
-    if options.device != Device::Cpu {
-        options.token_budget = options.token_budget.max(GPU_BUDGET);
-    }
     // A quarter of the tokens of a step is kept for prefill.
-    options.token_budget = options.token_budget.max(2 * batch);
+    let budget = options.step_tokens().max(2 * batch);
+    options.token_budget = Some(budget);
     options.max_batch = batch;
     options.state_slots = batch;
     options.queue_limit = options.queue_limit.max(batch);
     let steps = request.steps.max(FIRST_STEPS);
-    let most = |cell: Cell| cell.context + max_tokens(cell, steps, options.token_budget);
+    let most = |cell: Cell| cell.context + max_tokens(cell, steps, budget);
     let pages = |cell: Cell| cell.batch * (most(cell).div_ceil(PAGE_TOKENS) + 1);
     options.max_model_len = all().map(most).max();
     // The scheduler keeps a part of the pages free for those that grow.
@@ -180,7 +176,7 @@ impl Bench<'_> {
         warm(&mut ranks, &self.options.device)?;
         let shared = SharedRanks::new(ranks);
         let config = EngineConfig {
-            token_budget: self.options.token_budget,
+            token_budget: self.options.step_tokens(),
             max_batch: self.options.max_batch,
             queue_limit: self.options.queue_limit,
             ..EngineConfig::default()
@@ -188,7 +184,7 @@ impl Bench<'_> {
         let (core, handle) =
             Engine::by_hand(Box::new(shared.clone()), config).map_err(|error| WorkerError::Bench(error.to_string()))?;
         let mut driver = Driver::new(core, handle, shared, self.opened.limits.vocab);
-        driver.cell(FIRST, max_tokens(FIRST, FIRST_STEPS, self.options.token_budget))?;
+        driver.cell(FIRST, max_tokens(FIRST, FIRST_STEPS, self.options.step_tokens()))?;
         let mut results = Vec::new();
         for &cell in &self.request.cells {
             let result = self.measure(&mut driver, cell, &device, bandwidth)?;
@@ -205,7 +201,7 @@ impl Bench<'_> {
         device: &str,
         bandwidth: f64,
     ) -> Result<CellResult> {
-        let tokens = max_tokens(cell, self.request.steps, self.options.token_budget);
+        let tokens = max_tokens(cell, self.request.steps, self.options.step_tokens());
         let heavy = cell.batch * cell.context > HEAVY;
         let alone = if heavy { None } else { Some(driver.cell(cell, 1)?.ttft.min(driver.cell(cell, 1)?.ttft)) };
         let mut best = driver.cell(cell, tokens)?;

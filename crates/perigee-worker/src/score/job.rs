@@ -82,9 +82,10 @@ impl ScoreJob {
         let total = longest + fed.max(request.greedy.unwrap_or(0));
         let forks = if request.greedy.is_some() && request.feed.is_some() { 2 } else { 1 };
         options.state_slots = batch * forks;
-        options.token_budget = batch * chunk;
+        let step_tokens = batch * chunk;
+        options.token_budget = Some(step_tokens);
         // Logits of every token of a step come back, and a step has room for one row of them for each of its rows.
-        options.max_batch = options.token_budget.max(batch * forks);
+        options.max_batch = step_tokens.max(batch * forks);
         options.latent_pages = Some(batch * forks * (total.div_ceil(PAGE_TOKENS) + 1));
         options.max_model_len = Some(total.max(1));
         Ok(Self {

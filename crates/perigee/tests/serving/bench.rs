@@ -1,4 +1,4 @@
-//! `perigee bench serve`, `bench router` and `bench migrate` as people run them. What they measure is judged under virtual clocks, beside the
+//! `perigee bench serve`, `bench grid`, `bench router` and `bench migrate` as people run them. What they measure is judged under virtual clocks, beside the
 //! code; here it counts that every request arrives and that a missed threshold is told.
 
 use std::path::Path;
@@ -69,6 +69,26 @@ fn missed_thresholds_end_with_1_and_bad_scenarios_with_2() {
     let output = bench(&["serve", "--scenario", &wrong, "--router", &router]);
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.code() == Some(2) && told.contains("arrivals.rate"), "{told}");
+}
+
+#[test]
+fn a_served_replica_is_measured_by_batch_and_context() {
+    let cluster = up(1, 1).start().expect("a cluster");
+    let router = cluster.grpc.to_string();
+    let cells = report(&bench(&["grid", "--cells=1x64,4x200", "--steps=8", "--json", "--router", &router]));
+    let cells = cells.as_array().expect("cells");
+    let told: Vec<_> = cells.iter().map(|cell| (cell["batch"].as_u64(), cell["context"].as_u64())).collect();
+    assert_eq!(told, [(Some(1), Some(64)), (Some(4), Some(200))]);
+    for cell in cells {
+        let number =
+            |path: &str| cell.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("{path}: {cell}"));
+        assert!(
+            number("/steps") >= 8.0 && number("/gaps/count") >= 8.0 * number("/batch") - number("/batch"),
+            "{cell}"
+        );
+        assert!(number("/gaps/p50_ms") <= number("/gaps/p99_ms") && number("/gaps/p99_ms") <= number("/gaps/max_ms"));
+        assert!(number("/ttft_s") > 0.0 && number("/tpot_ms") > 0.0, "{cell}");
+    }
 }
 
 #[test]

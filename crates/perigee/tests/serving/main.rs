@@ -15,6 +15,8 @@ mod demo;
 #[cfg(test)]
 mod endings;
 #[cfg(test)]
+mod far;
+#[cfg(test)]
 mod judge;
 #[cfg(test)]
 mod parts;

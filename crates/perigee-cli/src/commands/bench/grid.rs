@@ -46,6 +46,34 @@ struct GridCell {
     decode_tok_s: f64,
     /// Tokens of the slowest session in that time.
     steps: usize,
+    /// Gaps between a session's tokens in that time.
+    gaps: Option<Gaps>,
+    /// The same before it: between tokens of sessions that draw already while prompts of others are computed.
+    beside_prompts: Option<Gaps>,
+}
+
+/// Gaps between the tokens of sessions, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+struct Gaps {
+    count: usize,
+    p50_ms: f64,
+    p99_ms: f64,
+    max_ms: f64,
+}
+
+impl Gaps {
+    /// Of consecutive tokens of one session that both came in a time; none where there are none.
+    fn of(times: &[Times], within: impl Fn(f64) -> bool) -> Option<Self> {
+        let pairs = times.iter().flat_map(|times| times.windows(2));
+        let mut gaps: Vec<f64> =
+            pairs.filter(|pair| pair.iter().all(|&at| within(at))).map(|pair| pair[1] - pair[0]).collect();
+        gaps.sort_by(f64::total_cmp);
+        let at = |share: f64| gaps[((gaps.len() - 1) as f64 * share).round() as usize] * 1e3;
+        if gaps.is_empty() {
+            return None;
+        }
+        Some(Self { count: gaps.len(), p50_ms: at(0.5), p99_ms: at(0.99), max_ms: at(1.0) })
+    }
 }
 
 /// When each token of one session came, in seconds since the batch was handed in.
@@ -142,12 +170,17 @@ fn figures(cell: Cell, times: &[Times]) -> Option<GridCell> {
         tpot_ms: tpot * 1e3,
         decode_tok_s: cell.batch as f64 / tpot,
         steps,
+        gaps: Gaps::of(times, |at| at >= first && at <= last),
+        beside_prompts: Gaps::of(times, |at| at <= first),
     })
 }
 
 fn line(cell: &GridCell) -> String {
+    let beside = cell.beside_prompts.map_or_else(String::new, |gaps| {
+        format!("; beside others' prompts a token in {:.1} ms (median), {:.1} (p99)", gaps.p50_ms, gaps.p99_ms)
+    });
     format!(
-        "{:>4} x {:>7}: ttft {:.3} s, {:.0} prompt tokens a second, tpot {:.3} ms, {:.0} tokens a second, {} steps",
+        "{:>4} x {:>7}: ttft {:.3} s, {:.0} prompt tokens a second, tpot {:.3} ms, {:.0} tokens a second, {} steps{beside}",
         cell.batch, cell.context, cell.ttft_s, cell.prefill_tok_s, cell.tpot_ms, cell.decode_tok_s, cell.steps
     )
 }
@@ -163,6 +196,8 @@ mod tests {
         let result = figures(cell, &times).unwrap();
         assert_eq!((result.ttft_s, result.tpot_ms, result.steps), (2.0, 1000.0, 3));
         assert_eq!((result.prefill_tok_s, result.decode_tok_s), (100.0, 2.0));
+        let gaps = |count| Some(Gaps { count, p50_ms: 1000.0, p99_ms: 1000.0, max_ms: 1000.0 });
+        assert_eq!((result.gaps, result.beside_prompts), (gaps(6), gaps(1)));
         assert_eq!(figures(cell, &[vec![1.0], vec![2.0]]), None);
     }
 

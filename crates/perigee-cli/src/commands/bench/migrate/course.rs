@@ -155,7 +155,7 @@ async fn replay(cluster: &Cluster, long: &mut Stream, context: usize, local_ms: 
 /// Options of `up` for a context.
 fn arguments(args: &MigrateArgs, prompt: Prompt) -> Vec<String> {
     let mut engine = args.engine.clone();
-    engine.fill_prompts = prompt.is_filled;
+    engine.fill_prompts = prompt.is_filled.then_some(u64::MAX);
     let longest = prompt.tokens + TOKENS;
     engine.max_model_len = Some(longest);
     // Room for the long session twice over: where it runs, and where it is to be copied or replayed.

@@ -1,0 +1,57 @@
+//! The cases that together launch whatever the suite launches, in every form of its schedule: for checkers of memory and races,
+//! under which an access to memory takes a thousand times as long. The rest are the same launches with other numbers.
+
+use crate::weights::DType;
+
+/// Beginnings of the names of those for either activation type.
+const EITHER: [&str; 24] = [
+    "load/counts bytes",
+    "all_reduce",
+    "rms_norm/width 50",
+    "rms_norm/width 64",
+    "rms_norm/width 4608",
+    "embed/random rule",
+    "logits/odd vocabulary",
+    "mlp/narrow",
+    "moe/one group",
+    "moe/no shared experts",
+    "moe/four groups, negative bias",
+    "moe/depths of",
+    // One head of each size, the one without kernels of its own included; up to four chunks of 64 tokens.
+    "kda_mixer/lengths/1x",
+    "kda_mixer/lengths/2x24",
+    "kda_mixer/transaction/1x32",
+    "kda_mixer/many rows/2x128",
+    "mla/batch/latent 64",
+    "mla/remote parts/latent 512",
+    "mla/answers for others/latent 64",
+    "mla/long contexts/latent 512",
+    "step/",
+    "sample/filters/peaked",
+    "sample/logprobs/peaked",
+    "state_slots/sums/4x32",
+];
+
+/// The same for bfloat16, which has kernels for tensor cores and for few and for many rows.
+const BFLOAT16: [&str; 9] = [
+    "logits/wide",
+    "mlp/few tokens",
+    "moe/two shared experts",
+    "moe/many experts",
+    "moe/deep",
+    "moe/many tiles",
+    "mla/batch/latent 512",
+    "mla/answers for others/latent 512",
+    "mla/long rows",
+];
+
+/// Beginnings of the names of the cases that [`is_brief`] is true of.
+pub fn brief_names(activation: DType) -> impl Iterator<Item = &'static str> {
+    let more = if activation == DType::Bf16 { &BFLOAT16[..] } else { &[] };
+    EITHER.iter().chain(more).copied()
+}
+
+/// Whether a case of this name launches something with this activation type that no other case of such a name does.
+pub fn is_brief(name: &str, activation: DType) -> bool {
+    brief_names(activation).any(|beginning| name.starts_with(beginning))
+}

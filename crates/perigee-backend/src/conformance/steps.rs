@@ -1,0 +1,218 @@
+//! Cases of whole steps: decode steps that a backend may record and run again, beside twins of theirs that run op by op, and
+//! steps whose tokens are the draws of the step before. On a backend that records nothing both twins run alike.
+
+use perigee_sampling::{Draw as TokenDraw, SamplingParams, Scratch, TokenCounts};
+
+use crate::batch::{Row, Segment, StepBatch};
+use crate::error::Result;
+use crate::ops::{Backend, Partials, Precision, Recorded, Routing};
+use crate::shapes::{CacheShape, KdaShape, MlaShape, MoeShape};
+use crate::weights::DType;
+
+use super::check::{Checks, Quantity};
+use super::draw::{Draw, Origin, WeightDraw};
+use super::harness::{Harness, VOCAB, small_cache};
+use super::reference::experts::{Bias, MoeLayer};
+use super::reference::kda::{Gates, KdaLayer};
+use super::reference::mla::MlaLayer;
+use super::{Case, Factory};
+
+const HIDDEN: usize = 128;
+/// Rows of the head.
+const WORDS: usize = 96;
+const KDA: KdaShape = KdaShape { hidden: HIDDEN, heads: 2, head_dim: 128, conv: 4, eps: 1e-5 };
+const MLA: MlaShape =
+    MlaShape { hidden: HIDDEN, heads: 2, nope: 128, rope: 64, value: 128, latent: 512, query_rank: None, eps: 1e-6 };
+const MOE: MoeShape = MoeShape {
+    hidden: HIDDEN,
+    experts: 8,
+    top_k: 2,
+    groups: 1,
+    top_groups: 1,
+    renormalize: true,
+    scale: 2.446,
+    width: 64,
+    shared_width: 64,
+};
+/// Sequences, as many twins of theirs, and tokens that each has before it decodes.
+const SEQUENCES: usize = 24;
+const HISTORY: usize = 1;
+
+pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
+    vec![
+        Case::new("step/recorded".into(), |factory: &mut F, checks| recorded(factory, checks)),
+        Case::new("step/fed with draws".into(), |factory: &mut F, checks| fed(factory, checks)),
+    ]
+}
+
+/// A model of one layer of each kind, with a mixture of experts after both.
+struct Layers<B: Backend> {
+    embedding: B::Embedding,
+    norm: B::Norm,
+    kda: B::Kda,
+    mla: B::Mla,
+    moe: B::Moe,
+    head: B::Head,
+}
+
+fn load<B: Backend>(backend: &mut B) -> Result<Layers<B>> {
+    let mut weights = WeightDraw::new(91, Origin::Bytes);
+    let table = weights.normal("embed_tokens", &[VOCAB, HIDDEN], 1.0);
+    let norm = weights.uniform("norm", &[HIDDEN], DType::Bf16, [0.5, 1.5]);
+    let head = weights.normal("lm_head", &[WORDS, HIDDEN], 0.1);
+    Ok(Layers {
+        embedding: backend.load_embedding(&table.slice(), 0)?,
+        norm: backend.load_norm(&norm.slice(), 1e-5)?,
+        kda: backend.load_kda(&KDA, &KdaLayer::draw(KDA, Gates::Mixed, 92, Origin::Bytes).weights())?,
+        mla: backend.load_mla(&MLA, &MlaLayer::draw(MLA, 93, Origin::Bytes).weights())?,
+        moe: backend.load_moe(&MOE, &MoeLayer::draw(MOE, Bias::Mixed, 94, Origin::Bytes).weights())?,
+        head: backend.load_head(&head.slice(), &[WORDS])?,
+    })
+}
+
+/// The model on a backend, and the activations that its steps work in.
+struct Stage<B: Backend> {
+    harness: Harness<B>,
+    layers: Layers<B>,
+    residual: B::Tensor,
+    normed: B::Tensor,
+    delta: B::Tensor,
+    queries: B::Tensor,
+    partials: Partials<B::Tensor>,
+    logits: B::Tensor,
+}
+
+impl<B: Backend> Stage<B> {
+    fn open<F: Factory<B = B>>(factory: &mut F) -> Result<Self> {
+        let slots = 2 * SEQUENCES;
+        let cache = CacheShape { kda_heads: KDA.heads, slots, pages: slots, ..small_cache() };
+        let (mut harness, layers) = Harness::open(factory, cache, load)?;
+        Ok(Self {
+            residual: harness.full(HIDDEN)?,
+            normed: harness.activations(HIDDEN)?,
+            delta: harness.activations(HIDDEN)?,
+            queries: harness.full(MLA.heads * MLA.cache_width())?,
+            partials: Partials { output: harness.full(MLA.heads * MLA.latent)?, lse: harness.full(MLA.heads)? },
+            logits: harness.backend.tensor(slots, WORDS, Precision::Full)?,
+            harness,
+            layers,
+        })
+    }
+
+    /// Runs a step, offered as a whole or not; what became of the offer, and the logits.
+    fn run(&mut self, batch: &StepBatch, is_offered: bool) -> Result<(Recorded, Vec<f32>)> {
+        self.harness.validate(batch)?;
+        let recorded = if is_offered { self.harness.backend.run_recorded(batch)? } else { Recorded::No };
+        if recorded == Recorded::No {
+            self.harness.backend.begin_step(batch)?;
+        }
+        if recorded != Recorded::Done {
+            self.run_ops()?;
+        }
+        if recorded == Recorded::Recording {
+            self.harness.backend.end_recording()?;
+        }
+        Ok((recorded, self.harness.backend.read(&self.logits, batch.logits.len())?))
+    }
+
+    fn run_ops(&mut self) -> Result<()> {
+        let Self { harness, layers, residual, normed, delta, queries, partials, logits } = self;
+        let backend = &mut harness.backend;
+        backend.embed(&layers.embedding, residual)?;
+        backend.rms_norm(residual, &layers.norm, normed)?;
+        backend.kda_mixer(&layers.kda, 0, normed, delta)?;
+        backend.add_rms_norm(residual, delta, &layers.norm, normed)?;
+        backend.moe(&layers.moe, normed, Routing::Free, delta)?;
+        backend.add_rms_norm(residual, delta, &layers.norm, normed)?;
+        backend.mla_project(&layers.mla, 0, normed, queries)?;
+        backend.mla_attend(&layers.mla, 0, queries, partials)?;
+        backend.mla_output(&layers.mla, partials, delta)?;
+        backend.add_rms_norm(residual, delta, &layers.norm, normed)?;
+        backend.moe(&layers.moe, normed, Routing::Free, delta)?;
+        backend.add_rms_norm(residual, delta, &layers.norm, normed)?;
+        backend.logits(&layers.head, normed, logits)
+    }
+}
+
+/// The next `each` tokens of the sequences from slot `first` on, whose positions are given; each has a slot and a page.
+fn batch(first: usize, positions: &[usize], each: usize, tokens: &[u32]) -> StepBatch {
+    let row = |(number, &position): (usize, &usize)| {
+        let slot = (first + number) as u32;
+        let (position, end) = (position as u64, (position + each) as u64);
+        let segments = vec![Segment { start: 0, end, pages: vec![slot] }];
+        Row { tokens: each as u32, position, read_slot: slot, write_slot: slot, segments }
+    };
+    let rows: Vec<Row> = positions.iter().enumerate().map(row).collect();
+    let logits = (0..rows.len()).map(|row| ((row + 1) * each - 1) as u32).collect();
+    StepBatch { tokens: tokens.to_vec(), rows, logits }
+}
+
+/// Steps of sizes that are recorded as they are and of some that are padded, each size again after another one.
+fn recorded<F: Factory>(factory: &mut F, checks: &mut Checks) -> Result<()> {
+    let mut stage = Stage::open(factory)?;
+    let mut draw = Draw::new(95);
+    let mut words = |count: usize| -> Vec<u32> { (0..count).map(|_| draw.below(VOCAB) as u32).collect() };
+    stage.harness.backend.clear_slots(&(0..2 * SEQUENCES as u32).collect::<Vec<_>>())?;
+    let mut positions = [0; SEQUENCES];
+    let history = words(SEQUENCES * HISTORY);
+    for first in [0, SEQUENCES] {
+        stage.run(&batch(first, &positions, HISTORY, &history), false)?;
+    }
+    positions.fill(HISTORY);
+    let mut seen = Vec::new();
+    for &count in checks.sizes(&[5, SEQUENCES, 3, 5, SEQUENCES, 1, 3], &[5, SEQUENCES, 5]) {
+        let tokens = words(count);
+        let (_, expected) = stage.run(&batch(0, &positions[..count], 1, &tokens), false)?;
+        let (outcome, found) = stage.run(&batch(SEQUENCES, &positions[..count], 1, &tokens), true)?;
+        positions[..count].iter_mut().for_each(|position| *position += 1);
+        let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
+        let again = if seen.contains(&count) { ", again" } else { "" };
+        checks.close(&format!("{count} rows{again}"), Quantity::MlaOutput, WORDS, &found, &expected);
+        let awaited = if seen.contains(&count) { Recorded::Done } else { Recorded::Recording };
+        checks.holds(&format!("{count} rows{again}"), [awaited, Recorded::No].contains(&outcome), || {
+            format!("are {outcome:?}")
+        });
+        seen.push(count);
+    }
+    Ok(())
+}
+
+/// Draws are queued, the next step takes them as its tokens in another order, and then they are read.
+fn fed<F: Factory>(factory: &mut F, checks: &mut Checks) -> Result<()> {
+    const LIKELIEST: [u32; 4] = [7, 300, VOCAB as u32 - 1, 7];
+    let table = WeightDraw::new(96, Origin::Bytes).normal("embed_tokens", &[VOCAB, HIDDEN], 1.0);
+    let (mut h, embedding) =
+        Harness::open(factory, small_cache(), |backend: &mut F::B| backend.load_embedding(&table.slice(), 0))?;
+    let mut logits = h.backend.tensor(LIKELIEST.len(), VOCAB, Precision::Full)?;
+    let mut values = vec![0.0; LIKELIEST.len() * VOCAB];
+    LIKELIEST.iter().enumerate().for_each(|(row, &token)| values[row * VOCAB + token as usize] = 3.0);
+    h.backend.write(&mut logits, &values)?;
+    let (params, counts) = (SamplingParams::greedy(), TokenCounts::new());
+    let draw =
+        |position| TokenDraw { params: &params, choice: 0, position, counts: &counts, banned: &[], allowed: None };
+    let draws: Vec<TokenDraw<'_>> = (0..LIKELIEST.len() as u64).map(draw).collect();
+    if !h.backend.runs_ahead() {
+        let refused = h.backend.queue_draws(&logits, &draws).is_err() && h.backend.feed_drawn(&[0]).is_err();
+        checks.holds("queued draws", refused, || "are taken by a backend that says it cannot".into());
+        let drawn = h.backend.sample(&logits, &draws, &mut Scratch::new())?;
+        checks.equal("draws", &drawn.iter().map(|drawn| drawn.token).collect::<Vec<_>>(), &LIKELIEST);
+        return Ok(());
+    }
+    let order = [2, 0, 1, 3];
+    h.backend.queue_draws(&logits, &draws)?;
+    h.backend.feed_drawn(&order)?;
+    h.begin_plain(vec![0; LIKELIEST.len()], Vec::new())?;
+    let mut out = h.full(HIDDEN)?;
+    h.backend.embed(&embedding, &mut out)?;
+    let found = h.backend.read(&out, LIKELIEST.len())?;
+    let expected: Vec<f32> = order
+        .iter()
+        .flat_map(|&from| &table.values[LIKELIEST[from as usize] as usize * HIDDEN..][..HIDDEN])
+        .map(|&value| value as f32)
+        .collect();
+    checks.equal("embeddings of the draws that a step is fed with", &found, &expected);
+    let tokens: Vec<Option<u32>> =
+        h.backend.collect_draws()?.into_iter().map(|drawn| drawn.map(|drawn| drawn.token)).collect();
+    checks.equal("draws collected", &tokens, &LIKELIEST.map(Some));
+    Ok(())
+}
