@@ -58,10 +58,9 @@ impl<S: tracing::Subscriber> Layer<S> for Launched {
 impl Visit for Launched {
     fn record_debug(&mut self, _: &Field, _: &dyn Debug) {}
 
-    fn record_str(&mut self, _: &Field, name: &str) {
-        let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !names.contains(name) {
-            names.insert(name.to_owned());
+    fn record_str(&mut self, field: &Field, name: &str) {
+        if field.name() == "kernel" {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
         }
     }
 }
@@ -175,7 +174,7 @@ fn main() -> ExitCode {
         _ => {}
     }
     let launched = Launched::default();
-    let events = Targets::new().with_target(LAUNCHES, LevelFilter::TRACE);
+    let events = Targets::new().with_target(LAUNCHES, LevelFilter::DEBUG);
     let subscriber = tracing_subscriber::registry().with(events).with(launched.clone());
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
         return refuse(&error.to_string());

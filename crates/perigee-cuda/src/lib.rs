@@ -61,7 +61,7 @@ pub use backend::{CudaBackend, Options};
 pub use device::{DeviceInfo, devices};
 pub use ladder::ladder;
 #[cfg(feature = "cuda")]
-pub use module::Program;
+pub use module::{LAUNCHES, Program};
 pub use needs::{LayerShapes, gathered_bytes, working_bytes};
 #[cfg(feature = "cuda")]
 pub use ops::embed::Embedding;
@@ -77,8 +77,6 @@ pub use ops::mlp::Mlp;
 pub use ops::moe::Moe;
 #[cfg(feature = "cuda")]
 pub use ops::norm::Norm;
-#[cfg(feature = "cuda")]
-pub use stream::LAUNCHES;
 #[cfg(feature = "cuda")]
 pub use tensor::Tensor;
 

@@ -13,6 +13,9 @@ use perigee_backend::{BackendError, Result};
 
 use crate::device::{Device, fault};
 
+/// Target of the events, at the level DEBUG, that name in `kernel` each kernel that a backend queues or records for the first time.
+pub const LAUNCHES: &str = "perigee_cuda::launches";
+
 /// This program's kernels on a device, loaded once for any number of backends there.
 #[derive(Debug, Clone)]
 pub struct Program {
@@ -152,7 +155,7 @@ impl<P: Pod> Kernel<P> {
     /// Tells the first launch, so that what ran can be held against what was checked.
     pub(crate) fn note_launch(&self) {
         if !self.was_launched.load(Ordering::Relaxed) && !self.was_launched.swap(true, Ordering::Relaxed) {
-            tracing::debug!(kernel = self.name, "first launch");
+            tracing::debug!(target: LAUNCHES, kernel = self.name, "first launch");
         }
     }
 

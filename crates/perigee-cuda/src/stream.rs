@@ -10,9 +10,6 @@ use crate::buffer::{Buffer, Pinned};
 use crate::device::{Device, fault};
 use crate::module::Kernel;
 
-/// Target of the events, at the level TRACE, that name each kernel as it is queued or recorded: `kernel`.
-pub const LAUNCHES: &str = "perigee_cuda::launches";
-
 /// Blocks and threads of a launch.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Grid {
@@ -77,7 +74,6 @@ impl Stream {
         if grid.blocks.0 == 0 || grid.blocks.1 == 0 || grid.blocks.2 == 0 {
             return Ok(());
         }
-        tracing::trace!(target: LAUNCHES, kernel = kernel.name());
         kernel.note_launch();
         self.device.bind()?;
         let mut pointers = [std::ptr::from_ref(argument).cast_mut().cast()];

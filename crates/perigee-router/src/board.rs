@@ -18,9 +18,60 @@ pub(crate) struct Board {
 struct Rows {
     /// Streams by row.
     ids: Vec<u64>,
-    /// None where a replica takes no requests.
-    reports: Vec<Option<Report>>,
+    reports: Vec<Packed>,
     chooser: Chooser,
+}
+
+/// A report in half a line of memory: rows are written wherever loads come in, so that a choice among a thousand finds most of
+/// them in another processor's cache, and waits for each line.
+#[derive(Debug, Clone, Copy)]
+struct Packed {
+    /// What replicas report has this precision.
+    decode_ms: f32,
+    prompt_token_ms: f32,
+    step_tokens: u32,
+    queued_tokens: u32,
+    running: u32,
+    /// [`CLOSED`] where a replica takes no requests.
+    waiting: u32,
+    slots_free: u32,
+    pages_free: u32,
+}
+
+const _: () = assert!(size_of::<Packed>() == 32);
+
+/// So many never wait.
+const CLOSED: u32 = u32::MAX;
+
+impl Packed {
+    fn of(report: Option<Report>) -> Self {
+        let number = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+        let Report { decode_ms, prompt_token_ms, step_tokens, queued_tokens, running, waiting, slots_free, pages_free } =
+            report.unwrap_or_default();
+        Self {
+            decode_ms: decode_ms as f32,
+            prompt_token_ms: prompt_token_ms as f32,
+            step_tokens: number(step_tokens),
+            queued_tokens: number(queued_tokens),
+            running: number(running),
+            waiting: if report.is_some() { number(waiting).min(CLOSED - 1) } else { CLOSED },
+            slots_free: number(slots_free),
+            pages_free: number(pages_free),
+        }
+    }
+
+    fn read(self) -> Option<Report> {
+        (self.waiting != CLOSED).then(|| Report {
+            decode_ms: f64::from(self.decode_ms),
+            prompt_token_ms: f64::from(self.prompt_token_ms),
+            step_tokens: u64::from(self.step_tokens),
+            queued_tokens: u64::from(self.queued_tokens),
+            running: u64::from(self.running),
+            waiting: u64::from(self.waiting),
+            slots_free: u64::from(self.slots_free),
+            pages_free: u64::from(self.pages_free),
+        })
+    }
 }
 
 /// A stream's place on a board.
@@ -42,7 +93,7 @@ impl Board {
     pub(crate) fn of(attachments: &[Arc<Attachment>]) -> Arc<Self> {
         let rows = Rows {
             ids: attachments.iter().map(|attachment| attachment.id).collect(),
-            reports: vec![None; attachments.len()],
+            reports: vec![Packed::of(None); attachments.len()],
             chooser: Chooser::default(),
         };
         let board = Arc::new(Self { rows: Mutex::new(rows) });
@@ -56,9 +107,9 @@ impl Board {
     pub(crate) fn choose(&self, demand: Demand, tried: &[u64]) -> Option<Chosen> {
         let Rows { ids, reports, chooser } = &mut *self.rows.lock();
         let untried = |index: usize| tried.is_empty() || !tried.contains(&ids[index]);
-        let open = reports.iter().enumerate().filter_map(|(index, report)| Some((index, report.as_ref()?)));
+        let open = reports.iter().enumerate().filter_map(|(index, packed)| Some((index, packed.read()?)));
         let (index, report) = chooser.choose(open.filter(|(index, _)| untried(*index)), demand)?;
-        Some(Chosen { index, report: *report })
+        Some(Chosen { index, report })
     }
 }
 
@@ -66,7 +117,31 @@ impl Row {
     /// Writes what a stream reports now.
     pub(crate) fn write(&self, report: Option<Report>) {
         if let Some(row) = self.board.rows.lock().reports.get_mut(self.index) {
-            *row = report;
+            *row = Packed::of(report);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_keeps_what_is_reported_and_bounds_what_cannot_be() {
+        let report = Report {
+            decode_ms: f64::from(12.3_f32),
+            prompt_token_ms: f64::from(0.017_f32),
+            step_tokens: 8192,
+            queued_tokens: 1 << 30,
+            running: 64,
+            waiting: 3,
+            slots_free: 5,
+            pages_free: 1 << 20,
+        };
+        assert_eq!(Packed::of(Some(report)).read(), Some(report));
+        assert_eq!(Packed::of(None).read(), None);
+        let endless = Report { waiting: u64::MAX, queued_tokens: u64::MAX, ..report };
+        let read = Packed::of(Some(endless)).read().map(|read| (read.waiting, read.queued_tokens));
+        assert_eq!(read, Some((u64::from(CLOSED) - 1, u64::from(u32::MAX))), "it is full, not closed");
     }
 }

@@ -3,8 +3,8 @@
 //!
 //! A request's way, file by file: `service` → `validate`, `text`, `admission` → `relay` → `recovery` (sessions without an
 //! owner) → `replicas`, `board`, `route` (which replica) → `attachment` → `replica_client` → the leader; its events return by `replica_client` →
-//! `relay` → `driver` (whose they are) → `flight` (what is accepted) → `buffer` → `reply`, which the client's connection
-//! polls.
+//! `relay` → `driver` (whose they are) → `flight` (what is accepted) → `buffer` → `reply`, in bytes by `encoded`, which the
+//! client's connection polls.
 //!
 //! HTTP's handlers (`http`) stand beside `service` and go the same way from `validate` on.
 //!
@@ -22,6 +22,7 @@ mod cluster_service;
 mod config;
 mod drain;
 mod driver;
+mod encoded;
 mod error;
 mod evacuate;
 mod flight;

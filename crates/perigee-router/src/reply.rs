@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use perigee_proto::internal::SessionEvent;
 use perigee_proto::status::WireError;
 use perigee_proto::{internal, v1};
 use tokio::time::Sleep;
@@ -15,6 +16,7 @@ use crate::admission::Place;
 use crate::error;
 use crate::flight::Flight;
 use crate::relay::Relay;
+use crate::resume::Seal;
 
 /// A stream of responses.
 #[derive(Debug)]
@@ -66,6 +68,15 @@ impl Reply {
     }
 
     fn poll_response(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<v1::GenerateResponse, WireError>>> {
+        self.poll_with(context, |read| read.into_response())
+    }
+
+    /// The next event, as `read` makes something of it.
+    pub(crate) fn poll_with<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        read: impl FnOnce(Read<'_>) -> T,
+    ) -> Poll<Option<Result<T, WireError>>> {
         let this = self;
         if this.done {
             return Poll::Ready(None);
@@ -78,15 +89,18 @@ impl Reply {
         }
         let mut state = this.flight.state.lock();
         if let Some((event, replica)) = state.buffer.pop() {
-            let first = state
+            let is_first = state
                 .choices
                 .get_mut(event.choice as usize)
                 .is_some_and(|choice| !std::mem::replace(&mut choice.is_answered, true));
-            let mut response = response(&this.flight, event, &replica, first);
-            if let Some(seal) = &mut state.seal {
-                response.resume_token = seal.with(&response);
-            }
-            return Poll::Ready(Some(Ok(response)));
+            let seal = state.seal.as_mut();
+            return Poll::Ready(Some(Ok(read(Read {
+                flight: &this.flight,
+                seal,
+                event,
+                replica: &replica,
+                is_first,
+            }))));
         }
         let Some(end) = &state.end else {
             state.waker = Some(context.waker().clone());
@@ -103,8 +117,30 @@ impl Drop for Reply {
     }
 }
 
+/// An event that its client reads.
+pub(crate) struct Read<'a> {
+    flight: &'a Flight,
+    /// Makes its resume token, where there is to be one.
+    pub(crate) seal: Option<&'a mut Seal>,
+    pub(crate) event: SessionEvent,
+    /// Where it came from.
+    pub(crate) replica: &'a str,
+    /// Whether it is the first of its choice.
+    pub(crate) is_first: bool,
+}
+
+impl Read<'_> {
+    pub(crate) fn into_response(self) -> v1::GenerateResponse {
+        let mut response = response(self.flight, self.event, self.replica, self.is_first);
+        if let Some(seal) = self.seal {
+            response.resume_token = seal.with(&response);
+        }
+        response
+    }
+}
+
 /// An event as clients see it; `first` where it is the first response of its choice.
-fn response(flight: &Flight, event: internal::SessionEvent, replica: &str, first: bool) -> v1::GenerateResponse {
+fn response(flight: &Flight, event: SessionEvent, replica: &str, first: bool) -> v1::GenerateResponse {
     let finish_reason = match event.finish() {
         internal::Finish::Stop => v1::FinishReason::Stop,
         internal::Finish::Length => v1::FinishReason::Length,

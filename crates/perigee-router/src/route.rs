@@ -13,7 +13,7 @@ const UNKNOWN_STEP_MS: f64 = 1.0;
 const UNKNOWN_TOKEN_MS: f64 = 0.01;
 
 /// What a replica last reported, and what it was sent since.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Report {
     /// Smoothed time of a step that only decodes; 0 before the first one.
     pub(crate) decode_ms: f64,
@@ -68,15 +68,21 @@ pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
     let tokens = (report.queued_tokens + demand.prompt_tokens) as f64;
     let chunks = (tokens / report.step_tokens.max(1) as f64).max(1.0);
     let shared_ms = if report.running > 0 { chunks * decode_ms } else { 0.0 };
+    let first_ms = tokens * token_ms + shared_ms;
+    let (slots_short, pages_short) = (report.slots_short(demand), report.pages_short(demand));
+    // With room, which most of a thousand replicas have, the rest need not be divided out.
+    if slots_short == 0 && pages_short == 0 {
+        return first_ms;
+    }
 
     // Slots come free at the rate at which running sessions end.
-    let slot_steps = report.slots_short(demand) as f64 * STEPS_LEFT / report.running.max(1) as f64;
+    let slot_steps = slots_short as f64 * STEPS_LEFT / report.running.max(1) as f64;
     // Pages come free with them; a session has as many as its share of what the batch holds, which is not reported, so
     // a session's worth of pages is taken to be this request's.
-    let requests = report.pages_short(demand) as f64 / demand.pages().max(1) as f64;
+    let requests = pages_short as f64 / demand.pages().max(1) as f64;
     let page_steps = requests * STEPS_LEFT / report.running.max(1) as f64;
 
-    tokens * token_ms + shared_ms + decode_ms * slot_steps.max(page_steps)
+    first_ms + decode_ms * slot_steps.max(page_steps)
 }
 
 /// Chooses among reports, in memory that it keeps.
@@ -87,11 +93,11 @@ pub(crate) struct Chooser {
 
 impl Chooser {
     /// One with nearly the least expected time: that with fewest sessions, then the least time, then the first.
-    pub(crate) fn choose<'a, K>(
+    pub(crate) fn choose<K>(
         &mut self,
-        reports: impl Iterator<Item = (K, &'a Report)> + Clone,
+        reports: impl Iterator<Item = (K, Report)> + Clone,
         demand: Demand,
-    ) -> Option<(K, &'a Report)> {
+    ) -> Option<(K, Report)> {
         // An idle replica's times are those of its last load, whatever that was, and one that has done nothing yet has none:
         // both take the best that anybody shows, so that they are tried and measured again.
         let (mut best_decode, mut best_token) = (f64::INFINITY, f64::INFINITY);
@@ -110,12 +116,12 @@ impl Chooser {
             expected_ms(&Report { decode_ms, prompt_token_ms, ..*report }, demand)
         };
         self.times.clear();
-        self.times.extend(reports.clone().map(|(_, report)| time(report)));
+        self.times.extend(reports.clone().map(|(_, report)| time(&report)));
         let near = self.times.iter().copied().fold(f64::INFINITY, f64::min) * NEARLY;
         let timed = reports.zip(&self.times).filter(|(_, time)| **time <= near);
         let rank = |report: &Report, time: f64| (report.running + report.waiting, time);
         let better = |a: (u64, f64), b: (u64, f64)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1));
-        let ranked = timed.map(|((key, report), time)| (rank(report, *time), (key, report)));
+        let ranked = timed.map(|((key, report), time)| (rank(&report, *time), (key, report)));
         ranked.min_by(|(a, _), (b, _)| better(*a, *b)).map(|(_, chosen)| chosen)
     }
 }
@@ -140,7 +146,7 @@ mod tests {
     const BUSY: Report = Report { running: 1, ..IDLE };
 
     fn choose(reports: &[Report], demand: Demand) -> Option<usize> {
-        Chooser::default().choose(reports.iter().enumerate(), demand).map(|(index, _)| index)
+        Chooser::default().choose(reports.iter().copied().enumerate(), demand).map(|(index, _)| index)
     }
 
     #[test]

@@ -9,7 +9,6 @@ use std::time::Duration;
 use perigee_proto::ids::RouterId;
 use perigee_proto::standard;
 use perigee_proto::v1::cluster_server::ClusterServer;
-use perigee_proto::v1::inference_server::InferenceServer;
 use perigee_registry::Registry;
 use perigee_telemetry::{Metrics, Readiness, probes};
 use perigee_text::{ChatTemplate, Tokenizer};
@@ -186,7 +185,6 @@ impl Router {
         let mut routes = RoutesBuilder::default();
         let reporter = standard::add_services(&mut routes)?;
         self.tasks.spawn(standard::report_health(reporter, &SERVICES, self.readiness.clone(), |now| now.is_ready));
-        let inference = InferenceServer::new(self.inference.clone()).max_decoding_message_size(limits.message_bytes);
         // Operators' messages are small.
         let cluster = ClusterServer::new(self.cluster.clone()).max_decoding_message_size(64 << 10);
         if self.tls.as_ref().is_some_and(|tls| tls.has_authority()) {
@@ -201,7 +199,7 @@ impl Router {
             // A client whose machine vanished is noticed within these two.
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_keepalive_timeout(Some(Duration::from_secs(5)));
-        Ok((server, Front::new(inference, routes.routes())))
+        Ok((server, Front::new(self.inference.clone(), limits.message_bytes, routes.routes())))
     }
 
     /// Serves gRPC alone, over connections of any kind, which a simulation opens in its own way.

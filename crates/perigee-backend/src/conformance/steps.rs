@@ -160,7 +160,7 @@ fn recorded<F: Factory>(factory: &mut F, checks: &mut Checks) -> Result<()> {
     }
     positions.fill(HISTORY);
     let mut seen = Vec::new();
-    for &count in checks.sizes(&[5, SEQUENCES, 3, 5, SEQUENCES, 1, 3], &[5, SEQUENCES, 5]) {
+    for &count in checks.sizes(&[5, SEQUENCES, 3, 5, SEQUENCES, 1, 3, 1], &[5, SEQUENCES, 1, 5]) {
         let tokens = words(count);
         let (_, expected) = stage.run(&batch(0, &positions[..count], 1, &tokens), false)?;
         let (outcome, found) = stage.run(&batch(SEQUENCES, &positions[..count], 1, &tokens), true)?;

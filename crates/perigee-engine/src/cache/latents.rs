@@ -1,7 +1,6 @@
 //! Where a session's latents are: a list of segments of whole pages in order of position, each with a home: this replica,
 //! or one that the session ran on before. It does not know whether a remote home still answers.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 use perigee_backend::{PAGE_TOKENS, Segment};
@@ -92,7 +91,7 @@ impl Latents {
     pub fn assemble(
         table: &SegmentTable,
         endpoint_of: impl Fn(&Place) -> String,
-        local: &BTreeMap<u64, u32>,
+        local: &HomePages,
         context: u64,
     ) -> Option<Self> {
         table.check(context).ok()?;
@@ -174,9 +173,12 @@ impl Latents {
     pub fn home_pages(&self, sealed_positions: u64) -> HomePages {
         let full = segments::sealed(sealed_positions) / PAGE_TOKENS as u64;
         let mut kept = HomePages::default();
-        for (number, page) in self.numbered_local_pages().take_while(|(number, _)| *number < full) {
-            if page != PARKED {
-                kept.push(number, page);
+        for segment in &self.segments {
+            let Home::Local { pages } = &segment.home else { continue };
+            let pages = &pages[..full.saturating_sub(segment.first_page).min(pages.len() as u64) as usize];
+            // Parked are all of them or none.
+            if pages.first().is_some_and(|page| *page != PARKED) {
+                kept.extend(segment.first_page, pages);
             }
         }
         kept
@@ -298,8 +300,19 @@ impl Latents {
     }
 
     /// Appends the pages before number `end` that `local` names; None if it lacks one.
-    fn append_known(&mut self, end: u64, local: &BTreeMap<u64, u32>) -> Option<()> {
-        (self.end_page()..end).try_for_each(|number| local.get(&number).map(|&page| self.append(page)))
+    fn append_known(&mut self, end: u64, local: &HomePages) -> Option<()> {
+        for (first, more) in local.within(self.end_page()..end) {
+            if first != self.end_page() {
+                return None;
+            }
+            match self.segments.last_mut().map(|segment| &mut segment.home) {
+                Some(Home::Local { pages }) => pages.extend_from_slice(more),
+                _ => {
+                    self.segments.push(LatentSegment { first_page: first, home: Home::Local { pages: more.to_vec() } })
+                }
+            }
+        }
+        (self.end_page() >= end).then_some(())
     }
 
     fn end_page(&self) -> u64 {

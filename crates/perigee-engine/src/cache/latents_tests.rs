@@ -74,7 +74,7 @@ fn remote(replica: &str, pages: std::ops::Range<u64>) -> RemoteSegment {
 #[test]
 fn an_arrival_is_put_together_and_tells_its_table() {
     let table = SegmentTable::from_segments([remote("a", 0..2), remote("b", 3..4)]).unwrap();
-    let local = BTreeMap::from([(2, 9), (4, 5), (5, 6)]);
+    let local = [(2, 9), (4, 5), (5, 6)].into_iter().collect();
     let endpoint = |place: &Place| format!("{}:1", place.replica);
     let latents = Latents::assemble(&table, endpoint, &local, 300).unwrap();
     assert_eq!(latents.capacity(), 320, "a page that is not needed is left out");

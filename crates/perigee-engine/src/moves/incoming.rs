@@ -1,7 +1,6 @@
 //! The target's side of one handoff, outside the step loop: bytes come from the source, parts go to the engine as soon as
 //! they are whole. What is reserved for them and whether they are taken is the engine's decision.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
 
 use perigee_migration::handoff::{Expected, Frozen, Summary};
@@ -11,7 +10,7 @@ use tokio::sync::oneshot;
 
 use super::record::Record;
 use super::{Demand, HandoffRefused};
-use crate::cache::SlotPair;
+use crate::cache::{HomePages, SlotPair};
 use crate::executor::PageSpan;
 use crate::handle::Command;
 use crate::request::SessionId;
@@ -133,9 +132,8 @@ impl Incoming {
                 // All tokens have come before it.
                 Part::Frozen(frozen) => {
                     let sequence = Record::decode(&frozen.record)?.sequence;
-                    let tokens = std::mem::take(&mut self.tokens);
-                    let drawn = tokens.get(sequence.prompt_length as usize..).unwrap_or_default().to_vec();
                     if let Some(source) = sequence.grammar {
+                        let drawn = self.tokens.get(sequence.prompt_length as usize..).unwrap_or_default().to_vec();
                         self.grammar = Some(self.make(source, drawn)?);
                     }
                 }
@@ -210,7 +208,7 @@ pub(crate) struct Arriving {
     /// Segments that stay elsewhere.
     pub(crate) table: SegmentTable,
     /// Pages by number: position / 64. Those that came back are the home entry's.
-    pub(crate) pages: BTreeMap<u64, u32>,
+    pub(crate) pages: HomePages,
     /// What arrived in pages.
     pub(crate) spans: Vec<PageSpan>,
     pub(crate) summary: Option<Summary>,

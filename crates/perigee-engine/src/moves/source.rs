@@ -175,7 +175,7 @@ impl EngineCore {
     fn frozen_parts(&mut self, session: &SessionId, next: u64) -> Result<Result<Vec<SourcePart>, String>, Fatal> {
         let Some(config) = self.config.moves.clone() else { return Ok(Err("moves are off".into())) };
         let Some(&id) = self.names.get(session) else { return Ok(Err("it is not here".into())) };
-        let (Some(held), Some(frozen)) = (self.sessions.get(&id), self.scheduler.frozen(id)) else {
+        let (Some(held), Some(frozen)) = (self.sessions.get_mut(&id), self.scheduler.frozen(id)) else {
             return Ok(Err("it does not stand still".into()));
         };
         let link = self.seats.get(session).and_then(|seat| seat.outgoing.as_ref()).filter(|link| link.next == next);
@@ -202,8 +202,11 @@ impl EngineCore {
             let (replica, incarnation) = (place.replica.clone(), place.incarnation.clone());
             homes.push(HomeAddress { replica, incarnation, endpoint: config.endpoint.clone() });
         }
-        let mut sequence = held.sequence.clone();
-        let tokens = std::mem::take(&mut sequence.tokens);
+        // The record is without them, and a copy of all would take the longer the more there are.
+        let tokens = std::mem::take(&mut held.sequence.tokens);
+        let sequence = held.sequence.clone();
+        let (count, rest) = (tokens.len() as u64, tokens.get(link.tokens..).unwrap_or_default().to_vec());
+        held.sequence.tokens = tokens;
         let record = Record {
             sequence,
             computed: context,
@@ -218,12 +221,11 @@ impl EngineCore {
         };
         let table = frozen.latents.table().hand_over(&config.place, context, mode);
         let spans = spans(&frozen.latents.home_pages(u64::MAX), context, mode);
-        let rest = tokens.get(link.tokens..).unwrap_or_default().to_vec();
         let mut parts = Vec::new();
         if !rest.is_empty() {
             parts.push(SourcePart::Tokens(rest));
         }
-        parts.push(SourcePart::Frozen(Frozen { context, tokens: tokens.len() as u64, record }, table));
+        parts.push(SourcePart::Frozen(Frozen { context, tokens: count, record }, table));
         let state = match state {
             // It stays as it is until this replica hears what became of it.
             StateSource::Slot(slot) if reaches_slots => {

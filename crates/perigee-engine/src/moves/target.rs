@@ -1,7 +1,7 @@
 //! The target's side of a move inside the engine: room is reserved, parts go to slot and pages as they come, digests are
 //! taken over what was written, and at the router's word the session runs.
 
-use std::collections::BTreeMap;
+use std::ops::Range;
 
 use perigee_migration::epochs::{Failure, PartyEvent};
 use perigee_migration::handoff::Summary;
@@ -116,7 +116,7 @@ impl EngineCore {
                 frozen: None,
                 record: None,
                 table: SegmentTable::new(),
-                pages: BTreeMap::new(),
+                pages: HomePages::default(),
                 spans: Vec::new(),
                 summary: None,
                 grammar: None,
@@ -232,13 +232,7 @@ impl EngineCore {
     fn take_table(&mut self, session: &SessionId, next: u64, table: SegmentTable) -> Result<(), Stop> {
         let place = self.place().ok_or(HandoffRefused::NotOffered)?;
         let home = self.seats.get(session).and_then(|seat| seat.home);
-        let mut kept = BTreeMap::new();
-        if let Some(key) = home
-            && let Some(pages) = self.scheduler.take_home(key)
-        {
-            kept.extend(pages.numbered());
-            self.scheduler.keep_home(key, pages);
-        }
+        let kept = home.and_then(|key| self.scheduler.home(key)).cloned().unwrap_or_default();
         let arriving = self.arriving(session, next)?;
         let task = arriving.task;
         let (Some(frozen), Some(record)) = (&arriving.frozen, &arriving.record) else {
@@ -249,31 +243,25 @@ impl EngineCore {
         if self.scheduler.limits().check_arrival(most.max(tokens), arrival.table.tokens()).is_err() {
             return Err(HandoffRefused::Failure(Failure::Full).into());
         }
-        let mut pages = BTreeMap::new();
+        let numbers = |range: &Range<u64>| range.start / PAGE_POSITIONS..range.end.div_ceil(PAGE_POSITIONS);
+        let returned: Vec<Range<u64>> = arrival.returned.iter().map(numbers).collect();
         let mut lost: u64 = arrival.lost.iter().map(|range| range.end - range.start).sum();
-        for number in arrival.returned.iter().flat_map(|range| range.start / PAGE_POSITIONS..range.end / PAGE_POSITIONS)
-        {
-            match kept.get(&number) {
-                Some(&page) => drop(pages.insert(number, page)),
-                // The entry ran out.
-                None => lost += PAGE_POSITIONS,
-            }
+        for range in &returned {
+            // Of the others the entry ran out.
+            let found: usize = kept.within(range.clone()).map(|(_, pages)| pages.len()).sum();
+            lost += (range.end - range.start - found as u64) * PAGE_POSITIONS;
         }
         if lost > 0 {
             return Err(HandoffRefused::Lost { positions: lost }.into());
         }
-        let due: Vec<u64> = arrival
-            .table
-            .gaps(context)
-            .into_iter()
-            .flat_map(|gap| gap.start / PAGE_POSITIONS..gap.end.div_ceil(PAGE_POSITIONS))
-            .filter(|number| !pages.contains_key(number))
-            .collect();
+        let pieces = pieces(arrival.table.gaps(context).iter().map(numbers), &returned);
+        let due: u64 =
+            pieces.iter().filter(|(_, has_come_back)| !has_come_back).map(|(range, _)| range.end - range.start).sum();
         if !arrival.table.is_empty() {
             self.need_shadow(session, next)?;
         }
         let mut reserved = std::mem::take(&mut self.arriving(session, next)?.reserved);
-        if let Some(missing) = due.len().checked_sub(reserved.len()) {
+        if let Some(missing) = (due as usize).checked_sub(reserved.len()) {
             // It came further than was expected when room was made for it.
             let Some(more) = self.scheduler.reserve_pages(task, missing) else {
                 self.note_shortage();
@@ -282,7 +270,16 @@ impl EngineCore {
             reserved.extend(more);
         }
         // Those that are too many are given back when it runs.
-        pages.extend(due.into_iter().zip(reserved));
+        let mut reserved = reserved.as_slice();
+        let mut pages = HomePages::default();
+        for (range, has_come_back) in pieces {
+            if has_come_back {
+                kept.within(range).for_each(|(first, back)| pages.extend(first, back));
+            } else if let Some((now, later)) = reserved.split_at_checked((range.end - range.start) as usize) {
+                pages.extend(range.start, now);
+                reserved = later;
+            }
+        }
         let arriving = self.arriving(session, next)?;
         arriving.table = arrival.table;
         arriving.pages = pages;
@@ -327,7 +324,7 @@ impl EngineCore {
         let mut pages = Vec::with_capacity(slices.len());
         for slice in slices {
             // The ledger has let through only what is due.
-            let page = arriving.pages.get(&(slice.first / PAGE_POSITIONS)).copied();
+            let page = arriving.pages.get(slice.first / PAGE_POSITIONS);
             let page = page.ok_or(HandoffRefused::Failure(Failure::Handoff))?;
             let span = PageSpan { page, first: slice.first, positions: slice.positions };
             if !arriving.spans.contains(&span) {
@@ -441,6 +438,25 @@ pub(super) fn most(sequence: &Sequence) -> u64 {
     (sequence.prompt_length + u64::from(sequence.stop.max_tokens)).saturating_sub(1)
 }
 
+/// The page numbers of `gaps`, in order, cut where those begin and end that came back; whether each piece did.
+fn pieces(gaps: impl Iterator<Item = Range<u64>>, returned: &[Range<u64>]) -> Vec<(Range<u64>, bool)> {
+    let mut pieces = Vec::new();
+    for gap in gaps {
+        let mut next = gap.start;
+        for back in returned {
+            let back = back.start.max(next)..back.end.min(gap.end);
+            if back.start < back.end {
+                pieces.push((next..back.start, false));
+                next = back.end;
+                pieces.push((back, true));
+            }
+        }
+        pieces.push((next..gap.end, false));
+    }
+    pieces.retain(|(range, _)| range.start < range.end);
+    pieces
+}
+
 /// What becomes a session.
 struct Arrived {
     task: TaskId,
@@ -475,4 +491,23 @@ fn check(record: &Record, session: &SessionId, frozen: &perigee_migration::hando
         return contradiction("computed positions below its tokens", frozen.tokens, record.computed);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pieces;
+
+    #[test]
+    fn gaps_are_cut_where_pages_came_back() {
+        let ranges = |pairs: &[(u64, u64)]| pairs.iter().map(|&(start, end)| start..end).collect::<Vec<_>>();
+        let cut = |gaps: &[(u64, u64)], returned: &[(u64, u64)]| {
+            let pieces = pieces(ranges(gaps).into_iter(), &ranges(returned));
+            pieces.into_iter().map(|(range, came_back)| (range.start, range.end, came_back)).collect::<Vec<_>>()
+        };
+        assert_eq!(cut(&[(0, 9)], &[]), [(0, 9, false)]);
+        assert_eq!(cut(&[(0, 9)], &[(0, 9)]), [(0, 9, true)]);
+        let both = [(0, 2, false), (2, 4, true), (4, 5, true), (5, 9, false)];
+        assert_eq!(cut(&[(0, 9)], &[(2, 4), (4, 5)]), both);
+        assert_eq!(cut(&[(0, 3), (5, 9)], &[(0, 3), (8, 9)]), [(0, 3, true), (5, 8, false), (8, 9, true)]);
+    }
 }

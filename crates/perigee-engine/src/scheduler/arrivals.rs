@@ -1,7 +1,6 @@
 //! Room for sessions that come from elsewhere, and for pages of those that went: reservations, adoption, home entries. It
 //! preempts nobody and takes no part in planning.
 
-use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::Scheduler;
@@ -107,11 +106,16 @@ impl Scheduler {
             return Err(unfit(id, "arrives with more computed than it has tokens or latents for"));
         }
         let Reservation { slots, pages } = reservation;
-        let mut unnamed: BTreeSet<u32> = pages.into_iter().collect();
-        if !session.latents.local_pages().all(|page| unnamed.remove(&page)) {
+        // A mark for each page of the pool, not a set of its own ones: its client waits, and it may have thousands.
+        let mut unnamed = vec![false; self.pages.total()];
+        for &page in &pages {
+            unnamed.get_mut(page as usize).into_iter().for_each(|mark| *mark = true);
+        }
+        let mut take = |page: u32| unnamed.get_mut(page as usize).is_some_and(std::mem::take);
+        if !session.latents.local_pages().all(&mut take) {
             return Err(unfit(id, "names pages that are not its own"));
         }
-        self.release_pages(unnamed.into_iter())?;
+        self.release_pages(pages.into_iter().filter(|page| take(*page)))?;
         let slots = self.fit_shadow(id, slots, session.latents.is_remote())?;
         self.deadlines.extend(session.deadline.map(|deadline| (deadline, id)));
         let task = Task {
@@ -142,6 +146,11 @@ impl Scheduler {
     pub fn keep_home(&mut self, key: u64, pages: HomePages) {
         // Keys are not used twice; if one were, no reference would be lost.
         self.homes.entry(key).or_default().pages.extend(pages.pages);
+    }
+
+    /// The pages of a home entry.
+    pub fn home(&self, key: u64) -> Option<&HomePages> {
+        self.homes.get(&key)
     }
 
     /// Hands out the references of a home entry.

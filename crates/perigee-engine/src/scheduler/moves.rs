@@ -1,8 +1,6 @@
 //! Sessions that stand still because they leave: freezing, splitting off a shared prefill, giving up. It moves nothing
 //! itself and knows no epochs: what it hands out, the engine exports.
 
-use std::collections::BTreeSet;
-
 use perigee_backend::PAGE_TOKENS;
 
 use super::Scheduler;
@@ -154,8 +152,8 @@ impl Scheduler {
         let slots: Vec<u32> = task.slots().collect();
         self.release_slots(slots.iter().copied())?;
         let home = if keep { task.latents.home_pages(task.computed) } else { HomePages::default() };
-        let kept: BTreeSet<u64> = home.numbered().map(|(number, _)| number).collect();
-        let rest = task.latents.numbered_local_pages().filter(|(number, _)| !kept.contains(number));
+        let full = if keep { task.computed / PAGE_TOKENS as u64 } else { 0 };
+        let rest = task.latents.numbered_local_pages().skip_while(|(number, _)| *number < full);
         let pages = self.release_pages(rest.map(|(_, page)| page))?;
         Ok(Some(Released { slots, pages, home, parked: None }))
     }

@@ -54,9 +54,14 @@ fn target(slots: usize, pages: usize) -> Driver {
 
 /// A source with the session under way, and the handoff that it has just begun.
 fn source(mode: Mode) -> (Driver, Outgoing) {
+    source_of(PROMPT, ModelSizes::default(), mode)
+}
+
+/// The same with a prompt of so many tokens, which fits into a step of such a source.
+fn source_of(prompt: usize, sizes: ModelSizes, mode: Mode) -> (Driver, Outgoing) {
     let kept = Arc::<Kept>::default();
-    let mut source = Driver::new(ModelExecutor::new(ModelSizes::default()), moving("source", kept.clone()));
-    source.submit(&greedy_request("s", vec![3; PROMPT], TOKENS));
+    let mut source = Driver::new(ModelExecutor::new(sizes), moving("source", kept.clone()));
+    source.submit(&greedy_request("s", vec![3; prompt], TOKENS));
     draws(&mut source, 5);
     let target = Target { replica: "target".into(), incarnation: "1".into(), endpoint: "target".into() };
     source.handle.prepare(ROUTER, Prepare { session: SessionId("s".into()), epoch: 1, next: 2, target, mode });
@@ -145,4 +150,50 @@ async fn a_session_stands_still_once_its_target_has_room_and_not_before() {
     drop((outgoing, incoming));
     target.turn();
     target.assert_nothing_is_held();
+}
+
+/// A source that holds sessions of so many positions and reads their prompts in one step.
+fn long(positions: usize) -> ModelSizes {
+    let mut sizes = ModelSizes::default();
+    (sizes.limits.max_model_len, sizes.limits.step_tokens) = (positions, positions);
+    sizes.limits.pages = positions.div_ceil(64) + 4;
+    sizes
+}
+
+/// Bytes of a split handoff that leave before the session stands still, and after that.
+async fn bytes_of(prompt: usize) -> (usize, usize) {
+    let (mut source, mut outgoing) = source_of(prompt, long(prompt + 128), Mode::Split);
+    let on_room = outgoing.on_room().expect("given out once");
+    let before = outgoing.next_chunk().await.expect("header and tokens").len();
+    on_room.send(false).expect("it waits for that");
+    let mut frozen = 0;
+    loop {
+        let next = async {
+            let next = outgoing.next_chunk();
+            tokio::pin!(next);
+            loop {
+                tokio::select! {
+                    biased;
+                    chunk = &mut next => return chunk,
+                    () = tokio::task::yield_now() => {
+                        source.turn();
+                    }
+                }
+            }
+        };
+        match next.await {
+            Some(chunk) => frozen += chunk.len(),
+            None => break,
+        }
+    }
+    assert!(!outgoing.is_cancelled(), "all of it is out");
+    (before, frozen)
+}
+
+#[tokio::test]
+async fn what_leaves_while_a_session_stands_still_does_not_grow_with_its_context() {
+    let (short, long) = (bytes_of(1024).await, bytes_of(32 * 1024).await);
+    assert!(long.0 - short.0 >= 4 * 31 * 1024, "tokens go before: {short:?}, {long:?}");
+    // Numbers of positions are longer by a byte each.
+    assert!(short.1 > 0 && long.1.abs_diff(short.1) < 16, "{short:?}, {long:?}");
 }

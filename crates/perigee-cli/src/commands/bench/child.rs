@@ -34,17 +34,23 @@ pub(super) struct RouterProcess {
 
 impl RouterProcess {
     /// Starts this program's own router on free ports and waits until it listens.
-    pub(super) async fn start(registry: &str, arguments: &[String], threads: Option<usize>) -> anyhow::Result<Self> {
+    /// `cpus` names the processors that it may have, as taskset does.
+    pub(super) async fn start(registry: &str, arguments: &[String], cpus: Option<&str>) -> anyhow::Result<Self> {
         let path = std::env::temp_dir().join(format!("perigee-bench-{}.json", std::process::id()));
         std::fs::write(&path, registry).with_context(|| format!("writing {}", path.display()))?;
-        let mut command = Command::new(std::env::current_exe().context("finding this program's file")?);
+        let program = std::env::current_exe().context("finding this program's file")?;
+        let mut command = match cpus {
+            Some(cpus) => {
+                let mut command = Command::new("taskset");
+                command.args(["-c", cpus]).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
         command.arg("router").arg(format!("--registry=file:{}", path.display()));
         command.args(["--listen=127.0.0.1:0", "--http=127.0.0.1:0"]).args(arguments);
         if std::env::var_os("PERIGEE_LOG").is_none() {
             command.env("PERIGEE_LOG", "error");
-        }
-        if let Some(threads) = threads {
-            command.env("TOKIO_WORKER_THREADS", threads.to_string());
         }
         let mut child = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().context("starting the router")?;
         let (Some(pid), Some(output)) = (child.id(), child.stdout.take()) else { bail!("the router ended at once") };

@@ -49,9 +49,13 @@ pub(super) struct RouterBenchArgs {
     /// Microseconds more for each prompt token in a step.
     #[arg(long, default_value_t = 5.0)]
     prompt_token_us: f64,
-    /// Worker threads of the router; as many as there are processors by default.
+    /// Threads of the router; its own default otherwise.
     #[arg(long, value_parser = at_least_one())]
     router_threads: Option<usize>,
+    /// Processors that the router alone should have, as taskset names them: start this command under `taskset` with the others.
+    /// Default: it shares all processors with stubs and client.
+    #[arg(long, value_name = "LIST")]
+    router_cpus: Option<String>,
     /// Print one JSON array: [{replicas, streams, tls, requests, failed, seconds, tokens_s, router_cpu_s, tokens_per_core_s,
     /// cpu_ms_per_request, placement_us: {p50, p99}, direct_ms, transit_ms: {count, mean, p50, p90, p99, max},
     /// added_p50_ms, added_p99_ms}].
@@ -120,7 +124,9 @@ async fn measure(args: &RouterBenchArgs, replicas: usize, tls: &ServerTlsOptions
     let direct = stubs.channels(&dialer(tls)?).await?;
     let direct = args.load(Arc::new(DirectTarget::attach(direct).await?), clock, || Ok(())).await?;
 
-    let router = RouterProcess::start(&stubs.registry(), &tls.to_arguments(), args.router_threads).await?;
+    let mut arguments = tls.to_arguments();
+    arguments.extend(args.router_threads.map(|threads| format!("--threads={threads}")));
+    let router = RouterProcess::start(&stubs.registry(), &arguments, args.router_cpus.as_deref()).await?;
     let client = ClientArgs { router: router.grpc.clone(), json: false, tls: tls.as_client() };
     stubs.wait_until_attached(&client).await?;
     let mut channels = Vec::new();

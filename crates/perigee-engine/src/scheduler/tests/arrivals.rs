@@ -128,7 +128,7 @@ fn an_adoption_that_does_not_add_up_is_an_error() {
     assert!(is_refused(5, &|pages| Adopted { length: 100, ..adopted(100, pages) }), "nothing to feed");
     let remote = |pages: &[u32]| {
         let table = SegmentTable::new().hand_over(&place("there"), 64, Mode::Split);
-        let local = [(1, pages[0])].into();
+        let local = [(1, pages[0])].into_iter().collect();
         let latents = Latents::assemble(&table, |_| "there:1".into(), &local, 100).unwrap();
         Adopted { latents, ..adopted(100, &[]) }
     };
