@@ -45,8 +45,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_select_sort: Kernel<MoeSelectSortParams>,
     pub(crate) moe_gate_up: Kernel<MoeProductParams>,
     pub(crate) moe_down: Kernel<MoeProductParams>,
-    /// By ascending rows of a tile; with bfloat16 activations only.
-    pub(crate) moe_tensor: Vec<MoeTensor>,
+    /// For experts of few rows each whose sizes the next ones do not fit; with bfloat16 activations only.
+    pub(crate) moe_tensor: Option<MoeTensor>,
     /// For experts of few rows each, by ascending weight rows of a block; with bfloat16 activations only.
     pub(crate) moe_skinny: Vec<MoeTensor>,
     /// For steps of many rows an expert; with bfloat16 activations only.
@@ -331,14 +331,8 @@ impl Kernels {
             moe_gate_up: modules.kernel("moe_product", &typed("moe_gate_up"))?,
             moe_down: modules.kernel("moe_product", &typed("moe_down"))?,
             moe_tensor: match precision {
-                DType::Bf16 => {
-                    let sizes = [(16, 5), (64, 4), (128, 3)];
-                    sizes
-                        .iter()
-                        .map(|&(rows, stages)| MoeTensor::load(&modules, rows, stages))
-                        .collect::<Result<_>>()?
-                }
-                DType::Fp32 => Vec::new(),
+                DType::Bf16 => Some(MoeTensor::load(&modules, 16, 5)?),
+                DType::Fp32 => None,
             },
             moe_skinny: match precision {
                 DType::Bf16 => vec![MoeTensor::skinny(&modules, 4)?, MoeTensor::skinny(&modules, 8)?],

@@ -236,7 +236,7 @@ impl CudaBackend {
         self.stream.launch(&self.kernels.moe_combine_norm, grid, &MoeCombineNormParams { combine, norm })
     }
 
-    /// The tensor-core kernels for this layer and step, if there are any: the fewer rows an expert has, the smaller the tile.
+    /// The tensor-core kernels for this layer and a step of few rows an expert, if there are any.
     fn moe_tensor(&self, layer: &Moe) -> Option<&MoeTensor> {
         if !layer.shape.hidden.is_multiple_of(BLOCK) {
             return None;
@@ -249,9 +249,7 @@ impl CudaBackend {
         if rows <= FEW_ROWS && is_deep && skinny.is_some() {
             return skinny;
         }
-        let wanted = if rows <= 8 { 16 } else { rows.min(128) };
-        let kernels = &self.kernels.moe_tensor;
-        kernels.iter().find(|kernel| kernel.rows >= wanted)
+        self.kernels.moe_tensor.as_ref()
     }
 
     /// In float32 mode experts stay as they are stored, since they would not fit otherwise, and are widened for each product.
