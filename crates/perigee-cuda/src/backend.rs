@@ -2,10 +2,11 @@
 //! kernels, products, working memory, caches, the seat in the tensor-parallel group). All work is queued on one stream; only
 //! reads, exports and exchanges with other ranks wait for it. A backend stays on the thread that opened it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use perigee_backend::batch::{Row, StepBatch};
-use perigee_backend::ops::{Backend, LatentReader, Partials, Precision, Recorded, Routing, StatePart};
+use perigee_backend::ops::{Backend, LatentReader, OtherPart, Partials, Precision, Recorded, Routing, StatePart};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
 use perigee_collectives::Collective;
@@ -283,6 +284,14 @@ impl Backend for CudaBackend {
         self.recording_end()
     }
 
+    fn begin_pieces(&mut self, batch: &StepBatch) -> Result<bool> {
+        self.pieces_begin(batch)
+    }
+
+    fn run_piece(&mut self, number: usize) -> Result<Recorded> {
+        self.piece_run(number)
+    }
+
     fn embed(&mut self, table: &Embedding, out: &mut Tensor) -> Result<()> {
         self.embed_run(table, out)
     }
@@ -317,15 +326,8 @@ impl Backend for CudaBackend {
         self.planning().stretch == 0 || !is_expanded(row)
     }
 
-    fn mla_merge(
-        &mut self,
-        layer: &Mla,
-        partials: &mut Partials<Tensor>,
-        token: usize,
-        output: &[f32],
-        lse: &[f32],
-    ) -> Result<()> {
-        self.mla_merge_run(layer, partials, token, output, lse)
+    fn mla_merge(&mut self, layer: &Mla, partials: &mut Partials<Tensor>, parts: &[OtherPart<'_>]) -> Result<()> {
+        self.mla_merge_run(layer, partials, parts)
     }
 
     fn mla_output(&mut self, layer: &Mla, partials: &Partials<Tensor>, out: &mut Tensor) -> Result<()> {
@@ -391,8 +393,12 @@ impl Backend for CudaBackend {
     }
 
     fn read(&mut self, tensor: &Tensor, rows: usize) -> Result<Vec<f32>> {
-        if rows > tensor.rows {
-            return Err(BackendError::shape("rows read", &[tensor.rows], &[rows]));
+        self.read_some(tensor, 0..rows)
+    }
+
+    fn read_some(&mut self, tensor: &Tensor, rows: Range<usize>) -> Result<Vec<f32>> {
+        if rows.end > tensor.rows {
+            return Err(BackendError::shape("rows read", &[tensor.rows], &[rows.end]));
         }
         let values = self.read_rows(tensor, rows)?;
         self.exchange.check()?;

@@ -2,7 +2,7 @@
 //! anywhere, parts that live elsewhere and are merged in, and scores far from zero. Pages are poison until written.
 
 use crate::error::Result;
-use crate::ops::Backend;
+use crate::ops::{Backend, OtherPart};
 use crate::shapes::MlaShape;
 use crate::weights::DType;
 
@@ -288,10 +288,11 @@ fn empty_parts<F: Factory>(factory: &mut F, checks: &mut Checks) -> Result<()> {
 
     bench.harness.upload(&mut bench.partials.output, &local)?;
     bench.harness.upload(&mut bench.partials.lse, &local_lse)?;
-    for (token, (output, lse)) in remote.iter().zip(&remote_lse).enumerate() {
-        let narrow = |values: &[f64]| values.iter().map(|&value| value as f32).collect::<Vec<f32>>();
-        bench.harness.backend.mla_merge(&bench.layer, &mut bench.partials, token, &narrow(output), &narrow(lse))?;
-    }
+    let narrow = |values: &[f64]| values.iter().map(|&value| value as f32).collect::<Vec<f32>>();
+    let parts: Vec<_> = remote.iter().zip(&remote_lse).map(|(output, lse)| (narrow(output), narrow(lse))).collect();
+    let part = |(token, (output, lse))| OtherPart { token, output, lse };
+    let parts: Vec<_> = (0..).zip(parts.iter().map(|(output, lse)| (&output[..], &lse[..]))).map(part).collect();
+    bench.harness.backend.mla_merge(&bench.layer, &mut bench.partials, &parts)?;
     let average = |channel: usize| {
         let (local, remote) = (local[3 * width + channel], remote[3][channel]);
         if channel < SMALL.latent { remote } else { 0.5 * (local + remote) }

@@ -2,7 +2,7 @@
 //! projection; and the merge of parts computed elsewhere.
 
 use perigee_backend::weights::{MlaWeights, QueryWeights};
-use perigee_backend::{BackendError, DType, MlaShape, Partials, Result};
+use perigee_backend::{BackendError, DType, MlaShape, OtherPart, Partials, Result};
 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
@@ -276,31 +276,39 @@ impl CudaBackend {
         &mut self,
         layer: &Mla,
         partials: &Partials<Tensor>,
-        token: usize,
-        output: &[f32],
-        lse: &[f32],
+        parts: &[OtherPart<'_>],
     ) -> Result<()> {
         let shape = layer.shape;
-        expect_partials(partials, token + 1, &shape)?;
-        if self.step.expansion.holds(token) {
-            return Err(BackendError::Batch(format!("token {token} has all its keys here: there is nothing to merge")));
+        let width = shape.heads * shape.latent;
+        for &OtherPart { token, output, lse } in parts {
+            expect_partials(partials, token + 1, &shape)?;
+            if self.step.expansion.holds(token) {
+                let what = format!("token {token} has all its keys here: there is nothing to merge");
+                return Err(BackendError::Batch(what));
+            }
+            if output.len() != width || lse.len() != shape.heads {
+                return Err(BackendError::shape("part to merge", &[width, shape.heads], &[output.len(), lse.len()]));
+            }
         }
-        if output.len() != shape.heads * shape.latent || lse.len() != shape.heads {
-            let expected = [shape.heads * shape.latent, shape.heads];
-            return Err(BackendError::shape("part to merge", &expected, &[output.len(), lse.len()]));
+        // As many at a time as working memory holds; it has room for one.
+        let part_bytes = (width + shape.heads) * 4;
+        for parts in parts.chunks((self.scratch.bytes() / part_bytes).max(1)) {
+            self.scratch.reset();
+            let values: Vec<f32> = parts.iter().flat_map(|part| [part.output, part.lse]).flatten().copied().collect();
+            let others = self.scratch.send(&self.stream, bytemuck::cast_slice(&values))?;
+            for (other, part) in (others..).step_by(part_bytes).zip(parts) {
+                let params = MlaMergeParams {
+                    output: partials.output.address() + (part.token * width * 4) as u64,
+                    lse: partials.lse.address() + (part.token * shape.heads * 4) as u64,
+                    other_output: other,
+                    other_lse: other + (width * 4) as u64,
+                    latent: shape.latent as u32,
+                    reserved: 0,
+                };
+                self.stream.launch(&self.kernels.mla_merge_other, Grid::new(shape.heads, 1, 128), &params)?;
+            }
         }
-        self.scratch.reset();
-        let values = [output, lse].concat();
-        let other = self.scratch.send(&self.stream, bytemuck::cast_slice(&values))?;
-        let params = MlaMergeParams {
-            output: partials.output.address() + (token * output.len() * 4) as u64,
-            lse: partials.lse.address() + (token * lse.len() * 4) as u64,
-            other_output: other,
-            other_lse: other + size_of_val(output) as u64,
-            latent: shape.latent as u32,
-            reserved: 0,
-        };
-        self.stream.launch(&self.kernels.mla_merge_other, Grid::new(shape.heads, 1, 128), &params)
+        Ok(())
     }
 
     pub(crate) fn mla_output_run(&mut self, layer: &Mla, partials: &Partials<Tensor>, out: &Tensor) -> Result<()> {
