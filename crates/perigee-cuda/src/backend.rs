@@ -25,6 +25,7 @@ use crate::loader::Loader;
 use crate::module::Program;
 use crate::needs;
 use crate::ops::embed::Embedding;
+use crate::ops::few::ROUTE_COUNTS;
 use crate::ops::kda::Kda;
 use crate::ops::logits::Head;
 use crate::ops::mla::Mla;
@@ -32,7 +33,7 @@ use crate::ops::mlp::Mlp;
 use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
 use crate::ops::sample::{Draws, MOST_TOKENS};
-use crate::params::MoeCombineParams;
+use crate::params::{MoeCombineParams, NormParams};
 use crate::reader::Reader;
 use crate::recorder::Recorder;
 use crate::scratch::Scratch;
@@ -63,7 +64,13 @@ pub struct CudaBackend {
     pub(crate) selected: Option<Selected>,
     /// A sum of experts that the norm behind it computes; while a step is recorded only.
     pub(crate) deferred_sum: Option<MoeCombineParams>,
-    /// Experts touched so far, one 64-bit number.
+    /// A norm of the residual stream that the op behind it may compute; while a step is recorded only.
+    pub(crate) deferred_norm: Option<NormParams>,
+    /// Where the residual stream at the first address lies between two norms of a recording.
+    pub(crate) moved_stream: Option<(u64, u64)>,
+    /// Room for it: a row of float32.
+    pub(crate) stream_copy: Option<Buffer>,
+    /// Experts touched so far, one 64-bit number; behind it the counts of blocks that the routing of few tokens keeps.
     pub(crate) touched: Buffer,
     pub(crate) draws: Draws,
     /// Sums over a slot on their way to the host, once some were wanted.
@@ -108,8 +115,8 @@ impl CudaBackend {
         let formula = Formula::from_environment()?;
         let device = program.modules.device().clone();
         let stream = Stream::new(&device)?;
-        let touched = Buffer::new(&device, 8, "count of experts")?;
-        stream.fill(&touched, 0, 8, 0)?;
+        let touched = Buffer::new(&device, 8 + ROUTE_COUNTS, "count of experts")?;
+        stream.fill(&touched, 0, touched.bytes(), 0)?;
         Ok(Self {
             recorder: Recorder::default(),
             precision,
@@ -120,6 +127,9 @@ impl CudaBackend {
             step: Step::default(),
             selected: None,
             deferred_sum: None,
+            deferred_norm: None,
+            moved_stream: None,
+            stream_copy: None,
             touched,
             draws: Draws::default(),
             sums: None,

@@ -50,20 +50,27 @@ impl Recorder {
         self.recording.is_some()
     }
 
+    /// Whether a step is recorded as a whole: what one op leaves to the next need not outlast a piece, which may be run without the
+    /// next being recorded.
+    pub(crate) fn records_whole(&self) -> bool {
+        self.recording.is_some_and(|part| part.piece.is_none())
+    }
+
     pub(crate) fn note_run(&mut self) {
         self.has_run = true;
     }
 }
 
-/// Whether every row of a batch feeds one token and wants its logits.
+/// Whether every row of a batch feeds one token and wants its logits, in their order.
 fn only_decodes(batch: &StepBatch) -> bool {
-    batch.logits.len() == batch.rows.len() && batch.tokens.len() == batch.rows.len()
+    let rows = batch.rows.len();
+    batch.tokens.len() == rows && batch.logits.iter().copied().eq(0..rows as u32)
 }
 
 impl CudaBackend {
     /// Gives up a recording whose step failed.
     pub(crate) fn abandon_recording(&mut self) {
-        self.deferred_sum = None;
+        (self.deferred_sum, self.deferred_norm, self.moved_stream) = (None, None, None);
         if self.recorder.recording.take().is_some() {
             Graph::abandon(&self.stream);
         }
@@ -134,6 +141,7 @@ impl CudaBackend {
         if let Some(sum) = self.deferred_sum.take() {
             self.moe_combine(&sum)?;
         }
+        self.settle_norm()?;
         let Some(part) = self.recorder.recording.take() else { return Ok(()) };
         let graph = Graph::end(&self.stream)?;
         graph.launch(&self.stream)?;
@@ -164,6 +172,7 @@ mod tests {
         let batch = StepBatch { tokens: vec![5, 6], rows: vec![row.clone(), row.clone()], logits: vec![0, 1] };
         assert!(only_decodes(&batch));
         assert!(!only_decodes(&StepBatch { logits: vec![1], ..batch.clone() }));
+        assert!(!only_decodes(&StepBatch { logits: vec![1, 0], ..batch.clone() }));
         let longer = Row { tokens: 2, ..row };
         assert!(!only_decodes(&StepBatch {
             tokens: vec![5, 6, 7],

@@ -16,7 +16,7 @@ use crate::ops::mlp::{GatedWeights, Mlp};
 use crate::ops::wide::WideWeights;
 use crate::params::{
     ElementParams, MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams,
-    MoeSelectSortParams, MoeSortParams, MoeTile, NormParams,
+    MoeSortParams, MoeTile, NormParams,
 };
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
@@ -36,16 +36,11 @@ const SKINNY_COLUMNS: usize = 128;
 const FEW_TOKENS: usize = 32;
 /// Rows of the smallest tile.
 const LEAST_TILE: usize = 16;
-/// Tokens that a block of the router scores, for this many experts.
-const ROUTER_TOKENS: usize = 4;
-const ROUTER_EXPERTS: usize = 4;
-/// Tokens from which the router is a tiled product, and the least depth of a part of it.
+/// Tokens from which the router's depth is cut into parts, and the least depth of a part.
 const ROUTER_MANY: usize = 16;
 const ROUTER_PART: usize = 128;
 /// Tokens from which the router is a dense product, where its weights are bfloat16 as stored.
 const ROUTER_PRODUCT: usize = 512;
-/// Warps of the block that selects and sorts for few tokens, one for each of them.
-const SELECT_WARPS: usize = 16;
 /// Widest row that one block sums and norms.
 const MOST_FUSED: usize = 2560;
 /// Dynamic shared memory that any block may use without asking.
@@ -90,6 +85,11 @@ impl Moe {
         self.shape.experts + self.shared_choices(tokens)
     }
 
+    /// Whether shared experts are not computed like the routed ones with few tokens.
+    pub(crate) fn has_shared_apart(&self) -> bool {
+        self.shared.is_some()
+    }
+
     /// The shared expert as an MLP, where it lies behind the routed ones.
     fn last_expert(&self, weights: &ExpertWeights, precision: DType) -> Option<GatedWeights> {
         let matrix = self.shape.experts * self.width * self.shape.hidden * precision.bytes();
@@ -102,9 +102,9 @@ impl Moe {
 }
 
 /// Device addresses of all experts' weights in the type of products.
-struct ExpertWeights {
-    gate_up: u64,
-    down: u64,
+pub(crate) struct ExpertWeights {
+    pub(crate) gate_up: u64,
+    pub(crate) down: u64,
 }
 
 /// Where the last layer's own selection lies.
@@ -118,7 +118,7 @@ pub(crate) struct Selected {
 pub(crate) struct Work {
     scores: u64,
     pub(crate) chosen: u64,
-    weights: u64,
+    pub(crate) weights: u64,
     pub(crate) source: u64,
     pub(crate) position: u64,
     pub(crate) tiles: u64,
@@ -192,6 +192,9 @@ impl CudaBackend {
         let work = self.moe_work(layer)?;
         self.moe_route(layer, x, forced, &work)?;
         let weights = self.moe_weights(layer)?;
+        if self.moe_single(layer).is_some() {
+            return self.moe_single_products(layer, &weights, &work, (x.address(), out.address()));
+        }
         self.moe_products(layer, x, &weights, &work)?;
         let mut is_apart = layer.shared_choices(tokens) == 0;
         match (&layer.shared, layer.last_expert(&weights, self.precision)) {
@@ -350,7 +353,8 @@ impl CudaBackend {
         let (tokens, shape) = (self.tokens(), layer.shape);
         let entries = tokens * layer.choices(tokens);
         let narrow = layer.narrow_router.as_ref().filter(|_| tokens >= ROUTER_PRODUCT);
-        let parts = if narrow.is_some() { 1 } else { router_parts(&shape, tokens) };
+        let parts =
+            if narrow.is_some() || self.moe_routes_few(layer, forced) { 1 } else { router_parts(&shape, tokens) };
         let params = MoeRouterParams {
             x: x.address(),
             weight: layer.router.address(),
@@ -360,20 +364,6 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             parts: parts as u32,
         };
-        if let Some(weight) = narrow {
-            let product =
-                Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
-            let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };
-            self.blas.run(&self.stream, &product, operands)?;
-        } else if tokens >= ROUTER_MANY {
-            let tile = ROUTER_TILE;
-            let mut grid = Grid::new(shape.experts.div_ceil(tile), tokens.div_ceil(tile), 256);
-            grid.blocks.2 = parts as u32;
-            self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?;
-        } else {
-            let grid = Grid::new(shape.experts.div_ceil(ROUTER_EXPERTS), tokens.div_ceil(ROUTER_TOKENS), 256);
-            self.stream.launch(&self.kernels.moe_router, grid, &params)?;
-        }
         let select = MoeSelectParams {
             scores: work.scores,
             bias: layer.bias.address(),
@@ -393,11 +383,6 @@ impl CudaBackend {
             parts: parts as u32,
             reserved: 0,
         };
-        if let Some((kernels, _)) = self.moe_wide(layer) {
-            let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
-            self.stream.launch(&self.kernels.moe_select, grid, &select)?;
-            return self.moe_wide_sort(layer, kernels, work);
-        }
         let sort = MoeSortParams {
             chosen: work.chosen,
             source: work.source,
@@ -410,16 +395,29 @@ impl CudaBackend {
             tile_rows: self.moe_tensor(layer).map_or(TILE_ROWS, |tensor| tensor.rows) as u32,
             routed: shape.experts as u32,
         };
-        let counts = layer.experts(tokens) * 4;
-        let selecting = SELECT_WARPS * select_shared(&shape);
-        if tokens <= SELECT_WARPS && parts == 1 && selecting <= PLAIN_SHARED {
-            let grid = Grid::new(1, 1, 32 * SELECT_WARPS as u32).shared(selecting.max(counts));
-            let both = MoeSelectSortParams { select, sort };
-            return self.stream.launch(&self.kernels.moe_select_sort, grid, &both);
+        if self.moe_routes_few(layer, forced) {
+            return self.moe_route_few(layer, (params, select, sort));
+        }
+        self.settle_norm()?;
+        if let Some(weight) = narrow {
+            let product =
+                Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
+            let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };
+            self.blas.run(&self.stream, &product, operands)?;
+        } else {
+            let tile = ROUTER_TILE;
+            let mut grid = Grid::new(shape.experts.div_ceil(tile), tokens.div_ceil(tile), 256);
+            grid.blocks.2 = parts as u32;
+            self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?;
+        }
+        if let Some((kernels, _)) = self.moe_wide(layer) {
+            let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
+            self.stream.launch(&self.kernels.moe_select, grid, &select)?;
+            return self.moe_wide_sort(layer, kernels, work);
         }
         let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
         self.stream.launch(&self.kernels.moe_select, grid, &select)?;
-        self.stream.launch(&self.kernels.moe_sort, Grid::new(1, 1, 1024).shared(counts), &sort)
+        self.stream.launch(&self.kernels.moe_sort, Grid::new(1, 1, 1024).shared(layer.experts(tokens) * 4), &sort)
     }
 
     /// Room for the layer's own selection; kept until the next layer's. Grows outside of steady state only.
