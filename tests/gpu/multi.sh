@@ -50,7 +50,7 @@ part_golden() {
   ((cards < 8)) || ranks=2,4,8
   mapfile -t cases < <(golden_cases)
   for dtype in fp32 bf16; do
-    check "golden cases over $cards cards in $dtype" env PERIGEE="$perigee" tests/tools/golden_matrix.sh --ranks "$ranks" --recorded \
+    check "golden cases over $cards cards in $dtype" env PERIGEE="$perigee" tests/tools/golden_matrix.sh --ranks "$ranks" --recorded --limit 140 \
       --device "$all" --dtype "$dtype" "${cases[@]}"
   done
 }
