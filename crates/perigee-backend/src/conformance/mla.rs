@@ -168,7 +168,7 @@ fn long_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer)
     let other = bench.sequence(&mut draw, 64);
     let beside = bench.place(&[0, 64])?;
     bench.fill(&[MlaRow { sequence: &other, segments: &beside, tokens: 0..30 }])?;
-    for bounds in checks.sizes(&[vec![0, 620], vec![0, 1, 65, 311, 500, 620]], &[vec![0, 311, 620]]) {
+    for bounds in checks.sizes(&[vec![0, 620], vec![0, 1, 65, 311, 500, 620]], &[vec![0, 1, 65, 311, 500, 620]]) {
         let segments = bench.place(bounds)?;
         let row = |tokens| MlaRow { sequence: &sequence, segments: &segments, tokens };
         bench.step(checks, &format!("311 tokens in segments {bounds:?}"), &[row(0..311)])?;
