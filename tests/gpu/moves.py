@@ -267,6 +267,7 @@ def main():
     with Cluster(binary, model, device, *options, "--token-budget", 32, "--pages-follow", "never", "--move-grace", 2) as cluster:
         random_schedules(cluster, count, first)
         all_free(cluster)
+        assert not device.startswith("cuda") or "piece=" in cluster.said(), "no step with remote rows ran in recorded pieces"
     with Cluster(binary, model, device, *options, "--move-grace", 2) as cluster:
         latents_follow(cluster)
         all_free(cluster)

@@ -5,14 +5,14 @@
 #   tests/gpu/multi.sh [PART...]   all of: golden grid moves distance kill
 #
 # golden    golden cases with 2, 4 and 8 ranks, one a card where there are so many
-# grid      `bench engine` on random:48b, all cards one replica: batch by context; with one card random:48b-e16, two ranks on it
+# grid      `bench grid` on random:48b, all cards one replica: batch by context; with one card random:48b-e16, two ranks on it
 # moves     streams that move between replicas on different cards, in float32: tests/gpu/moves.py
 # distance  `bench migrate` in bf16, where digests hold the bits of states equal: bytes, stalls, the price of remote attention
 # kill      a rank is killed, one is stopped, the others leave
 #
 # Replicas hand sessions to each other by CUDA's handles of memory, over NVLink where there is one; communicators of NCCL between
-# replicas do not exist. PERIGEE_GPU_BIN, PERIGEE_GOLDEN and PYTHON as in tests/gpu/run; PERIGEE_CONTEXTS are the contexts of grid and
-# distance, PERIGEE_FILLED those of distance whose latents are filled in rather than computed, PERIGEE_BATCHES the batches of grid.
+# replicas do not exist. PERIGEE_GPU_BIN, PERIGEE_GOLDEN and PYTHON as in tests/gpu/run; PERIGEE_CELLS are the cells of grid,
+# PERIGEE_CONTEXTS the contexts of distance, PERIGEE_FILLED those whose latents are filled in rather than computed.
 # What cannot run is reported as not run. Exit status 1 when something failed.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -50,18 +50,18 @@ part_golden() {
   ((cards < 8)) || ranks=2,4,8
   mapfile -t cases < <(golden_cases)
   for dtype in fp32 bf16; do
-    check "golden cases over $cards cards in $dtype" env PERIGEE="$perigee" tests/tools/golden_matrix.sh --ranks "$ranks" --recorded \
+    check "golden cases over $cards cards in $dtype" env PERIGEE="$perigee" tests/tools/golden_matrix.sh --ranks "$ranks" --recorded --limit 140 \
       --device "$all" --dtype "$dtype" "${cases[@]}"
   done
 }
 
 part_grid() {
   if ((cards > 1)); then
-    check "grid of random:48b, $cards ranks" "$perigee" bench engine --model random:48b --device "$all" --tp "$cards" \
-      --batch "${PERIGEE_BATCHES:-1,8,64,256}" --context "${PERIGEE_CONTEXTS:-1024,8192,65536}"
+    check "grid of random:48b, $cards ranks" "$PYTHON" tests/gpu/grid.py "$perigee" random:48b "$all" "$cards" \
+      "${PERIGEE_CELLS:-1x1024,8x1024,64x1024,256x1024,1x8192,64x8192,1x65536}" --state-slots 300
   else
-    check 'grid of random:48b-e16, two ranks on one card' "$perigee" bench engine --model random:48b-e16 --device cuda --tp 2 \
-      --state-slots 8 --latent-pages 256 --batch "${PERIGEE_BATCHES:-1}" --context "${PERIGEE_CONTEXTS:-1024}" --steps 8
+    check 'grid of random:48b-e16, two ranks on one card' "$PYTHON" tests/gpu/grid.py "$perigee" random:48b-e16 "$all" 2 \
+      "${PERIGEE_CELLS:-1x256}" --state-slots 8 --latent-pages 256 --max-model-len 4096
   fi
 }
 

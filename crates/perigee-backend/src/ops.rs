@@ -2,6 +2,7 @@
 //! description. A backend owns its device, its caches and its seat in the tensor-parallel group; the model owns layers and
 //! activations and never learns what device they are on.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::batch::{Row, StepBatch};
@@ -47,6 +48,17 @@ pub struct Partials<T> {
     pub output: T,
     /// [tokens, heads], full precision; -inf where the part is empty.
     pub lse: T,
+}
+
+/// A part of one token's attention that was computed elsewhere.
+#[derive(Debug, Clone, Copy)]
+pub struct OtherPart<'a> {
+    /// Which token of the step.
+    pub token: usize,
+    /// [heads * R], normalised.
+    pub output: &'a [f32],
+    /// `[heads]`, natural log of the sum of exponentials.
+    pub lse: &'a [f32],
 }
 
 /// The four tensors of a KDA layer's state.
@@ -173,7 +185,7 @@ pub trait Backend: Send {
     /// A tensor of `rows` by `width`, poisoned.
     fn tensor(&mut self, rows: usize, width: usize, precision: Precision) -> Result<Self::Tensor>;
 
-    // A step: `run_recorded` or `begin_step`, then ops in the model's order. The current batch is implicit in all of them.
+    // A step: `run_recorded`, `begin_pieces` or `begin_step`, then ops in the model's order. The current batch is implicit in all of them.
 
     /// Offers a step to run as a whole, `batch` already validated, instead of op by op: where the answer is not
     /// [`Recorded::No`], `begin_step` is left out. Only steps whose ops nobody changes or looks into are offered, always of the
@@ -184,6 +196,16 @@ pub trait Backend: Send {
     /// Ends what [`Recorded::Recording`] began, and runs it.
     fn end_recording(&mut self) -> Result<()> {
         Ok(())
+    }
+    /// The same for a step that others take part in at its MLA layers. Its pieces are the ops up to the first `mla_project`,
+    /// those from an `mla_output` to the next `mla_project`, and the rest; `mla_attend` and what comes of others stays between
+    /// them. Where the answer is yes, `begin_step` is left out and every piece is offered to `run_piece`. As provided, no.
+    fn begin_pieces(&mut self, _batch: &StepBatch) -> Result<bool> {
+        Ok(false)
+    }
+    /// Offers the next piece of the step, counted from 0, as `run_recorded` offers a whole one.
+    fn run_piece(&mut self, _number: usize) -> Result<Recorded> {
+        Ok(Recorded::No)
     }
     /// Makes `batch`, already validated, the current one.
     fn begin_step(&mut self, batch: &StepBatch) -> Result<()>;
@@ -226,15 +248,12 @@ pub trait Backend: Send {
         let _ = row;
         true
     }
-    /// Merges another part, computed elsewhere, into `partials` for one token of the step whose row's partials are shown:
-    /// `output` [heads * R], `lse` `[heads]`.
+    /// Merges parts computed elsewhere into `partials`, one after the other; those of their tokens' rows are shown.
     fn mla_merge(
         &mut self,
         layer: &Self::Mla,
         partials: &mut Partials<Self::Tensor>,
-        token: usize,
-        output: &[f32],
-        lse: &[f32],
+        parts: &[OtherPart<'_>],
     ) -> Result<()>;
     /// Last third: values from latent space, then this rank's partial sum of the output projection.
     fn mla_output(
@@ -309,6 +328,13 @@ pub trait Backend: Send {
 
     /// The first `rows` rows as float32.
     fn read(&mut self, tensor: &Self::Tensor, rows: usize) -> Result<Vec<f32>>;
+    /// The same for some rows.
+    fn read_some(&mut self, tensor: &Self::Tensor, rows: Range<usize>) -> Result<Vec<f32>> {
+        let mut values = self.read(tensor, rows.end)?;
+        let width = values.len() / rows.end.max(1);
+        values.drain(..(rows.start * width).min(values.len()));
+        Ok(values)
+    }
     /// Overwrites the first rows; `values.len()` is a multiple of the width.
     fn write(&mut self, tensor: &mut Self::Tensor, values: &[f32]) -> Result<()>;
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{
-    Backend, BackendError, CacheShape, DType, KdaShape, LatentReader, MlaShape, MlpShape, MoeShape, Partials,
-    Precision, Result, Routing, StatePart, StepBatch, TensorSlice,
+    Backend, BackendError, CacheShape, DType, KdaShape, LatentReader, MlaShape, MlpShape, MoeShape, OtherPart,
+    Partials, Precision, Result, Routing, StatePart, StepBatch, TensorSlice,
 };
 use perigee_collectives::Collective;
 use perigee_sampling::{Draw, Sampled, Scratch};
@@ -326,21 +326,16 @@ impl Backend for CpuBackend {
         )
     }
 
-    fn mla_merge(
-        &mut self,
-        layer: &Mla,
-        partials: &mut Partials<Tensor>,
-        token: usize,
-        output: &[f32],
-        lse: &[f32],
-    ) -> Result<()> {
+    fn mla_merge(&mut self, layer: &Mla, partials: &mut Partials<Tensor>, parts: &[OtherPart<'_>]) -> Result<()> {
         let (heads, width) = (layer.shape.heads, layer.shape.heads * layer.shape.latent);
-        if output.len() != width || lse.len() != heads {
-            return Err(BackendError::shape("merged part", &[width, heads], &[output.len(), lse.len()]));
+        for &OtherPart { token, output, lse } in parts {
+            if output.len() != width || lse.len() != heads {
+                return Err(BackendError::shape("merged part", &[width, heads], &[output.len(), lse.len()]));
+            }
+            let mine = &mut partials.output.head_mut(token + 1)?[token * width..];
+            let mine_lse = &mut partials.lse.head_mut(token + 1)?[token * heads..];
+            merge(mine, mine_lse, output, lse);
         }
-        let mine = &mut partials.output.head_mut(token + 1)?[token * width..];
-        let mine_lse = &mut partials.lse.head_mut(token + 1)?[token * heads..];
-        merge(mine, mine_lse, output, lse);
         Ok(())
     }
 

@@ -2,10 +2,11 @@
 //! kernels, products, working memory, caches, the seat in the tensor-parallel group). All work is queued on one stream; only
 //! reads, exports and exchanges with other ranks wait for it. A backend stays on the thread that opened it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use perigee_backend::batch::{Row, StepBatch};
-use perigee_backend::ops::{Backend, LatentReader, Partials, Precision, Recorded, Routing, StatePart};
+use perigee_backend::ops::{Backend, LatentReader, OtherPart, Partials, Precision, Recorded, Routing, StatePart};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
 use perigee_collectives::Collective;
@@ -24,6 +25,7 @@ use crate::loader::Loader;
 use crate::module::Program;
 use crate::needs;
 use crate::ops::embed::Embedding;
+use crate::ops::few::ROUTE_COUNTS;
 use crate::ops::kda::Kda;
 use crate::ops::logits::Head;
 use crate::ops::mla::Mla;
@@ -31,7 +33,7 @@ use crate::ops::mlp::Mlp;
 use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
 use crate::ops::sample::{Draws, MOST_TOKENS};
-use crate::params::MoeCombineParams;
+use crate::params::{MoeCombineParams, NormParams};
 use crate::reader::Reader;
 use crate::recorder::Recorder;
 use crate::scratch::Scratch;
@@ -62,7 +64,13 @@ pub struct CudaBackend {
     pub(crate) selected: Option<Selected>,
     /// A sum of experts that the norm behind it computes; while a step is recorded only.
     pub(crate) deferred_sum: Option<MoeCombineParams>,
-    /// Experts touched so far, one 64-bit number.
+    /// A norm of the residual stream that the op behind it may compute; while a step is recorded only.
+    pub(crate) deferred_norm: Option<NormParams>,
+    /// Where the residual stream at the first address lies between two norms of a recording.
+    pub(crate) moved_stream: Option<(u64, u64)>,
+    /// Room for it: a row of float32.
+    pub(crate) stream_copy: Option<Buffer>,
+    /// Experts touched so far, one 64-bit number; behind it the counts of blocks that the routing of few tokens keeps.
     pub(crate) touched: Buffer,
     pub(crate) draws: Draws,
     /// Sums over a slot on their way to the host, once some were wanted.
@@ -107,8 +115,8 @@ impl CudaBackend {
         let formula = Formula::from_environment()?;
         let device = program.modules.device().clone();
         let stream = Stream::new(&device)?;
-        let touched = Buffer::new(&device, 8, "count of experts")?;
-        stream.fill(&touched, 0, 8, 0)?;
+        let touched = Buffer::new(&device, 8 + ROUTE_COUNTS, "count of experts")?;
+        stream.fill(&touched, 0, touched.bytes(), 0)?;
         Ok(Self {
             recorder: Recorder::default(),
             precision,
@@ -119,6 +127,9 @@ impl CudaBackend {
             step: Step::default(),
             selected: None,
             deferred_sum: None,
+            deferred_norm: None,
+            moved_stream: None,
+            stream_copy: None,
             touched,
             draws: Draws::default(),
             sums: None,
@@ -285,6 +296,14 @@ impl Backend for CudaBackend {
         self.recording_end()
     }
 
+    fn begin_pieces(&mut self, batch: &StepBatch) -> Result<bool> {
+        self.pieces_begin(batch)
+    }
+
+    fn run_piece(&mut self, number: usize) -> Result<Recorded> {
+        self.piece_run(number)
+    }
+
     fn embed(&mut self, table: &Embedding, out: &mut Tensor) -> Result<()> {
         self.embed_run(table, out)
     }
@@ -319,15 +338,8 @@ impl Backend for CudaBackend {
         self.planning().stretch == 0 || !is_expanded(row)
     }
 
-    fn mla_merge(
-        &mut self,
-        layer: &Mla,
-        partials: &mut Partials<Tensor>,
-        token: usize,
-        output: &[f32],
-        lse: &[f32],
-    ) -> Result<()> {
-        self.mla_merge_run(layer, partials, token, output, lse)
+    fn mla_merge(&mut self, layer: &Mla, partials: &mut Partials<Tensor>, parts: &[OtherPart<'_>]) -> Result<()> {
+        self.mla_merge_run(layer, partials, parts)
     }
 
     fn mla_output(&mut self, layer: &Mla, partials: &Partials<Tensor>, out: &mut Tensor) -> Result<()> {
@@ -393,8 +405,12 @@ impl Backend for CudaBackend {
     }
 
     fn read(&mut self, tensor: &Tensor, rows: usize) -> Result<Vec<f32>> {
-        if rows > tensor.rows {
-            return Err(BackendError::shape("rows read", &[tensor.rows], &[rows]));
+        self.read_some(tensor, 0..rows)
+    }
+
+    fn read_some(&mut self, tensor: &Tensor, rows: Range<usize>) -> Result<Vec<f32>> {
+        if rows.end > tensor.rows {
+            return Err(BackendError::shape("rows read", &[tensor.rows], &[rows.end]));
         }
         let values = self.read_rows(tensor, rows)?;
         self.exchange.check()?;

@@ -8,12 +8,14 @@ use perigee_backend::{DType, Result};
 use crate::formula::{Fault, Formula};
 use crate::module::{Kernel, Modules};
 use crate::needs::KDA_HEAD_DIMS;
+use crate::ops::dense::{RING_BYTES, ring_bytes};
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
-    ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAttendParams, MlaDecodeParams,
-    MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MoeCombineNormParams, MoeCombineParams,
-    MoeGatherParams, MoeProductParams, MoeRouterParams, MoeSelectParams, MoeSelectSortParams, MoeSortParams,
-    MoeSpreadParams, MoeWideParams, NormParams, SampleParams, SkinnyParams, StateSumParams,
+    ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAbsorbParams, MlaAttendParams, MlaDecodeParams,
+    MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MlaValuesParams, MoeCombineNormParams,
+    MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams, MoeSelectParams,
+    MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams, SampleParams,
+    SkinnyParams, StateSumParams,
 };
 
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
@@ -40,24 +42,34 @@ pub(crate) struct Kernels {
     pub(crate) mla_attention: AttentionKernels,
     /// With bfloat16 activations only.
     pub(crate) mla_expanded: Option<MlaExpanded>,
+    /// With bfloat16 activations only.
+    pub(crate) mla_few: Option<MlaFew>,
     pub(crate) mla_merge_other: Kernel<MlaMergeParams>,
-    pub(crate) moe_router: Kernel<MoeRouterParams>,
     pub(crate) moe_router_tile: Kernel<MoeRouterParams>,
     /// With weights in bfloat16, as activations are.
     pub(crate) moe_router_tensor: Option<Kernel<MoeRouterParams>>,
     pub(crate) moe_select: Kernel<MoeSelectParams>,
     pub(crate) moe_sort: Kernel<MoeSortParams>,
-    pub(crate) moe_select_sort: Kernel<MoeSelectSortParams>,
+    /// Router, selection and sort of a few tokens.
+    pub(crate) moe_route: Kernel<MoeRouteParams>,
+    /// The same with the norm ahead of them; with bfloat16 activations only.
+    pub(crate) moe_norm_route: Option<Kernel<MoeRouteParams>>,
     pub(crate) moe_gate_up: Kernel<MoeProductParams>,
     pub(crate) moe_down: Kernel<MoeProductParams>,
-    /// By ascending rows of a tile; with bfloat16 activations only.
-    pub(crate) moe_tensor: Vec<MoeTensor>,
+    /// For experts of few rows each whose sizes the next ones do not fit; with bfloat16 activations only.
+    pub(crate) moe_tensor: Option<MoeTensor>,
     /// For experts of few rows each, by ascending weight rows of a block; with bfloat16 activations only.
     pub(crate) moe_skinny: Vec<MoeTensor>,
     /// For steps of many rows an expert; with bfloat16 activations only.
     pub(crate) moe_wide: Option<MoeWide>,
     pub(crate) moe_combine: Kernel<MoeCombineParams>,
     pub(crate) moe_combine_norm: Kernel<MoeCombineNormParams>,
+    /// The experts' products of one token; with bfloat16 activations only.
+    pub(crate) moe_single: Option<MoeSingle>,
+    /// Dense products of one token, by ascending depth; with bfloat16 activations only.
+    pub(crate) single: Vec<Single>,
+    /// The same of up to [`NORMED_DEPTH`] numbers with the norm of the residual stream ahead of it.
+    pub(crate) single_normed: Option<Kernel<NormedProductParams>>,
     /// Dense products with few tokens, by ascending tokens; with bfloat16 activations only.
     pub(crate) skinny: Vec<Skinny>,
     pub(crate) sample_logprobs: Kernel<SampleParams>,
@@ -224,6 +236,30 @@ impl MlaExpanded {
     }
 }
 
+/// The products with the latent's weights for few tokens.
+#[derive(Debug)]
+pub(crate) struct MlaFew {
+    pub(crate) absorb: Kernel<MlaAbsorbParams>,
+    pub(crate) values: Kernel<MlaValuesParams>,
+}
+
+impl MlaFew {
+    /// Most tokens: each of them reads the weights.
+    pub(crate) const TOKENS: usize = 4;
+    /// Longest key without its "rope" channels, longest latent, channels of the latent of a block, and values of a block (mla_few.cu).
+    pub(crate) const NOPE: usize = 128;
+    pub(crate) const LATENT: usize = 512;
+    pub(crate) const COLUMNS: usize = 128;
+    pub(crate) const VALUES: usize = 32;
+
+    fn load(modules: &Modules) -> Result<Self> {
+        Ok(Self {
+            absorb: modules.overlapping("mla_few", "mla_absorb_few_bf16")?,
+            values: modules.overlapping("mla_few", "mla_values_few_bf16")?,
+        })
+    }
+}
+
 /// Grouped products on tensor cores, for one number of rows of a tile.
 #[derive(Debug)]
 pub(crate) struct MoeTensor {
@@ -233,6 +269,60 @@ pub(crate) struct MoeTensor {
     pub(crate) gate_up: Kernel<MoeProductParams>,
     pub(crate) down: Kernel<MoeProductParams>,
     pub(crate) shared: usize,
+}
+
+/// Warps of a block that multiplies one token, each with a ring of rows; and the least and the most rows of a ring (gemm/single.cuh).
+pub(crate) const RING_WARPS: usize = 8;
+pub(crate) const RING_STAGES: (usize, usize) = (3, 8);
+
+/// Longest token that is normed on the way to its product, by the pieces of single.cu.
+pub(crate) const NORMED_DEPTH: usize = 9 * 256;
+
+/// Dense products of one token of up to `depth` numbers.
+#[derive(Debug)]
+pub(crate) struct Single {
+    pub(crate) depth: usize,
+    pub(crate) result: DType,
+    pub(crate) kernel: Kernel<SkinnyParams>,
+}
+
+impl Single {
+    /// By pieces of 8 numbers a lane.
+    fn load(modules: &Modules, pieces: usize, result: DType) -> Result<Self> {
+        let depth = pieces * 256;
+        let suffix = if result == DType::Bf16 { "bf16" } else { "fp32" };
+        let kernel = modules.overlapping("single", &format!("single_{suffix}_{pieces}"))?;
+        kernel.allow_shared(most_ring(depth))?;
+        Ok(Self { depth, result, kernel })
+    }
+}
+
+/// The experts' products of one token.
+#[derive(Debug)]
+pub(crate) struct MoeSingle {
+    pub(crate) gate_up: Kernel<MoeSingleParams>,
+    pub(crate) down: Kernel<MoeSingleParams>,
+}
+
+impl MoeSingle {
+    /// Widest token of gate and up, and of down, by the pieces of moe_product_single.cu.
+    pub(crate) const MOST: (usize, usize) = (9 * 256, 4 * 256);
+    /// Most experts of a token, and most products of a block of down.
+    pub(crate) const MOST_CHOICES: usize = 32;
+    pub(crate) const MOST_DOTS: usize = 512;
+
+    fn load(modules: &Modules) -> Result<Self> {
+        let gate_up = modules.overlapping("moe_product_single", "moe_gate_up_single")?;
+        let down = modules.overlapping("moe_product_single", "moe_down_single")?;
+        gate_up.allow_shared(most_ring(Self::MOST.0))?;
+        down.allow_shared(most_ring(Self::MOST.1) + Self::MOST_CHOICES * Self::MOST.1 * 2)?;
+        Ok(Self { gate_up, down })
+    }
+}
+
+/// Most bytes of the rings of a block for tokens of up to `depth` numbers.
+fn most_ring(depth: usize) -> usize {
+    ring_bytes(RING_STAGES.0, depth).max(RING_BYTES)
 }
 
 /// A dense product with few tokens, for one number of tokens and one of weight rows of a block.
@@ -339,7 +429,7 @@ impl Kernels {
             load_bf16: modules.kernel("load", "load_rows_bf16")?,
             rms_norm: modules.overlapping("norm", &typed("rms_norm"))?,
             rms_norm_stream: modules.overlapping("norm", &typed("rms_norm_stream"))?,
-            gather: modules.kernel("embed", &typed("gather"))?,
+            gather: modules.overlapping("embed", &typed("gather"))?,
             gather_widened: modules.kernel("embed", &typed("gather_widened"))?,
             convert_bf16: modules.overlapping("elements", "convert_bf16")?,
             silu_mul: modules.overlapping("elements", &typed("silu_mul"))?,
@@ -357,8 +447,11 @@ impl Kernels {
                 DType::Bf16 => Some(MlaExpanded::load(&modules)?),
                 DType::Fp32 => None,
             },
+            mla_few: match precision {
+                DType::Bf16 => Some(MlaFew::load(&modules)?),
+                DType::Fp32 => None,
+            },
             mla_merge_other: modules.kernel("mla_merge", "mla_merge_other")?,
-            moe_router: modules.overlapping("moe_router", &typed("moe_router"))?,
             moe_router_tile: modules.overlapping("moe_router", &typed("moe_router_tile"))?,
             moe_router_tensor: match precision {
                 DType::Bf16 => {
@@ -370,18 +463,16 @@ impl Kernels {
             },
             moe_select: modules.overlapping("moe_select", &format!("moe_select{select_fault}"))?,
             moe_sort: modules.overlapping("moe_select", "moe_sort")?,
-            moe_select_sort: modules.overlapping("moe_select", &format!("moe_select_sort{select_fault}"))?,
+            moe_route: modules.overlapping("moe_route", &typed("moe_route"))?,
+            moe_norm_route: match precision {
+                DType::Bf16 => Some(modules.overlapping("moe_route", "moe_norm_route_bf16")?),
+                DType::Fp32 => None,
+            },
             moe_gate_up: modules.kernel("moe_product", &typed("moe_gate_up"))?,
             moe_down: modules.kernel("moe_product", &typed("moe_down"))?,
             moe_tensor: match precision {
-                DType::Bf16 => {
-                    let sizes = [(16, 5), (64, 4), (128, 3)];
-                    sizes
-                        .iter()
-                        .map(|&(rows, stages)| MoeTensor::load(&modules, rows, stages))
-                        .collect::<Result<_>>()?
-                }
-                DType::Fp32 => Vec::new(),
+                DType::Bf16 => Some(MoeTensor::load(&modules, 16, 5)?),
+                DType::Fp32 => None,
             },
             moe_skinny: match precision {
                 DType::Bf16 => vec![MoeTensor::skinny(&modules, 4)?, MoeTensor::skinny(&modules, 8)?],
@@ -393,6 +484,26 @@ impl Kernels {
             },
             moe_combine: modules.overlapping("moe_combine", &typed("moe_combine"))?,
             moe_combine_norm: modules.overlapping("moe_combine", &typed("moe_combine_norm"))?,
+            moe_single: match precision {
+                DType::Bf16 => Some(MoeSingle::load(&modules)?),
+                DType::Fp32 => None,
+            },
+            single: match precision {
+                DType::Bf16 => {
+                    let forms = [(9, DType::Bf16), (9, DType::Fp32), (16, DType::Bf16)];
+                    let load = |&(pieces, result)| Single::load(&modules, pieces, result);
+                    forms.iter().map(load).collect::<Result<_>>()?
+                }
+                DType::Fp32 => Vec::new(),
+            },
+            single_normed: match precision {
+                DType::Bf16 => {
+                    let kernel = modules.overlapping("single", "single_normed_9")?;
+                    kernel.allow_shared(most_ring(NORMED_DEPTH))?;
+                    Some(kernel)
+                }
+                DType::Fp32 => None,
+            },
             skinny: match precision {
                 DType::Bf16 => {
                     let forms = [(8, 1, 4), (8, 4, 4)];

@@ -34,6 +34,7 @@ pub(crate) struct NormParams {
     pub(crate) delta: u64,
     pub(crate) weight: u64,
     pub(crate) out: u64,
+    pub(crate) sum: u64,
     pub(crate) width: u32,
     pub(crate) residual_pitch: u32,
     pub(crate) out_pitch: u32,
@@ -89,7 +90,15 @@ pub(crate) struct SkinnyParams {
     pub(crate) depth: u32,
     pub(crate) in_pitch: u32,
     pub(crate) out_pitch: u32,
-    pub(crate) reserved: u32,
+    pub(crate) stages: u32,
+}
+
+/// `gemm/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct NormedProductParams {
+    pub(crate) product: SkinnyParams,
+    pub(crate) norm: NormParams,
 }
 
 /// `kda/params.h`: a row of the step.
@@ -197,6 +206,29 @@ pub(crate) struct MlaStoreParams {
     pub(crate) eps: f32,
     pub(crate) query_pitch: u32,
     pub(crate) query_source: u64,
+}
+
+/// `mla/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MlaAbsorbParams {
+    pub(crate) store: MlaStoreParams,
+    pub(crate) weight: u64,
+    pub(crate) value: u32,
+    pub(crate) reserved: u32,
+}
+
+/// `mla/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MlaValuesParams {
+    pub(crate) latents: u64,
+    pub(crate) weight: u64,
+    pub(crate) out: u64,
+    pub(crate) heads: u32,
+    pub(crate) nope: u32,
+    pub(crate) value: u32,
+    pub(crate) latent: u32,
 }
 
 /// `mla/params.h`
@@ -357,9 +389,12 @@ pub(crate) struct MoeSortParams {
 /// `moe/params.h`
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(crate) struct MoeSelectSortParams {
+pub(crate) struct MoeRouteParams {
+    pub(crate) router: MoeRouterParams,
     pub(crate) select: MoeSelectParams,
     pub(crate) sort: MoeSortParams,
+    pub(crate) norm: NormParams,
+    pub(crate) arrived: u64,
 }
 
 /// `moe/params.h`
@@ -395,6 +430,23 @@ pub(crate) struct MoeProductParams {
     pub(crate) width: u32,
     pub(crate) top_k: u32,
     pub(crate) reserved: u32,
+}
+
+/// `moe/params.h`
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub(crate) struct MoeSingleParams {
+    pub(crate) input: u64,
+    pub(crate) weight: u64,
+    pub(crate) out: u64,
+    pub(crate) chosen: u64,
+    pub(crate) weights: u64,
+    pub(crate) depth: u32,
+    pub(crate) width: u32,
+    pub(crate) choices: u32,
+    pub(crate) shared: u32,
+    pub(crate) experts: u32,
+    pub(crate) stages: u32,
 }
 
 /// `moe/params.h`

@@ -109,6 +109,12 @@ impl LatentReader for Reader {
         let is_asked = |one: &&Asked<'_>| !one.pages.is_empty() && !one.queries.is_empty();
         let some: Vec<Asked<'_>> = asked.iter().filter(is_asked).copied().collect();
         let (mut output, mut lse) = (Vec::new(), Vec::new());
+        if let [_] = some[..]
+            && asked.len() == 1
+        {
+            let question = Question { layer, heads, scale, latent, asked: &some };
+            return Ok(vec![self.on_a_lane(|lane| lane.answer(self, &question))?]);
+        }
         if !some.is_empty() {
             let question = Question { layer, heads, scale, latent, asked: &some };
             (output, lse) = self.on_a_lane(|lane| lane.answer(self, &question))?;

@@ -1,5 +1,5 @@
 //! Decode steps as graphs: one for each size of the ladder, recorded from the ops of the first step of that size and run as
-//! a whole from then on. What a step is about (tokens, slots, places, who attends to what) is sent to fixed addresses before;
+//! a whole from then on. Steps that others take part in are cut at the MLA layers and have a graph for each piece. What a step is about (tokens, slots, places, who attends to what) is sent to fixed addresses before;
 //! rows that pad it to its size are skipped there. Any other step is run op by op.
 
 use std::collections::HashMap;
@@ -16,13 +16,24 @@ use crate::step::DecodeForm;
 #[derive(Debug, Default)]
 pub(crate) struct Recorder {
     ladder: Vec<usize>,
-    graphs: HashMap<usize, Graph>,
+    graphs: HashMap<Part, Graph>,
     /// Addresses that the graphs were recorded with.
     bases: Vec<u64>,
-    /// The size that is being recorded.
-    recording: Option<usize>,
+    /// What is being recorded.
+    recording: Option<Part>,
+    /// Rows of the step whose pieces are offered, padding included.
+    rows: usize,
     /// Whether a step was run op by op: the first one makes plans and buffers, which a recording may not.
     has_run: bool,
+}
+
+/// What a graph runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Part {
+    /// Rows of the step, padding included.
+    rows: usize,
+    /// Which piece of it; none for the whole step.
+    piece: Option<usize>,
 }
 
 impl Recorder {
@@ -39,20 +50,27 @@ impl Recorder {
         self.recording.is_some()
     }
 
+    /// Whether a step is recorded as a whole: what one op leaves to the next need not outlast a piece, which may be run without the
+    /// next being recorded.
+    pub(crate) fn records_whole(&self) -> bool {
+        self.recording.is_some_and(|part| part.piece.is_none())
+    }
+
     pub(crate) fn note_run(&mut self) {
         self.has_run = true;
     }
 }
 
-/// Whether every row of a batch feeds one token and wants its logits.
+/// Whether every row of a batch feeds one token and wants its logits, in their order.
 fn only_decodes(batch: &StepBatch) -> bool {
-    batch.logits.len() == batch.rows.len() && batch.tokens.len() == batch.rows.len()
+    let rows = batch.rows.len();
+    batch.tokens.len() == rows && batch.logits.iter().copied().eq(0..rows as u32)
 }
 
 impl CudaBackend {
     /// Gives up a recording whose step failed.
     pub(crate) fn abandon_recording(&mut self) {
-        self.deferred_sum = None;
+        (self.deferred_sum, self.deferred_norm, self.moved_stream) = (None, None, None);
         if self.recorder.recording.take().is_some() {
             Graph::abandon(&self.stream);
         }
@@ -60,18 +78,38 @@ impl CudaBackend {
 
     /// See [`perigee_backend::Backend::run_recorded`].
     pub(crate) fn recorded_run(&mut self, batch: &StepBatch) -> Result<Recorded> {
+        match self.prepare(batch)? {
+            Some(rows) => self.play(Part { rows, piece: None }),
+            None => Ok(Recorded::No),
+        }
+    }
+
+    /// See [`perigee_backend::Backend::begin_pieces`].
+    pub(crate) fn pieces_begin(&mut self, batch: &StepBatch) -> Result<bool> {
+        let rows = self.prepare(batch)?;
+        self.recorder.rows = rows.unwrap_or_default();
+        Ok(rows.is_some())
+    }
+
+    /// See [`perigee_backend::Backend::run_piece`].
+    pub(crate) fn piece_run(&mut self, number: usize) -> Result<Recorded> {
+        self.play(Part { rows: self.recorder.rows, piece: Some(number) })
+    }
+
+    /// Sends the plan of a step that can be recorded, and says how many rows it has with those that pad it.
+    fn prepare(&mut self, batch: &StepBatch) -> Result<Option<usize>> {
         self.abandon_recording();
         // What goes through host memory waits for it. All ranks decide alike: it depends on the plan and on the steps before.
         let on_device = !matches!(self.exchange, Exchange::Host(_));
         let size = rung(&self.recorder.ladder, batch.rows.len())
             .filter(|_| self.recorder.has_run && on_device && only_decodes(batch));
-        let Some(rows) = size else { return Ok(Recorded::No) };
+        let Some(rows) = size else { return Ok(None) };
         self.stream.device().bind()?;
         self.exchange.check()?;
         let planning = self.planning();
         let form = DecodeForm { rows, pages: self.cache()?.shape().pages, formula: self.formula };
         if !self.step.begin_decode(&self.stream, batch, &self.feed, planning, form)? {
-            return Ok(Recorded::No);
+            return Ok(None);
         }
         let fed = std::mem::take(&mut self.feed).len();
         self.feed_run(fed)?;
@@ -84,12 +122,17 @@ impl CudaBackend {
             self.recorder.graphs.clear();
             self.recorder.bases = bases;
         }
-        if let Some(graph) = self.recorder.graphs.get(&rows) {
+        Ok(Some(rows))
+    }
+
+    /// Runs what is recorded of the step, or begins to record it.
+    fn play(&mut self, part: Part) -> Result<Recorded> {
+        if let Some(graph) = self.recorder.graphs.get(&part) {
             graph.launch(&self.stream)?;
             return Ok(Recorded::Done);
         }
         Graph::begin(&self.stream)?;
-        self.recorder.recording = Some(rows);
+        self.recorder.recording = Some(part);
         Ok(Recorded::Recording)
     }
 
@@ -98,11 +141,12 @@ impl CudaBackend {
         if let Some(sum) = self.deferred_sum.take() {
             self.moe_combine(&sum)?;
         }
-        let Some(rows) = self.recorder.recording.take() else { return Ok(()) };
+        self.settle_norm()?;
+        let Some(part) = self.recorder.recording.take() else { return Ok(()) };
         let graph = Graph::end(&self.stream)?;
         graph.launch(&self.stream)?;
-        self.recorder.graphs.insert(rows, graph);
-        tracing::debug!(rows, "recorded a decode step");
+        self.recorder.graphs.insert(part, graph);
+        tracing::debug!(rows = part.rows, piece = part.piece, "recorded a decode step");
         Ok(())
     }
 
@@ -128,6 +172,7 @@ mod tests {
         let batch = StepBatch { tokens: vec![5, 6], rows: vec![row.clone(), row.clone()], logits: vec![0, 1] };
         assert!(only_decodes(&batch));
         assert!(!only_decodes(&StepBatch { logits: vec![1], ..batch.clone() }));
+        assert!(!only_decodes(&StepBatch { logits: vec![1, 0], ..batch.clone() }));
         let longer = Row { tokens: 2, ..row };
         assert!(!only_decodes(&StepBatch {
             tokens: vec![5, 6, 7],

@@ -41,6 +41,11 @@ impl Scratch {
         self.buffer.as_ref().map_or(0, Buffer::address)
     }
 
+    /// Size of the block.
+    pub(crate) fn bytes(&self) -> usize {
+        self.buffer.as_ref().map_or(0, Buffer::bytes)
+    }
+
     /// Tokens that it has room for.
     pub(crate) fn tokens(&self) -> usize {
         self.tokens

@@ -18,7 +18,7 @@ const NO_PART: u32 = u32::MAX;
 /// The place of a row that pads a step, as in `mla/params.h`.
 const NO_PLACE: u32 = u32::MAX;
 /// Least keys of a split: below it a split costs more than it gains.
-const LEAST_SPLIT: usize = 256;
+const LEAST_SPLIT: usize = 64;
 /// Least pages that a block is dealt.
 const LEAST_PAGES: usize = 2;
 

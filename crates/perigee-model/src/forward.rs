@@ -2,7 +2,9 @@
 //! around the residual stream, then the head. What happens inside an op is the backend's business; what a caller wants to
 //! see or to change on the way (traces, forced routing, attention answered elsewhere) goes through [`StepHooks`].
 
-use perigee_backend::{Backend, DType, Partials, Precision, Recorded, Routing, StepBatch};
+use std::ops::Range;
+
+use perigee_backend::{Backend, DType, OtherPart, Partials, Precision, Recorded, Routing, StepBatch};
 
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -18,14 +20,20 @@ pub struct RemotePart {
     pub lse: Vec<f32>,
 }
 
+impl RemotePart {
+    fn as_other(&self) -> OtherPart<'_> {
+        OtherPart { token: self.token, output: &self.output, lse: &self.lse }
+    }
+}
+
 /// What a caller sees and changes during a step. The defaults do nothing.
 pub trait StepHooks {
     /// Routing of a mixture-of-experts layer (0-based layer number of the model).
     fn routing(&mut self, _layer: usize) -> Routing<'_> {
         Routing::Free
     }
-    /// Whether a step's ops may be run as a whole: no routing is forced, nothing is traced and nobody is asked. It is for
-    /// performance only; as provided, every step is run op by op.
+    /// Whether a step's ops may be run as a whole, or in pieces between those at which somebody is asked: no routing is forced
+    /// and nothing is traced. It is for performance only; as provided, every step is run op by op.
     fn is_plain(&self) -> bool {
         false
     }
@@ -41,8 +49,12 @@ pub trait StepHooks {
     fn remote(&self) -> bool {
         false
     }
-    /// Sends the absorbed queries [tokens, heads * (R + r)] of MLA layer `index` to whoever holds the other keys. The
-    /// local part is computed after this returns.
+    /// Tokens of the step from the first to the last with keys elsewhere.
+    fn asking(&self) -> Range<usize> {
+        0..0
+    }
+    /// Sends absorbed queries [tokens, heads * (R + r)] of MLA layer `index`, those of the tokens of `asking`, to whoever holds
+    /// the other keys. The local part is computed after this returns.
     fn ask(&mut self, _index: usize, _queries: &[f32]) {}
     /// Waits for the parts asked for; a missing answer is the hook's to remember, not an error of the step.
     fn answers(&mut self, _index: usize) -> Vec<RemotePart> {
@@ -156,43 +168,74 @@ impl<B: Backend> Model<B> {
         if batch.tokens.is_empty() {
             return Ok(());
         }
-        let recorded = if hooks.is_plain() { backend.run_recorded(batch)? } else { Recorded::No };
+        let recorded = match (hooks.is_plain(), hooks.remote()) {
+            (true, false) => backend.run_recorded(batch)?,
+            (true, true) if backend.begin_pieces(batch)? => return self.run_ops(backend, batch, hooks, true),
+            _ => Recorded::No,
+        };
         match recorded {
             Recorded::Done => return Ok(()),
             Recorded::Recording => {}
             Recorded::No => backend.begin_step(batch)?,
         }
-        self.run_ops(backend, batch, hooks)?;
+        self.run_ops(backend, batch, hooks, false)?;
         if recorded == Recorded::Recording {
             backend.end_recording()?;
         }
         Ok(())
     }
 
-    fn run_ops(&mut self, backend: &mut B, batch: &StepBatch, hooks: &mut dyn StepHooks) -> Result<()> {
-        let tokens = batch.tokens.len();
-        let Activations { residual, normed, delta, queries, partials, logits } = &mut self.activations;
-        backend.embed(&self.embedding, residual)?;
-        backend.all_reduce(residual)?;
-        if let Some(first) = self.layers.first() {
-            backend.rms_norm(residual, &first.input_norm, normed)?;
+    /// The whole step, piece by piece: one ends with the queries of an MLA layer, the next begins with its output, and between
+    /// them is attention, to which others may contribute. They may be recorded where `in_pieces` says so.
+    fn run_ops(
+        &mut self,
+        backend: &mut B,
+        batch: &StepBatch,
+        hooks: &mut dyn StepHooks,
+        in_pieces: bool,
+    ) -> Result<()> {
+        let mut begun = None;
+        for number in 0.. {
+            let attends = |layer: &usize| matches!(self.layers[*layer].mixer, Mixer::Mla(..));
+            let until = (begun.map_or(0, |layer| layer + 1)..self.layers.len()).find(attends);
+            let recorded = if in_pieces { backend.run_piece(number)? } else { Recorded::No };
+            if recorded != Recorded::Done {
+                self.run_piece(backend, batch, hooks, (begun, until))?;
+            }
+            if recorded == Recorded::Recording {
+                backend.end_recording()?;
+            }
+            let Some(layer) = until else { break };
+            self.attend(backend, layer, hooks)?;
+            begun = until;
         }
-        for (number, layer) in self.layers.iter().enumerate() {
+        Ok(())
+    }
+
+    /// From the output of the MLA layer `begun`, or the embedding, to the queries of the layer `until`, or the logits.
+    fn run_piece(
+        &mut self,
+        backend: &mut B,
+        batch: &StepBatch,
+        hooks: &mut dyn StepHooks,
+        (begun, until): (Option<usize>, Option<usize>),
+    ) -> Result<()> {
+        let Activations { residual, normed, delta, queries, partials, logits } = &mut self.activations;
+        if begun.is_none() {
+            backend.embed(&self.embedding, residual)?;
+            backend.all_reduce(residual)?;
+            if let Some(first) = self.layers.first() {
+                backend.rms_norm(residual, &first.input_norm, normed)?;
+            }
+        }
+        let end = until.map_or(self.layers.len(), |layer| layer + 1);
+        for (number, layer) in self.layers.iter().enumerate().take(end).skip(begun.unwrap_or(0)) {
             match &layer.mixer {
                 Mixer::Kda(mixer, index) => backend.kda_mixer(mixer, *index, normed, delta)?,
-                Mixer::Mla(mixer, index) => {
-                    backend.mla_project(mixer, *index, normed, queries)?;
-                    if hooks.remote() {
-                        hooks.ask(*index, &backend.read(queries, tokens)?);
-                    }
-                    backend.mla_attend(mixer, *index, queries, partials)?;
-                    if hooks.remote() {
-                        for part in hooks.answers(*index) {
-                            backend.mla_merge(mixer, partials, part.token, &part.output, &part.lse)?;
-                        }
-                    }
-                    backend.mla_output(mixer, partials, delta)?;
+                Mixer::Mla(mixer, index) if until == Some(number) => {
+                    return Ok(backend.mla_project(mixer, *index, normed, queries)?);
                 }
+                Mixer::Mla(mixer, _) => backend.mla_output(mixer, partials, delta)?,
             }
             backend.all_reduce(delta)?;
             backend.add_rms_norm(residual, delta, &layer.post_norm, normed)?;
@@ -209,11 +252,28 @@ impl<B: Backend> Model<B> {
             let next = self.layers.get(number + 1).map_or(&self.final_norm, |next| &next.input_norm);
             backend.add_rms_norm(residual, delta, next, normed)?;
             if hooks.traced() {
-                hooks.hidden(number, backend.read(residual, tokens)?);
+                hooks.hidden(number, backend.read(residual, batch.tokens.len())?);
             }
         }
         if !batch.logits.is_empty() {
             backend.logits(&self.head, normed, logits)?;
+        }
+        Ok(())
+    }
+
+    /// Attention of an MLA layer over the keys that are here, and what others add to it.
+    fn attend(&mut self, backend: &mut B, layer: usize, hooks: &mut dyn StepHooks) -> Result<()> {
+        let Mixer::Mla(mixer, index) = &self.layers[layer].mixer else { return Ok(()) };
+        let Activations { queries, partials, .. } = &mut self.activations;
+        if hooks.remote() {
+            let queries = backend.read_some(queries, hooks.asking())?;
+            hooks.ask(*index, &queries);
+        }
+        backend.mla_attend(mixer, *index, queries, partials)?;
+        if hooks.remote() {
+            let parts = hooks.answers(*index);
+            let parts: Vec<OtherPart<'_>> = parts.iter().map(RemotePart::as_other).collect();
+            backend.mla_merge(mixer, partials, &parts)?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::batch::{Row, Segment};
 use crate::error::Result;
-use crate::ops::{Backend, Partials};
+use crate::ops::{Backend, OtherPart, Partials};
 use crate::shapes::{CacheShape, MlaShape, PAGE_TOKENS};
 use crate::weights::DType;
 
@@ -200,7 +200,8 @@ impl<'m, B: Backend> MlaBench<'m, B> {
         let part = self.model.part(sequence, t, positions.iter().copied());
         let narrow = |values: &[f64]| values.iter().map(|&value| value as f32).collect::<Vec<f32>>();
         let (output, lse) = (narrow(&part.output), narrow(&part.lse));
-        self.harness.backend.mla_merge(&self.layer, &mut self.partials, token, &output, &lse)
+        let part = OtherPart { token, output: &output, lse: &lse };
+        self.harness.backend.mla_merge(&self.layer, &mut self.partials, &[part])
     }
 
     /// The pages hold the latents of `0..end` and poison elsewhere, in the last layer; the first layer is all poison.

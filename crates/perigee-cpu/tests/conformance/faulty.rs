@@ -5,8 +5,8 @@ use std::borrow::Cow;
 
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, TensorSource};
 use perigee_backend::{
-    Backend, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Partials, Precision, Result, Routing,
-    StateKind, StatePart, StepBatch, TensorSlice,
+    Backend, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, OtherPart, Partials, Precision, Result,
+    Routing, StateKind, StatePart, StepBatch, TensorSlice,
 };
 
 /// What is wrong.
@@ -308,14 +308,12 @@ impl<B: Backend> Backend for Faulty<B> {
         &mut self,
         layer: &FaultyMla<B>,
         partials: &mut Partials<B::Tensor>,
-        token: usize,
-        output: &[f32],
-        lse: &[f32],
+        parts: &[OtherPart<'_>],
     ) -> Result<()> {
         if self.is(Fault::ForgetsMerge) {
             return Ok(());
         }
-        self.inner.mla_merge(&layer.inner, partials, token, output, lse)
+        self.inner.mla_merge(&layer.inner, partials, parts)
     }
 
     fn mla_output(&mut self, layer: &FaultyMla<B>, partials: &Partials<B::Tensor>, out: &mut B::Tensor) -> Result<()> {

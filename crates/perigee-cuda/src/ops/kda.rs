@@ -110,7 +110,7 @@ impl CudaBackend {
         let [projected, gates, mixed] = self.kda_places(layer)?;
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
         let operands = Operands { input: x.address(), weight: layer.projection.address(), out: projected };
-        self.dense(&product, operands)?;
+        self.dense_after_norm(&product, operands)?;
         if self.kda_gates_kernel(layer).is_none() {
             let product = Product {
                 input_pitch: width,

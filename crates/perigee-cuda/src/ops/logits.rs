@@ -53,27 +53,37 @@ impl CudaBackend {
     pub(crate) fn logits_run(&mut self, head: &Head, x: &Tensor, out: &mut Tensor) -> Result<()> {
         let wanted = self.step.logits.count;
         let (width, vocabulary) = (head.weight.pitch, head.counts.iter().sum());
+        self.settle_norm()?;
         x.expect("logits input", self.tokens(), width, self.precision)?;
         out.expect("logits", wanted, vocabulary, DType::Fp32)?;
         if wanted == 0 {
             return Ok(());
         }
         self.scratch.reset();
-        let rows = self.scratch.take(wanted * width * self.precision.bytes())?;
+        let rows = self.logits_rows(x, wanted)?;
+        let product =
+            Product { result: DType::Fp32, ..Product::dense(wanted, width, head.weight.rows, self.precision) };
+        let target = self.logits_place(head, wanted, out)?;
+        self.dense(&product, Operands { input: rows, weight: head.weight.address(), out: target })?;
+        self.gather_logits(head, wanted, target, out)
+    }
+
+    /// Where the rows whose logits are wanted lie one after the other. A recorded step wants those of all rows in their order.
+    fn logits_rows(&mut self, x: &Tensor, wanted: usize) -> Result<u64> {
+        if self.recorder.is_recording() {
+            return Ok(x.address());
+        }
+        let rows = self.scratch.take(wanted * x.width * self.precision.bytes())?;
         let params = GatherParams {
             table: x.address(),
             indices: self.step.logits.address,
             out: rows,
             first: 0,
             rows: self.tokens() as u32,
-            width: width as u32,
+            width: x.width as u32,
             reserved: 0,
         };
         self.stream.launch(&self.kernels.gather, Grid::new(wanted, 1, 256), &params)?;
-        let product =
-            Product { result: DType::Fp32, ..Product::dense(wanted, width, head.weight.rows, self.precision) };
-        let target = self.logits_place(head, wanted, out)?;
-        self.dense(&product, Operands { input: rows, weight: head.weight.address(), out: target })?;
-        self.gather_logits(head, wanted, target, out)
+        Ok(rows)
     }
 }

@@ -2,18 +2,19 @@
 //! projection; and the merge of parts computed elsewhere.
 
 use perigee_backend::weights::{MlaWeights, QueryWeights};
-use perigee_backend::{BackendError, DType, MlaShape, Partials, Result};
+use perigee_backend::{BackendError, DType, MlaShape, OtherPart, Partials, Result};
 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
 use crate::expand::Span;
 use crate::formula::Fault;
+use crate::kernels::MlaFew;
 use crate::loader::{Loader, Placement};
 use crate::needs;
 use crate::ops::attention::{Dealt, Launch};
 use crate::ops::expanded::{value_pitch, values_address};
 use crate::ops::norm::{Norm, NormRows};
-use crate::params::{ElementParams, MlaAttendParams, MlaMergeParams, MlaStoreParams};
+use crate::params::{ElementParams, MlaAbsorbParams, MlaAttendParams, MlaMergeParams, MlaStoreParams, MlaValuesParams};
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
 
@@ -96,6 +97,7 @@ impl CudaBackend {
         let spans = self.mla_spans();
         for span in spans {
             if span.is_expanded {
+                self.settle_norm()?;
                 self.mla_project_expanded(layer, index, x, queries, span)?;
             } else {
                 self.mla_project_absorbed(layer, index, x, queries, span)?;
@@ -128,8 +130,26 @@ impl CudaBackend {
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
         let input = x.address() + (span.first * shape.hidden * element) as u64;
         let operands = Operands { input, weight: layer.projection.address(), out: projected };
-        self.dense(&product, operands)?;
+        self.dense_after_norm(&product, operands)?;
         let (query, query_pitch) = self.mla_queries(layer, projected, tokens)?;
+
+        let out = queries.address() + (span.first * shape.heads * shape.cache_width() * 4) as u64;
+        let params = MlaStoreParams {
+            projected,
+            queries: out,
+            places: self.step.places.address + (span.first * 4) as u64,
+            pitch: width as u32,
+            query_pitch: query_pitch as u32,
+            query_source: query,
+            ..self.mla_store_params(layer, index)?
+        };
+        if let Some(kernels) = self.mla_few(&shape, tokens) {
+            let params =
+                MlaAbsorbParams { store: params, weight: layer.kv_b.address(), value: shape.value as u32, reserved: 0 };
+            let mut grid = Grid::new(shape.heads + 1, shape.latent / MlaFew::COLUMNS, 256);
+            grid.blocks.2 = tokens as u32;
+            return self.stream.launch(&kernels.absorb, grid, &params);
+        }
 
         // Keys of a head absorbed into its query: [tokens, n] . [n, R].
         let kv_rows = shape.nope + shape.value;
@@ -145,19 +165,18 @@ impl CudaBackend {
             result: DType::Fp32,
             ..Product::dense(tokens, shape.nope, shape.latent, self.precision)
         };
-        let out = queries.address() + (span.first * shape.heads * shape.cache_width() * 4) as u64;
         self.dense(&product, Operands { input: query, weight: layer.kv_b.address(), out })?;
-
-        let params = MlaStoreParams {
-            projected,
-            queries: out,
-            places: self.step.places.address + (span.first * 4) as u64,
-            pitch: width as u32,
-            query_pitch: query_pitch as u32,
-            query_source: query,
-            ..self.mla_store_params(layer, index)?
-        };
         self.stream.launch(&self.kernels.mla_store, Grid::new(tokens, 1, 256), &params)
+    }
+
+    /// The kernels for the products with the latent's weights, where the tokens are few.
+    fn mla_few(&self, shape: &MlaShape, tokens: usize) -> Option<&MlaFew> {
+        let fits = tokens <= MlaFew::TOKENS
+            && shape.nope <= MlaFew::NOPE
+            && shape.latent <= MlaFew::LATENT
+            && shape.latent.is_multiple_of(MlaFew::COLUMNS)
+            && !self.formula.has(Fault::Rotary);
+        self.kernels.mla_few.as_ref().filter(|_| fits)
     }
 
     /// The latent store of a layer, without what it stores.
@@ -195,6 +214,7 @@ impl CudaBackend {
             residual: projected,
             residual_pitch: width,
             delta: 0,
+            sum: projected,
             out: normed,
             out_pitch: pitch,
         };
@@ -284,31 +304,39 @@ impl CudaBackend {
         &mut self,
         layer: &Mla,
         partials: &Partials<Tensor>,
-        token: usize,
-        output: &[f32],
-        lse: &[f32],
+        parts: &[OtherPart<'_>],
     ) -> Result<()> {
         let shape = layer.shape;
-        expect_partials(partials, token + 1, &shape)?;
-        if self.step.expansion.holds(token) {
-            return Err(BackendError::Batch(format!("token {token} has all its keys here: there is nothing to merge")));
+        let width = shape.heads * shape.latent;
+        for &OtherPart { token, output, lse } in parts {
+            expect_partials(partials, token + 1, &shape)?;
+            if self.step.expansion.holds(token) {
+                let what = format!("token {token} has all its keys here: there is nothing to merge");
+                return Err(BackendError::Batch(what));
+            }
+            if output.len() != width || lse.len() != shape.heads {
+                return Err(BackendError::shape("part to merge", &[width, shape.heads], &[output.len(), lse.len()]));
+            }
         }
-        if output.len() != shape.heads * shape.latent || lse.len() != shape.heads {
-            let expected = [shape.heads * shape.latent, shape.heads];
-            return Err(BackendError::shape("part to merge", &expected, &[output.len(), lse.len()]));
+        // As many at a time as working memory holds; it has room for one.
+        let part_bytes = (width + shape.heads) * 4;
+        for parts in parts.chunks((self.scratch.bytes() / part_bytes).max(1)) {
+            self.scratch.reset();
+            let values: Vec<f32> = parts.iter().flat_map(|part| [part.output, part.lse]).flatten().copied().collect();
+            let others = self.scratch.send(&self.stream, bytemuck::cast_slice(&values))?;
+            for (other, part) in (others..).step_by(part_bytes).zip(parts) {
+                let params = MlaMergeParams {
+                    output: partials.output.address() + (part.token * width * 4) as u64,
+                    lse: partials.lse.address() + (part.token * shape.heads * 4) as u64,
+                    other_output: other,
+                    other_lse: other + (width * 4) as u64,
+                    latent: shape.latent as u32,
+                    reserved: 0,
+                };
+                self.stream.launch(&self.kernels.mla_merge_other, Grid::new(shape.heads, 1, 128), &params)?;
+            }
         }
-        self.scratch.reset();
-        let values = [output, lse].concat();
-        let other = self.scratch.send(&self.stream, bytemuck::cast_slice(&values))?;
-        let params = MlaMergeParams {
-            output: partials.output.address() + (token * output.len() * 4) as u64,
-            lse: partials.lse.address() + (token * lse.len() * 4) as u64,
-            other_output: other,
-            other_lse: other + size_of_val(output) as u64,
-            latent: shape.latent as u32,
-            reserved: 0,
-        };
-        self.stream.launch(&self.kernels.mla_merge_other, Grid::new(shape.heads, 1, 128), &params)
+        Ok(())
     }
 
     pub(crate) fn mla_output_run(&mut self, layer: &Mla, partials: &Partials<Tensor>, out: &Tensor) -> Result<()> {
@@ -347,7 +375,22 @@ impl CudaBackend {
     ) -> Result<()> {
         let (shape, element) = (layer.shape, self.precision.bytes());
         let count = tokens * shape.heads * shape.latent;
+        let is_dense = pitch == shape.heads * shape.value;
         let input = partials.output.address() + (first * shape.heads * shape.latent * 4) as u64;
+        if let Some(kernels) = self.mla_few(&shape, tokens).filter(|_| is_dense) {
+            let params = MlaValuesParams {
+                latents: input,
+                weight: layer.kv_b.address(),
+                out: values,
+                heads: shape.heads as u32,
+                nope: shape.nope as u32,
+                value: shape.value as u32,
+                latent: shape.latent as u32,
+            };
+            let mut grid = Grid::new(shape.heads, shape.value.div_ceil(MlaFew::VALUES), 256);
+            grid.blocks.2 = tokens as u32;
+            return self.stream.launch(&kernels.values, grid, &params);
+        }
         let latent = match self.precision {
             DType::Fp32 => input,
             DType::Bf16 => {

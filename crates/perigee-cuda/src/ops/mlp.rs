@@ -47,6 +47,7 @@ impl CudaBackend {
     }
 
     pub(crate) fn mlp_run(&mut self, layer: &Mlp, x: &Tensor, out: &Tensor) -> Result<()> {
+        self.settle_norm()?;
         x.expect("mlp input", self.tokens(), layer.shape.hidden, self.precision)?;
         out.expect("mlp output", self.tokens(), layer.shape.hidden, self.precision)?;
         self.scratch.reset();

@@ -5,6 +5,7 @@ pub(crate) mod attention;
 pub(crate) mod dense;
 pub(crate) mod embed;
 pub(crate) mod expanded;
+pub(crate) mod few;
 pub(crate) mod kda;
 pub(crate) mod logits;
 pub(crate) mod mla;

@@ -17,7 +17,7 @@ use crate::ops::mlp::{GatedWeights, Mlp};
 use crate::ops::wide::WideWeights;
 use crate::params::{
     ElementParams, MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams,
-    MoeSelectSortParams, MoeSortParams, MoeTile, NormParams,
+    MoeSortParams, MoeTile, NormParams,
 };
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
@@ -37,10 +37,7 @@ const SKINNY_COLUMNS: usize = 128;
 const FEW_TOKENS: usize = 32;
 /// Rows of the smallest tile.
 const LEAST_TILE: usize = 16;
-/// Tokens that a block of the router scores, for this many experts.
-const ROUTER_TOKENS: usize = 4;
-const ROUTER_EXPERTS: usize = 4;
-/// Tokens from which the router is a tiled product, and the least depth of a part of it.
+/// Tokens from which the router's depth is cut into parts, and the least depth of a part.
 const ROUTER_MANY: usize = 16;
 const ROUTER_PART: usize = 128;
 /// Tokens from which it goes through tensor cores, where its weights are bfloat16 as stored, and the depth of a step of it.
@@ -48,8 +45,6 @@ const ROUTER_TENSOR: usize = 33;
 const ROUTER_DEPTH: usize = 64;
 /// Tokens from which the router is a dense product, where its weights are bfloat16 as stored.
 const ROUTER_PRODUCT: usize = 512;
-/// Warps of the block that selects and sorts for few tokens, one for each of them.
-const SELECT_WARPS: usize = 16;
 /// Widest row that one block sums and norms.
 const MOST_FUSED: usize = 2560;
 /// Dynamic shared memory that any block may use without asking.
@@ -94,6 +89,11 @@ impl Moe {
         self.shape.experts + self.shared_choices(tokens)
     }
 
+    /// Whether shared experts are not computed like the routed ones with few tokens.
+    pub(crate) fn has_shared_apart(&self) -> bool {
+        self.shared.is_some()
+    }
+
     /// The shared expert as an MLP, where it lies behind the routed ones.
     fn last_expert(&self, weights: &ExpertWeights, precision: DType) -> Option<GatedWeights> {
         let matrix = self.shape.experts * self.width * self.shape.hidden * precision.bytes();
@@ -106,9 +106,9 @@ impl Moe {
 }
 
 /// Device addresses of all experts' weights in the type of products.
-struct ExpertWeights {
-    gate_up: u64,
-    down: u64,
+pub(crate) struct ExpertWeights {
+    pub(crate) gate_up: u64,
+    pub(crate) down: u64,
 }
 
 /// Where the last layer's own selection lies.
@@ -122,7 +122,7 @@ pub(crate) struct Selected {
 pub(crate) struct Work {
     scores: u64,
     pub(crate) chosen: u64,
-    weights: u64,
+    pub(crate) weights: u64,
     pub(crate) source: u64,
     pub(crate) position: u64,
     pub(crate) tiles: u64,
@@ -196,6 +196,9 @@ impl CudaBackend {
         let work = self.moe_work(layer)?;
         self.moe_route(layer, x, forced, &work)?;
         let weights = self.moe_weights(layer)?;
+        if self.moe_single(layer).is_some() {
+            return self.moe_single_products(layer, &weights, &work, (x.address(), out.address()));
+        }
         self.moe_products(layer, x, &weights, &work)?;
         let mut is_apart = layer.shared_choices(tokens) == 0;
         match (&layer.shared, layer.last_expert(&weights, self.precision)) {
@@ -240,7 +243,7 @@ impl CudaBackend {
         self.stream.launch(&self.kernels.moe_combine_norm, grid, &MoeCombineNormParams { combine, norm })
     }
 
-    /// The tensor-core kernels for this layer and step, if there are any: the fewer rows an expert has, the smaller the tile.
+    /// The tensor-core kernels for this layer and a step of few rows an expert, if there are any.
     fn moe_tensor(&self, layer: &Moe) -> Option<&MoeTensor> {
         if !layer.shape.hidden.is_multiple_of(BLOCK) {
             return None;
@@ -253,9 +256,7 @@ impl CudaBackend {
         if rows <= FEW_ROWS && is_deep && skinny.is_some() {
             return skinny;
         }
-        let wanted = if rows <= 8 { 16 } else { rows.min(128) };
-        let kernels = &self.kernels.moe_tensor;
-        kernels.iter().find(|kernel| kernel.rows >= wanted)
+        self.kernels.moe_tensor.as_ref()
     }
 
     /// In float32 mode experts stay as they are stored, since they would not fit otherwise, and are widened for each product.
@@ -356,7 +357,8 @@ impl CudaBackend {
         let (tokens, shape) = (self.tokens(), layer.shape);
         let entries = tokens * layer.choices(tokens);
         let narrow = layer.narrow_router.as_ref().filter(|_| tokens >= ROUTER_PRODUCT);
-        let parts = if narrow.is_some() { 1 } else { router_parts(&shape, tokens) };
+        let parts =
+            if narrow.is_some() || self.moe_routes_few(layer, forced) { 1 } else { router_parts(&shape, tokens) };
         let params = MoeRouterParams {
             x: x.address(),
             weight: layer.router.address(),
@@ -366,27 +368,6 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             parts: parts as u32,
         };
-        if let Some(weight) = narrow {
-            let product =
-                Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
-            let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };
-            self.blas.run(&self.stream, &product, operands)?;
-        } else if tokens >= ROUTER_MANY {
-            let tile = ROUTER_TILE;
-            let mut grid = Grid::new(shape.experts.div_ceil(tile), tokens.div_ceil(tile), 256);
-            grid.blocks.2 = parts as u32;
-            match self.moe_router_tensor(layer, tokens) {
-                Some((kernel, weight)) => {
-                    let params = MoeRouterParams { weight: weight.address(), ..params };
-                    let grid = Grid { threads: 128, ..grid.shared(ROUTER_SHARED) };
-                    self.stream.launch(kernel, grid, &params)?;
-                }
-                None => self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?,
-            }
-        } else {
-            let grid = Grid::new(shape.experts.div_ceil(ROUTER_EXPERTS), tokens.div_ceil(ROUTER_TOKENS), 256);
-            self.stream.launch(&self.kernels.moe_router, grid, &params)?;
-        }
         let select = MoeSelectParams {
             scores: work.scores,
             bias: layer.bias.address(),
@@ -406,11 +387,6 @@ impl CudaBackend {
             parts: parts as u32,
             reserved: 0,
         };
-        if let Some((kernels, _)) = self.moe_wide(layer) {
-            let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
-            self.stream.launch(&self.kernels.moe_select, grid, &select)?;
-            return self.moe_wide_sort(layer, kernels, work);
-        }
         let sort = MoeSortParams {
             chosen: work.chosen,
             source: work.source,
@@ -423,16 +399,36 @@ impl CudaBackend {
             tile_rows: self.moe_tensor(layer).map_or(TILE_ROWS, |tensor| tensor.rows) as u32,
             routed: shape.experts as u32,
         };
-        let counts = layer.experts(tokens) * 4;
-        let selecting = SELECT_WARPS * select_shared(&shape);
-        if tokens <= SELECT_WARPS && parts == 1 && selecting <= PLAIN_SHARED {
-            let grid = Grid::new(1, 1, 32 * SELECT_WARPS as u32).shared(selecting.max(counts));
-            let both = MoeSelectSortParams { select, sort };
-            return self.stream.launch(&self.kernels.moe_select_sort, grid, &both);
+        if self.moe_routes_few(layer, forced) {
+            return self.moe_route_few(layer, (params, select, sort));
+        }
+        self.settle_norm()?;
+        if let Some(weight) = narrow {
+            let product =
+                Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
+            let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };
+            self.blas.run(&self.stream, &product, operands)?;
+        } else {
+            let tile = ROUTER_TILE;
+            let mut grid = Grid::new(shape.experts.div_ceil(tile), tokens.div_ceil(tile), 256);
+            grid.blocks.2 = parts as u32;
+            match self.moe_router_tensor(layer, tokens) {
+                Some((kernel, weight)) => {
+                    let params = MoeRouterParams { weight: weight.address(), ..params };
+                    let grid = Grid { threads: 128, ..grid.shared(ROUTER_SHARED) };
+                    self.stream.launch(kernel, grid, &params)?;
+                }
+                None => self.stream.launch(&self.kernels.moe_router_tile, grid, &params)?,
+            }
+        }
+        if let Some((kernels, _)) = self.moe_wide(layer) {
+            let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
+            self.stream.launch(&self.kernels.moe_select, grid, &select)?;
+            return self.moe_wide_sort(layer, kernels, work);
         }
         let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
         self.stream.launch(&self.kernels.moe_select, grid, &select)?;
-        self.stream.launch(&self.kernels.moe_sort, Grid::new(1, 1, 1024).shared(counts), &sort)
+        self.stream.launch(&self.kernels.moe_sort, Grid::new(1, 1, 1024).shared(layer.experts(tokens) * 4), &sort)
     }
 
     /// The router on tensor cores and its weights, where they fit and tokens are many.

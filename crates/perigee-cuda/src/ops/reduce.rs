@@ -1,6 +1,8 @@
 //! Exchange among the ranks of the group: sums of activations and the gather of logits, on the device or through host memory
 //! as `exchange.rs` chose. A group of one moves nothing.
 
+use std::ops::Range;
+
 use perigee_backend::{BackendError, DType, Result};
 
 use crate::backend::CudaBackend;
@@ -25,7 +27,7 @@ impl CudaBackend {
             Exchange::Nccl(nccl) => return nccl.all_reduce(&self.stream, x.address(), rows * x.width, x.dtype),
             Exchange::Host(_) => {}
         }
-        let mut values = self.read_rows(x, rows)?;
+        let mut values = self.read_rows(x, 0..rows)?;
         if let Exchange::Host(group) = &mut self.exchange {
             group.all_reduce(&mut values).map_err(failed)?;
         }
@@ -86,17 +88,18 @@ impl CudaBackend {
         self.write_rows(out, &values)
     }
 
-    /// The first rows of a tensor as float32.
-    pub(crate) fn read_rows(&self, tensor: &Tensor, rows: usize) -> Result<Vec<f32>> {
-        let count = rows * tensor.width;
-        let mut bytes = vec![0u8; count * tensor.dtype.bytes()];
-        self.stream.read(&tensor.buffer, 0, &mut bytes)?;
-        Ok(match tensor.dtype {
-            DType::Fp32 => floats(&bytes),
-            DType::Bf16 => {
-                bytes.chunks_exact(2).map(|pair| half::bf16::from_le_bytes([pair[0], pair[1]]).to_f32()).collect()
-            }
-        })
+    /// Some rows of a tensor as float32.
+    pub(crate) fn read_rows(&self, tensor: &Tensor, rows: Range<usize>) -> Result<Vec<f32>> {
+        let row_bytes = tensor.width * tensor.dtype.bytes();
+        let first = rows.start * row_bytes;
+        if tensor.dtype == DType::Fp32 {
+            let mut values = vec![0.0f32; rows.len() * tensor.width];
+            self.stream.read(&tensor.buffer, first, bytemuck::cast_slice_mut(&mut values))?;
+            return Ok(values);
+        }
+        let mut bytes = vec![0u8; rows.len() * row_bytes];
+        self.stream.read(&tensor.buffer, first, &mut bytes)?;
+        Ok(bytes.chunks_exact(2).map(|pair| half::bf16::from_le_bytes([pair[0], pair[1]]).to_f32()).collect())
     }
 
     /// One row of a float32 tensor.

@@ -126,6 +126,9 @@ impl Outgoing {
             if self.summary.is_some() || self.failure.is_some() {
                 return None;
             }
+            if self.gather() {
+                continue;
+            }
             tokio::select! {
                 told = &mut self.room, if self.stage == Stage::Asking => match told {
                     Ok(reaches_slots) => {
@@ -135,12 +138,35 @@ impl Outgoing {
                     }
                     Err(_) => self.failure = Some("the target did not say that it has room".into()),
                 },
-                part = self.parts.recv() => match part.map(|part| self.encode(part)) {
-                    Some(Ok(())) => {}
-                    Some(Err(error)) => self.failure = Some(error.to_string()),
+                part = self.parts.recv() => match part {
+                    Some(part) => self.take(part),
                     None => self.failure = Some("it was called off".into()),
                 },
             }
+        }
+    }
+
+    /// Encodes what was handed in until there is a chunk of it; whether there is one, or the end. Parts that are there together
+    /// leave together: each chunk is a turn of the target's engine, and the session stands still meanwhile.
+    fn gather(&mut self) -> bool {
+        while self.failure.is_none() && !self.encoder.has_chunk() {
+            match self.parts.try_recv() {
+                Ok(part) => self.take(part),
+                Err(_) => {
+                    // The header waits for the first tokens.
+                    if self.stage != Stage::Opening {
+                        self.encoder.flush();
+                    }
+                    break;
+                }
+            }
+        }
+        self.encoder.has_chunk() || self.failure.is_some()
+    }
+
+    fn take(&mut self, part: SourcePart) {
+        if let Err(error) = self.encode(part) {
+            self.failure = Some(error.to_string());
         }
     }
 
@@ -169,7 +195,6 @@ impl Outgoing {
             SourcePart::Pages(slices) => slices.iter().try_for_each(|slice| self.encoder.page(slice))?,
             SourcePart::End => self.summary = Some(self.encoder.finish()?),
         }
-        self.encoder.flush();
         Ok(())
     }
 

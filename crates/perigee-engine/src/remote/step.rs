@@ -33,8 +33,6 @@ pub(crate) struct RemoteStep<'a> {
     plan: &'a RemotePlan,
     attention: Option<&'a mut RemoteAttention>,
     seat: Seat,
-    /// Tokens of the step.
-    tokens: usize,
     /// Of every remote row: its tokens within the step.
     spans: Vec<Range<usize>>,
     /// Of every remote row: whether it missed an answer.
@@ -68,7 +66,6 @@ impl<'a> RemoteStep<'a> {
             plan: remote,
             attention,
             seat,
-            tokens,
             spans,
             faulty: vec![false; remote.rows.len()],
             refusals: vec![None; remote.rows.len()],
@@ -97,10 +94,17 @@ impl<'a> RemoteStep<'a> {
         !self.pending.is_empty() || self.faulty.contains(&false)
     }
 
-    /// Sends the queries [tokens, heads * (R + r)] of an MLA layer.
+    /// Tokens of the step from the first to the last that ask.
+    fn asking(&self) -> Range<usize> {
+        let spans = || self.spans.iter().zip(&self.faulty).filter(|(_, is_faulty)| !**is_faulty).map(|(span, _)| span);
+        spans().map(|span| span.start).min().unwrap_or(0)..spans().map(|span| span.end).max().unwrap_or(0)
+    }
+
+    /// Sends the queries [tokens, heads * (R + r)] of an MLA layer, those of the tokens that ask.
     fn ask(&mut self, layer: usize, queries: &[f32]) {
         let Some(shape) = self.attention.as_ref().map(|attention| attention.shape) else { return };
-        let width = queries.len() / self.tokens.max(1);
+        let asking = self.asking();
+        let width = queries.len() / asking.len().max(1);
         let heads = width as u32 / (shape.latent + shape.rope).max(1);
         let first_head = self.seat.rank as u32 * heads;
         let heads = HeadRange { layer: layer as u32, first_head, heads, latent: shape.latent, rope: shape.rope };
@@ -108,14 +112,21 @@ impl<'a> RemoteStep<'a> {
             if self.given_up[home] {
                 continue;
             }
-            for pending in self.questions(home, heads, &shape, queries) {
+            for pending in self.questions(home, heads, &shape, (asking.start, queries)) {
                 self.send(pending, &shape);
             }
         }
     }
 
     /// The questions to one home: sessions together as long as a message has at most as many tokens as a session may.
-    fn questions(&self, home: usize, heads: HeadRange, shape: &AttendShape, queries: &[f32]) -> Vec<Pending> {
+    /// The queries begin with those of token `from`.
+    fn questions(
+        &self,
+        home: usize,
+        heads: HeadRange,
+        shape: &AttendShape,
+        (from, queries): (usize, &[f32]),
+    ) -> Vec<Pending> {
         let dtype = self.seat.dtype;
         let width = heads.query_width() as usize;
         let most = shape.tokens.max(1) as usize;
@@ -137,7 +148,10 @@ impl<'a> RemoteStep<'a> {
                     epoch: row.epoch,
                     ranges: part.ranges.clone(),
                     tokens: tokens.len() as u32,
-                    values: QueryValues::from_f32(&queries[tokens.start * width..tokens.end * width], dtype),
+                    values: QueryValues::from_f32(
+                        &queries[(tokens.start - from) * width..(tokens.end - from) * width],
+                        dtype,
+                    ),
                 };
                 if let Some(pending) = questions.last_mut() {
                     pending.question.sessions.push(query);
@@ -222,6 +236,10 @@ pub(crate) struct RemoteHooks<'a, 'b> {
 }
 
 impl StepHooks for RemoteHooks<'_, '_> {
+    fn is_plain(&self) -> bool {
+        self.inner.is_plain()
+    }
+
     fn routing(&mut self, layer: usize) -> Routing<'_> {
         self.inner.routing(layer)
     }
@@ -240,6 +258,10 @@ impl StepHooks for RemoteHooks<'_, '_> {
 
     fn remote(&self) -> bool {
         self.asking.is_asking()
+    }
+
+    fn asking(&self) -> Range<usize> {
+        self.asking.asking()
     }
 
     fn ask(&mut self, index: usize, queries: &[f32]) {

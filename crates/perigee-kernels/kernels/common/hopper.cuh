@@ -27,6 +27,15 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 
+// Bytes that lie together, in multiples of 16, to shared memory; they arrive at the barrier. They are read once: the second-level cache
+// gives them up before others.
+__device__ __forceinline__ void copy_once(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once;\n}"
+      ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+
 // A box of a matrix to shared memory; its bytes arrive at the barrier. Parts beyond the matrix are zeros.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"

@@ -5,6 +5,7 @@
 
 template <class T, class Out>
 __device__ __forceinline__ void gather(const GatherParams& p) {
+  grid_dependency();
   const uint32_t row = p.indices[blockIdx.x] - p.first;  // wraps to a large number below `first`
   const T* from = static_cast<const T*>(p.table) + static_cast<uint64_t>(row) * p.width;
   Out* to = static_cast<Out*>(p.out) + static_cast<uint64_t>(blockIdx.x) * p.width;

@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "norm/params.h"
+
 struct ElementParams {
   const void* in;     // convert: [count] float32; silu_mul: [rows][2 width] T, gate then up, or both in turn by blocks
   void* out;          // convert: [count] T; silu_mul: [rows][width] T
@@ -19,5 +21,11 @@ struct SkinnyParams {
   uint32_t depth;      // a multiple of 64
   uint32_t in_pitch;   // a multiple of 8
   uint32_t out_pitch;
-  uint32_t reserved;
+  uint32_t stages;     // of single.cuh; not used by the others
+};
+
+// A product of one token that is normed on the way: `product.in` is the norm's result.
+struct NormedProductParams {
+  SkinnyParams product;
+  NormParams norm;       // `sum` is not `residual`: other blocks still read it
 };

@@ -7,7 +7,7 @@ template <class T, int kDim, bool kGates = false, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void decode(const KdaParams& p) {
   using Share = StateShare<kDim>;
   __shared__ DecodeShared<kDim> s;
-  grid_trigger();
+  if (!kGates) grid_trigger();
   // Rows come with the step's plan, and state and tails are this kernel's alone: none of them waits for the kernel ahead.
   const uint32_t head = blockIdx.x;
   const KdaRow row = p.rows[blockIdx.y];
@@ -24,6 +24,8 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
   for (int r = 0; r < Share::kRows; r++) state[r] = *reinterpret_cast<const float4*>(source + r * Share::kStep * kDim);
 
   const Factors factors = prepare<T, kDim, kGates, kFault>(p, row, head, s);
+  // With few rows the product behind asks for weights while this kernel computes, not before it has read.
+  if (kGates) grid_trigger();
   float4 read = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int r = 0; r < Share::kRows; r++) {

@@ -2,7 +2,7 @@
 // which need no absorption, to their place in the absorbed queries. One block a token; bound by bytes.
 #include "common/common.cuh"
 #include "common/faults.cuh"
-#include "mla/params.h"
+#include "mla/store.cuh"
 
 // Channel `at` of `x`, a token's `rope` channels that were to stay as they are. The mistake rotates neighbouring pairs by the
 // token's position, which its launcher appends to the places.
@@ -23,20 +23,8 @@ __device__ __forceinline__ void store(const MlaStoreParams& p) {
   grid_dependency();
   const uint64_t token = blockIdx.x;
   if (p.places[token] == kNoPlace) return;
-  const T* source = static_cast<const T*>(p.projected) + token * p.pitch + p.kv_offset;
   const uint32_t width = p.latent + p.rope;
-  T* page = static_cast<T*>(p.latents) + static_cast<uint64_t>(p.places[token]) * width;
-  float squares = 0.0f;
-  for (uint32_t i = threadIdx.x; i < p.latent; i += blockDim.x) {
-    const float x = widen(source[i]);
-    squares += x * x;
-  }
-  const float mean = block_sum(squares, scratch) / static_cast<float>(p.latent);
-  const float scale = 1.0f / sqrtf(mean + p.eps);
-  for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) {
-    page[i] = i < p.latent ? narrow<T>(widen(source[i]) * scale * p.norm[i])
-                           : narrow<T>(positioned<T, kFault>(p, source + p.latent, i - p.latent));
-  }
+  store_latent<T>(p, token, scratch, [&](const T* x, uint32_t at) { return positioned<T, kFault>(p, x, at); });
   const T* queries = static_cast<const T*>(p.query_source) + token * p.query_pitch;
   for (uint32_t i = threadIdx.x; i < p.heads * p.rope; i += blockDim.x) {
     const uint32_t head = i / p.rope;

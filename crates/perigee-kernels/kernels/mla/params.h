@@ -51,6 +51,25 @@ struct MlaStoreParams {
   const void* query_source;     // [tokens][query_pitch] T
 };
 
+// Keys absorbed into the queries of few tokens, with the latent store.
+struct MlaAbsorbParams {
+  MlaStoreParams store;
+  const void* weight;           // [heads][n + m][R] T: n key rows, then m value rows
+  uint32_t value;               // m
+  uint32_t reserved;
+};
+
+// Values of few tokens out of their latent averages.
+struct MlaValuesParams {
+  const float* latents;         // [tokens][heads][R]
+  const void* weight;           // as MlaAbsorbParams
+  void* out;                    // [tokens][heads][m] T
+  uint32_t heads;
+  uint32_t nope;
+  uint32_t value;
+  uint32_t latent;
+};
+
 struct MlaAttendParams {
   const float* queries;         // [tokens][heads][R + r], unscaled
   const void* latents;          // [pages][64][R + r] T of this layer

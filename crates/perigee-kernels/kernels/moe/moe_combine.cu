@@ -69,7 +69,7 @@ __device__ __forceinline__ void combine_norm(const MoeCombineNormParams& both) {
   grid_wait();
   uint32_t* choices = reinterpret_cast<uint32_t*>(vectors);
   float* weights = reinterpret_cast<float*>(choices + (p.top_k + 7) / 8 * 8);
-  float* residual = static_cast<float*>(norm.residual) + token * norm.residual_pitch;
+  const float* residual = static_cast<const float*>(norm.residual) + token * norm.residual_pitch;
   Quad x = {};
   if (has_own) x = read4(residual + own);
   for (uint32_t choice = threadIdx.x; choice < p.top_k; choice += blockDim.x) {
@@ -99,7 +99,7 @@ __device__ __forceinline__ void combine_norm(const MoeCombineNormParams& both) {
       x.x[e] += rounded<T>(sum.x[e]);
       squares += x.x[e] * x.x[e];
     }
-    write4(residual + own, x);
+    write4(static_cast<float*>(norm.sum) + token * norm.residual_pitch + own, x);
   }
   const float mean = block_sum(squares, scratch) / static_cast<float>(norm.width);
   const float scale = 1.0f / sqrtf(mean + norm.eps);

@@ -131,9 +131,6 @@ __device__ __forceinline__ void product(const MoeProductParams& p) {
     product<rows, row_warps, stages, false>(p);                                                                            \
   }
 MOE_PRODUCT(16, 1, 5)
-MOE_PRODUCT(64, 2, 4)
-MOE_PRODUCT(128, 2, 3)
 
-// Sizes of the dynamic shared memory, as the launcher computes them.
+// Size of the dynamic shared memory, as the launcher computes it.
 static_assert(sizeof(Shared<16, 5>) == 5 * (16 + 128) * 72 * 2, "launcher's size");
-static_assert(sizeof(Shared<128, 3>) == 3 * (128 + 128) * 72 * 2, "launcher's size");

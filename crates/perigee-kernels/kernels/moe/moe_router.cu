@@ -1,70 +1,6 @@
-// The router's scores in float32, for few tokens and for many. See README.md.
+// The router's scores of many tokens in float32. See README.md.
 #include "common/common.cuh"
 #include "moe/params.h"
-
-constexpr int kRouterTokens = 4;    // tokens of a warp: the weight row is read once for all of them
-constexpr int kRouterExperts = 4;   // experts of a block
-constexpr int kRouterWarps = 2;     // warps that share an expert
-constexpr int kRouterReads = 9;     // 16-byte reads of weights that a thread has under way
-
-// Few tokens, for which reading the weights is the work: two warps an expert, for kRouterTokens tokens. The weights are asked for
-// before the kernel ahead has ended, since nothing writes them.
-template <class T>
-__device__ __forceinline__ void router(const MoeRouterParams& p) {
-  constexpr int kStep = kRouterWarps * kWarp * 4;
-  __shared__ float parts[kRouterExperts][kRouterTokens];
-  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const uint32_t place = warp / kRouterWarps, half = warp % kRouterWarps;
-  const uint32_t expert = blockIdx.x * kRouterExperts + place;
-  const uint32_t first = blockIdx.y * kRouterTokens;
-  const float* weight = p.weight + static_cast<uint64_t>(min(expert, p.experts - 1)) * p.hidden;
-  const bool wide = p.hidden % 4 == 0;
-  Quad ahead[kRouterReads];
-#pragma unroll
-  for (int r = 0; r < kRouterReads; r++) {
-    const uint32_t i = (half * kWarp + lane) * 4 + r * kStep;
-    ahead[r] = wide && i < p.hidden ? read4(weight + i) : Quad{};
-  }
-  grid_dependency();
-  // Rows beyond the last token are read as the last one again, and not written.
-  const T* x[kRouterTokens];
-#pragma unroll
-  for (int t = 0; t < kRouterTokens; t++) x[t] = static_cast<const T*>(p.x) + static_cast<uint64_t>(min(first + t, p.tokens - 1)) * p.hidden;
-  float sums[kRouterTokens] = {};
-  auto add = [&](const Quad& w, uint32_t i) {
-#pragma unroll
-    for (int t = 0; t < kRouterTokens; t++) {
-      const Quad v = read4(x[t] + i);
-#pragma unroll
-      for (int e = 0; e < 4; e++) sums[t] += w.x[e] * v.x[e];
-    }
-  };
-  if (wide) {
-#pragma unroll
-    for (int r = 0; r < kRouterReads; r++) {
-      const uint32_t i = (half * kWarp + lane) * 4 + r * kStep;
-      if (i < p.hidden) add(ahead[r], i);
-    }
-    for (uint32_t i = (half * kWarp + lane) * 4 + kRouterReads * kStep; i < p.hidden; i += kStep) add(read4(weight + i), i);
-  } else {
-    for (uint32_t i = half * kWarp + lane; i < p.hidden; i += kRouterWarps * kWarp) {
-#pragma unroll
-      for (int t = 0; t < kRouterTokens; t++) sums[t] += weight[i] * widen(x[t][i]);
-    }
-  }
-#pragma unroll
-  for (int t = 0; t < kRouterTokens; t++) {
-    sums[t] = warp_sum(sums[t]);
-    if (half == 1 && lane == 0) parts[place][t] = sums[t];
-  }
-  __syncthreads();
-  if (half == 0 && lane == 0 && expert < p.experts) {
-#pragma unroll
-    for (int t = 0; t < kRouterTokens; t++) {
-      if (first + t < p.tokens) p.scores[static_cast<uint64_t>(first + t) * p.experts + expert] = sums[t] + parts[place][t];
-    }
-  }
-}
 
 // Many tokens: 64 tokens by 64 experts by a part of the depth a block, 4 by 4 a thread, float32 throughout. The parts are added by
 // the selection, so that a few tokens too occupy the device.
@@ -142,7 +78,5 @@ __device__ __forceinline__ void router_tile(const MoeRouterParams& p) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256) moe_router_fp32(const __grid_constant__ MoeRouterParams p) { router<float>(p); }
-extern "C" __global__ void __launch_bounds__(256) moe_router_bf16(const __grid_constant__ MoeRouterParams p) { router<bf16>(p); }
 extern "C" __global__ void __launch_bounds__(256) moe_router_tile_fp32(const __grid_constant__ MoeRouterParams p) { router_tile<float>(p); }
 extern "C" __global__ void __launch_bounds__(256) moe_router_tile_bf16(const __grid_constant__ MoeRouterParams p) { router_tile<bf16>(p); }

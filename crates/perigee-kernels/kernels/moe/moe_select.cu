@@ -2,7 +2,7 @@
 // products need. See README.md.
 #include "common/common.cuh"
 #include "common/faults.cuh"
-#include "moe/params.h"
+#include "moe/sort.cuh"
 
 // The largest value over a warp and its index; the lowest index wins ties. An index of ~0 means nothing was offered.
 __device__ __forceinline__ void warp_argmax(float& value, uint32_t& index) {
@@ -16,17 +16,6 @@ __device__ __forceinline__ void warp_argmax(float& value, uint32_t& index) {
       index = other_index;
     }
   }
-}
-
-// Experts up to which a warp keeps the biased scores in registers.
-constexpr uint32_t kLaneExperts = 8;
-constexpr uint32_t kWarpExperts = kLaneExperts * kWarp;
-
-// A number whose order as an integer is that of the value; 0, below all of them, for what is not a number.
-__device__ __forceinline__ uint32_t sortable(float value) {
-  if (value != value) return 0;
-  const uint32_t bits = __float_as_uint(value);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 // The k largest of `biased` in descending order to `picked`; the lower number wins ties. Minus infinity and not-a-number are never
@@ -209,40 +198,7 @@ __device__ __forceinline__ void sort(const MoeSortParams& p, uint32_t* counts) {
     if (p.chosen[i] != kNoExpert) atomicAdd(&counts[p.chosen[i]], 1u);
   }
   __syncthreads();
-  if (threadIdx.x < kWarp) {
-    // A lane sums its consecutive experts, and one scan over the lanes does for all.
-    const uint32_t share = (p.experts + kWarp - 1) / kWarp, from = threadIdx.x * share, to = min(from + share, p.experts);
-    uint32_t rows = 0, tiles = 0, touched = 0;
-    for (uint32_t expert = from; expert < to; expert++) {
-      rows += counts[expert];
-      tiles += (counts[expert] + p.tile_rows - 1) / p.tile_rows;
-      touched += counts[expert] > 0 && expert < p.routed;
-    }
-    uint32_t row = rows, tile = tiles;
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const uint32_t r = __shfl_up_sync(~0u, row, distance), t = __shfl_up_sync(~0u, tile, distance);
-      if (threadIdx.x >= distance) {
-        row += r;
-        tile += t;
-      }
-    }
-    touched = __reduce_add_sync(~0u, touched);
-    if (threadIdx.x == kWarp - 1) {
-      *p.tile_count = tile;
-      *p.touched += touched;
-    }
-    row -= rows;
-    tile -= tiles;
-    for (uint32_t expert = from; expert < to; expert++) {
-      const uint32_t count = counts[expert];
-      for (uint32_t first = 0; first < count; first += p.tile_rows) {
-        p.tiles[tile++] = {expert, row + first, min(p.tile_rows, count - first)};
-      }
-      counts[expert] = row;
-      row += count;
-    }
-  }
+  if (threadIdx.x < kWarp) place_experts(p, counts);
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < p.entries; i += blockDim.x) {
     if (p.chosen[i] == kNoExpert) {
@@ -261,24 +217,9 @@ extern "C" __global__ void __launch_bounds__(1024) moe_sort(const __grid_constan
   sort(p, counts);
 }
 
-// One block: selection and sort of a few tokens, one launch fewer.
-template <Fault kFault>
-__device__ __forceinline__ void select_all(const MoeSelectSortParams& p) {
-  extern __shared__ float shared[];
-  grid_dependency();
-  for (uint32_t token = threadIdx.x / kWarp; token < p.select.tokens; token += blockDim.x / kWarp) select<kFault, 1>(p.select, token, shared);
-  // What the block's other warps chose, in device memory, is seen behind the barrier.
-  __syncthreads();
-  sort(p.sort, reinterpret_cast<uint32_t*>(shared));
-}
-
 extern "C" __global__ void __launch_bounds__(128) moe_select(const __grid_constant__ MoeSelectParams p) { select_some<Fault::kNone>(p); }
-extern "C" __global__ void __launch_bounds__(512) moe_select_sort(const __grid_constant__ MoeSelectSortParams p) { select_all<Fault::kNone>(p); }
 #ifdef PERIGEE_PLANTED_FAULTS
 extern "C" __global__ void __launch_bounds__(128) moe_select_biased_weights(const __grid_constant__ MoeSelectParams p) {
   select_some<Fault::kBiasedWeights>(p);
-}
-extern "C" __global__ void __launch_bounds__(512) moe_select_sort_biased_weights(const __grid_constant__ MoeSelectSortParams p) {
-  select_all<Fault::kBiasedWeights>(p);
 }
 #endif

@@ -59,9 +59,13 @@ struct MoeSortParams {
   uint32_t routed;          // E
 };
 
-struct MoeSelectSortParams {
+// Router, selection and sort of a few tokens; and ahead of them the norm of the residual stream that the router reads.
+struct MoeRouteParams {
+  MoeRouterParams router;
   MoeSelectParams select;
-  MoeSortParams sort;
+  MoeSortParams sort;       // without entries: nothing is sorted, there is one token
+  NormParams norm;          // of which the router's x is `out`; for the kernels that norm
+  uint32_t* arrived;        // [1 + groups of 4 tokens], 0 between launches: groups that are selected, and blocks whose scores are there
 };
 
 // The sort by several blocks, for steps of many tokens. As MoeSortParams, but for what is said.
@@ -92,6 +96,21 @@ struct MoeProductParams {
   uint32_t width;           // columns of `out`: f, or d
   uint32_t top_k;           // k + s
   uint32_t reserved;
+};
+
+// The products of one token's experts.
+struct MoeSingleParams {
+  const void* in;           // gate and up: x [d] T; down: inner rows [k + s][f] T
+  const void* weight;       // as MoeProductParams
+  void* out;                // gate and up: [k + s][f] T, by choice; down: [d] T, the weighted sum
+  const uint32_t* chosen;   // [k + s]
+  const float* weights;     // [k + s]
+  uint32_t depth;
+  uint32_t width;
+  uint32_t choices;         // k + s
+  uint32_t shared;          // s
+  uint32_t experts;         // E
+  uint32_t stages;          // of a warp's ring
 };
 
 // Grouped products for many rows an expert; a tile has at most 256 rows.

@@ -15,7 +15,9 @@ __device__ __forceinline__ void rms_norm(const NormParams& p) {
   Quad mine = {}, weight = {};
   if (has_own) weight = read4(p.weight + own);
   grid_wait();
-  R* residual = static_cast<R*>(p.residual) + static_cast<uint64_t>(blockIdx.x) * p.residual_pitch;
+  const uint64_t row = static_cast<uint64_t>(blockIdx.x) * p.residual_pitch;
+  const R* residual = static_cast<const R*>(p.residual) + row;
+  R* sum = static_cast<R*>(p.sum) + row;
   const T* delta = p.delta ? static_cast<const T*>(p.delta) + static_cast<uint64_t>(blockIdx.x) * p.width : nullptr;
   T* out = static_cast<T*>(p.out) + static_cast<uint64_t>(blockIdx.x) * p.out_pitch;
   float squares = 0.0f;
@@ -26,7 +28,7 @@ __device__ __forceinline__ void rms_norm(const NormParams& p) {
         const Quad d = read4(delta + own);
 #pragma unroll
         for (int e = 0; e < 4; e++) mine.x[e] = rounded<R>(mine.x[e] + d.x[e]);
-        write4(residual + own, mine);
+        write4(sum + own, mine);
       }
 #pragma unroll
       for (int e = 0; e < 4; e++) squares += mine.x[e] * mine.x[e];
@@ -38,7 +40,7 @@ __device__ __forceinline__ void rms_norm(const NormParams& p) {
         const Quad d = read4(delta + i);
 #pragma unroll
         for (int e = 0; e < 4; e++) x.x[e] = rounded<R>(x.x[e] + d.x[e]);
-        write4(residual + i, x);
+        write4(sum + i, x);
       }
 #pragma unroll
       for (int e = 0; e < 4; e++) squares += x.x[e] * x.x[e];
@@ -48,12 +50,13 @@ __device__ __forceinline__ void rms_norm(const NormParams& p) {
       float x = widen(residual[i]);
       if (delta) {
         x = rounded<R>(x + widen(delta[i]));
-        residual[i] = narrow<R>(x);
+        sum[i] = narrow<R>(x);
       }
       squares += x * x;
     }
   }
   // Each thread reads back below only what it wrote above.
+  if (delta) residual = sum;
   const float mean = block_sum(squares, scratch) / static_cast<float>(p.width);
   const float scale = 1.0f / sqrtf(mean + p.eps);
   if (kept) {

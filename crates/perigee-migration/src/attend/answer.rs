@@ -126,7 +126,8 @@ impl SessionAnswer {
         exact("numbers of outputs", tokens * heads.output_width(), self.output.len() as u64)?;
         exact("numbers of log-sum-exps", tokens * u64::from(heads.heads), self.lse.len() as u64)?;
         let wrong = |what| AttendError::NotFinite { session: self.session.clone(), what };
-        if self.output.iter().any(|value| !value.is_finite()) {
+        // Without an early end, so that many are looked at at once.
+        if !self.output.iter().fold(true, |all, value| all & value.is_finite()) {
             return Err(wrong("outputs"));
         }
         if self.lse.iter().any(|&lse| !(lse.is_finite() || lse == f32::NEG_INFINITY)) {

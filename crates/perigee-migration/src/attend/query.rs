@@ -7,8 +7,8 @@ use std::ops::Range;
 use perigee_backend::DType;
 
 use super::{
-    AttendError, AttendShape, HeadRange, MOST_ENTRIES, check_positions, exact, limit, open, put_floats, read_floats,
-    seal,
+    AttendError, AttendShape, HeadRange, MOST_ENTRIES, check_positions, exact, limit, open, put_floats, put_numbers,
+    read_floats, seal,
 };
 use crate::codec::{FieldError, Put, Reader};
 
@@ -90,7 +90,7 @@ impl QueryValues {
     fn put(&self, out: &mut Vec<u8>) {
         match self {
             Self::Fp32(values) => put_floats(out, values),
-            Self::Bf16(values) => values.iter().for_each(|&half| out.u16(half)),
+            Self::Bf16(values) => put_numbers(out, values, u16::to_le_bytes),
         }
     }
 

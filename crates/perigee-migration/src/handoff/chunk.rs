@@ -57,6 +57,11 @@ impl ChunkWriter {
         self.next = self.next.wrapping_add(1);
     }
 
+    /// Whether a chunk is finished.
+    pub(super) fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
     /// The next finished chunk.
     pub(super) fn pop(&mut self) -> Option<Vec<u8>> {
         self.ready.pop_front()

@@ -116,6 +116,11 @@ impl HandoffEncoder {
         self.chunks.flush();
     }
 
+    /// Whether a chunk is ready to leave.
+    pub fn has_chunk(&self) -> bool {
+        self.chunks.has_ready()
+    }
+
     /// The next chunk that is ready to leave, in order.
     pub fn next_chunk(&mut self) -> Option<Vec<u8>> {
         self.chunks.pop()

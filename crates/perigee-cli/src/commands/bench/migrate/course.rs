@@ -4,12 +4,12 @@
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use perigee_proto::v1::{GetModelInfoRequest, MigrateMode, MigrateResponse};
+use perigee_proto::v1::{GetModelInfoRequest, MigrateMode, MigratePhases, MigrateResponse};
 
 use super::cluster::Cluster;
 use super::numbers::{Change, change, gaps, median, milliseconds};
 use super::stream::Stream;
-use super::{Beside, Home, MigrateArgs, Prompt, Remote, Row};
+use super::{Beside, Home, MigrateArgs, Phases, Prompt, Remote, Row};
 
 /// Positions of a latent page.
 const PAGE_TOKENS: usize = 64;
@@ -27,14 +27,28 @@ struct Moves {
     state_bytes: u64,
     page_bytes: u64,
     token_bytes: u64,
+    phases: Vec<MigratePhases>,
 }
 
 impl Moves {
     fn add(&mut self, stall_ms: f64, moved: &MigrateResponse) {
         self.stalls_ms.push(stall_ms);
+        self.phases.extend(moved.phases);
         self.state_bytes = self.state_bytes.max(moved.state_bytes);
         self.page_bytes = self.page_bytes.max(moved.page_bytes);
         self.token_bytes = self.token_bytes.max(moved.token_bytes);
+    }
+
+    /// The medians of the phases; none where nothing was handed over.
+    fn phases(&self) -> Option<Phases> {
+        let median_of = |of: fn(&MigratePhases) -> f64| median(&self.phases.iter().map(of).collect::<Vec<_>>());
+        (!self.phases.is_empty()).then(|| Phases {
+            prepare_ms: median_of(|phases| phases.prepare_ms),
+            frozen_ms: median_of(|phases| phases.frozen_ms),
+            export_ms: median_of(|phases| phases.export_ms),
+            start_ms: median_of(|phases| phases.start_ms),
+            release_ms: median_of(|phases| phases.release_ms),
+        })
     }
 
     fn row(self, prompt: Prompt, mode: &'static str, tpot_local_ms: f64) -> Row {
@@ -51,6 +65,7 @@ impl Moves {
             tpot_remote_ms: None,
             filled: prompt.is_filled,
             moves: self.stalls_ms.len(),
+            phases: self.phases(),
             stalls_ms: self.stalls_ms,
             remote: None,
             beside: None,
@@ -69,6 +84,10 @@ pub(super) async fn run(args: &MigrateArgs, prompt: Prompt) -> anyhow::Result<Ve
             .map(|index| ((index * 7919 + seed * 104_729 + index / 251) % info.vocab_size as usize) as u32)
             .collect()
     };
+    let mut short = Stream::open(inference.clone(), text(32, 3), TOKENS).await?;
+    let owner = short.owner();
+    let alone_ms = beside(&cluster, &mut short, &owner, args.window).await?;
+    drop(short);
     let mut long = Stream::open(inference.clone(), text(prompt.tokens, 0), TOKENS).await?;
     long.next(REST, PATIENCE).await?;
     let local_ms = median(&gaps(&long.next(args.window + 1, PATIENCE).await?));
@@ -76,14 +95,14 @@ pub(super) async fn run(args: &MigrateArgs, prompt: Prompt) -> anyhow::Result<Ve
     let away = cluster.other(&home)?;
 
     let mut whole = Moves::default();
-    let mut undisturbed_ms = 0.0;
+    let mut undisturbed_ms = None;
     for round in 0..args.whole + args.whole % 2 {
         let to = if round % 2 == 0 { &away } else { &home };
         let (stall_ms, moved) = migrate(&cluster, &mut long, to, MigrateMode::Whole).await?;
         whole.add(stall_ms, &moved);
         if round == 0 {
             let mut short = Stream::open(inference.clone(), text(32, 2), TOKENS).await?;
-            undisturbed_ms = beside(&cluster, &mut short, &home, args.window).await?;
+            undisturbed_ms = Some(beside(&cluster, &mut short, &home, args.window).await?);
         }
     }
 
@@ -104,10 +123,13 @@ pub(super) async fn run(args: &MigrateArgs, prompt: Prompt) -> anyhow::Result<Ve
     }
 
     let beside = Some(Beside { local_ms: beside_local_ms, remote_ms: beside_remote_ms });
-    let stays = Some(Home { undisturbed_ms, answering_ms });
+    let stays = Some(Home { alone_ms, undisturbed_ms, answering_ms });
     let (remote, tpot_remote_ms) = (Some(remote), Some(tpot_remote_ms));
     let split = Row { tpot_remote_ms, remote, beside, home: stays, ..split.row(prompt, "split", local_ms) };
-    let mut rows = vec![split, whole.row(prompt, "whole", local_ms)];
+    let mut rows = vec![split];
+    if args.whole > 0 {
+        rows.push(whole.row(prompt, "whole", local_ms));
+    }
     if !prompt.is_filled {
         rows.push(replay(&cluster, &mut long, prompt.tokens, local_ms).await?.row(prompt, "replay", local_ms));
     }

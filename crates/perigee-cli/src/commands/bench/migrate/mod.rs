@@ -29,8 +29,8 @@ pub(super) struct MigrateArgs {
     /// Split moves of the session.
     #[arg(long, default_value_t = 20, value_parser = at_least_one())]
     moves: usize,
-    /// Moves with all pages, there and back.
-    #[arg(long, default_value_t = 4, value_parser = at_least_one())]
+    /// Moves with all pages, there and back; none: nor is a home's time taken while the session runs elsewhere with all its pages.
+    #[arg(long, default_value_t = 4)]
     whole: usize,
     /// Tokens in a row from which a time of a token is taken.
     #[arg(long, default_value_t = 32, value_parser = at_least_one())]
@@ -42,7 +42,7 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
     /// Print one JSON array: [{context, mode, state_bytes, page_bytes, token_bytes, stall_ms, stall_steps, tpot_local_ms,
-    /// tpot_remote_ms, filled, moves, stalls_ms, remote, beside, home}], one entry for each context and mode split, whole and
+    /// tpot_remote_ms, filled, moves, stalls_ms, phases, remote, beside, home}], one entry for each context and mode split, whole and
     /// replay.
     #[arg(long)]
     json: bool,
@@ -84,12 +84,25 @@ struct Row {
     moves: usize,
     /// Of each move, in order.
     stalls_ms: Vec<f64>,
+    /// The router's times of a handoff, medians over the moves.
+    phases: Option<Phases>,
     /// Where the time of a token goes then; split moves only.
     remote: Option<Remote>,
     /// Another session's times in the same steps; split moves only.
     beside: Option<Beside>,
     /// A home's own times; split moves only.
     home: Option<Home>,
+}
+
+/// Phases of a handoff in milliseconds, as `Cluster.Migrate` tells them: from the order until the target has verified everything; of
+/// these, since the freeze; of these, taking the state off the device; from the commit until the target runs it; until it is released.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+struct Phases {
+    prepare_ms: f64,
+    frozen_ms: f64,
+    export_ms: f64,
+    start_ms: f64,
+    release_ms: f64,
 }
 
 /// Parts of a token's time while its old latents are remote, in milliseconds; each is a mean over the same tokens.
@@ -115,8 +128,10 @@ struct Beside {
 /// A short session's median gap at one replica while the long one runs at the other, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 struct Home {
-    /// With all its latents: nobody is asked.
-    undisturbed_ms: f64,
+    /// Before the long one begins: both replicas are idle otherwise.
+    alone_ms: f64,
+    /// With all its latents: nobody is asked. Replicas that share a device share its time. Where there are whole moves.
+    undisturbed_ms: Option<f64>,
     /// Without them: the short session's replica answers.
     answering_ms: f64,
 }
@@ -172,8 +187,8 @@ fn distance(row: &Row) -> Option<String> {
     let share = |time: f64| 100.0 * time / all.max(f64::MIN_POSITIVE);
     Some(format!(
         "{:>7}  remote token: waiting {:.2} ms ({:.0} %), own work {:.2} ms ({:.0} %), between steps {:.2} ms ({:.0} %); a short \
-         session beside it: {:.2} ms while it is local, {:.2} ms while it is remote; the home's own token: {:.2} ms while \
-         nobody asks, {:.2} ms while it answers",
+         session beside it: {:.2} ms while it is local, {:.2} ms while it is remote; the home's own token: {:.2} ms alone, \
+         {} while nobody asks, {:.2} ms while it answers",
         row.context,
         remote.waiting_ms,
         share(remote.waiting_ms),
@@ -183,7 +198,8 @@ fn distance(row: &Row) -> Option<String> {
         share(remote.between_ms),
         beside.local_ms,
         beside.remote_ms,
-        home.undisturbed_ms,
+        home.alone_ms,
+        home.undisturbed_ms.map_or_else(|| "-".to_owned(), |time| format!("{time:.2} ms")),
         home.answering_ms
     ))
 }

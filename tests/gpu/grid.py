@@ -1,0 +1,17 @@
+"""`bench grid` on one served replica of a number of ranks. usage: grid.py PERIGEE MODEL DEVICE RANKS CELLS [OPTION of `up`]..."""
+import subprocess
+import sys
+
+from cluster import Cluster
+
+
+def main():
+    binary, model, device, ranks, cells, *options = sys.argv[1:]
+    dtype = "fp32" if device == "cpu" else "bf16"
+    with Cluster(binary, model, device, "--replicas", 1, "--tp", ranks, *options, dtype=dtype) as cluster:
+        line = [binary, "bench", "grid", "--router", cluster.router, "--cells", cells, "--steps", "16"]
+        subprocess.run(line, check=True)
+
+
+if __name__ == "__main__":
+    main()
