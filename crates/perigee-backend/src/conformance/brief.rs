@@ -3,10 +3,10 @@
 
 use crate::weights::DType;
 
-/// Beginnings of the names of those for either activation type.
-const EITHER: [&str; 24] = [
+/// Names of those for either activation type; `*` stands for any end.
+const EITHER: [&str; 27] = [
     "load/counts bytes",
-    "all_reduce",
+    "all_reduce/group of one",
     "rms_norm/width 50",
     "rms_norm/width 64",
     "rms_norm/width 4608",
@@ -16,17 +16,20 @@ const EITHER: [&str; 24] = [
     "moe/one group",
     "moe/no shared experts",
     "moe/four groups, negative bias",
-    "moe/depths of",
+    "moe/depths of *",
     // One head of each size, the one without kernels of its own included; up to four chunks of 64 tokens.
-    "kda_mixer/lengths/1x",
-    "kda_mixer/lengths/2x24",
-    "kda_mixer/transaction/1x32",
+    "kda_mixer/lengths/1x32, conv 4, Mixed",
+    "kda_mixer/lengths/1x64, conv 4, Repeat",
+    "kda_mixer/lengths/1x128, conv 4, Open",
+    "kda_mixer/lengths/2x24, conv 4, Mixed",
+    "kda_mixer/transaction/1x32, conv 4, Mixed",
     "kda_mixer/many rows/2x128",
     "mla/batch/latent 64",
-    "mla/remote parts/latent 512",
+    "mla/batch/query rank 48",
+    "mla/remote parts/latent 64",
     "mla/answers for others/latent 64",
     "mla/long contexts/latent 512",
-    "step/",
+    "step/*",
     "sample/filters/peaked",
     "sample/logprobs/peaked",
     "state_slots/sums/4x32",
@@ -42,16 +45,21 @@ const BFLOAT16: [&str; 9] = [
     "moe/many tiles",
     "mla/batch/latent 512",
     "mla/answers for others/latent 512",
-    "mla/long rows",
+    "mla/long rows/latent 512",
 ];
 
-/// Beginnings of the names of the cases that [`is_brief`] is true of.
+/// Names of the cases that [`is_brief`] is true of; `*` stands for any end.
 pub fn brief_names(activation: DType) -> impl Iterator<Item = &'static str> {
     let more = if activation == DType::Bf16 { &BFLOAT16[..] } else { &[] };
     EITHER.iter().chain(more).copied()
 }
 
-/// Whether a case of this name launches something with this activation type that no other case of such a name does.
+/// Whether this is the name of a case that launches something with this activation type that no other such case does.
 pub fn is_brief(name: &str, activation: DType) -> bool {
-    brief_names(activation).any(|beginning| name.starts_with(beginning))
+    brief_names(activation).any(|brief| is_named(name, brief))
+}
+
+/// Whether a name is one that `brief` gives.
+pub fn is_named(name: &str, brief: &str) -> bool {
+    brief.strip_suffix('*').map_or(name == brief, |beginning| name.starts_with(beginning))
 }

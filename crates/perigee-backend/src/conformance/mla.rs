@@ -191,17 +191,20 @@ fn long_rows<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer)
 fn long_contexts<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer) -> Result<()> {
     let mut bench = MlaBench::open(factory, model)?;
     let sequence = bench.sequence(&mut Draw::new(11), 900);
-    for bounds in checks.sizes(&[vec![0, 900], vec![0, 300, 301, 700, 900]], &[vec![0, 300, 301, 900]]) {
+    let before = checks.sizes(&[860], &[560])[0];
+    for bounds in checks.sizes(&[vec![0, 900], vec![0, 300, 301, 900]], &[vec![0, 300, 301, 900]]) {
         let segments = bench.place(bounds)?;
         let row = |tokens| MlaRow { sequence: &sequence, segments: &segments, tokens };
-        for tokens in [0..300, 300..600, 600..860] {
-            bench.fill(&[row(tokens)])?;
+        for start in (0..before).step_by(300) {
+            bench.fill(&[row(start..before.min(start + 300))])?;
         }
-        for tokens in [860..861, 861..863, 863..882] {
-            let what = format!("positions {tokens:?} in segments {bounds:?}");
-            bench.step(checks, &what, &[row(tokens)])?;
+        let mut position = before;
+        for size in [1, 2, 19] {
+            let what = format!("{size} tokens at {position} in segments {bounds:?}");
+            bench.step(checks, &what, &[row(position..position + size)])?;
+            position += size;
         }
-        bench.check_pages(checks, &sequence, &segments, 882)?;
+        bench.check_pages(checks, &sequence, &segments, position)?;
         bench.release(segments);
     }
     Ok(())

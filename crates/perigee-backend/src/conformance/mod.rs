@@ -23,7 +23,7 @@ use crate::error::Result;
 use crate::ops::Backend;
 use crate::weights::DType;
 
-pub use brief::{brief_names, is_brief};
+pub use brief::{brief_names, is_brief, is_named};
 use check::Checks;
 pub use report::{CaseReport, Measure, Outcome, Report, assert_all};
 
