@@ -167,7 +167,9 @@ fn main() -> Result<()> {
 
     let shapes = [
         (1, 64, 0),
+        (1, 256, 0),
         (1, 1024, 0),
+        (1, 4096, 0),
         (1, 8192, 0),
         (8, 1024, 0),
         (1, 8192, 24_576),
@@ -193,6 +195,10 @@ fn main() -> Result<()> {
             println!("kda_mixer    {name:24} {ms:9.4} ms");
             let ms = median(&mut backend, |backend| backend.kda_without_products(&kda, 0))?;
             println!("kda_kernels  {name:24} {ms:9.4} ms");
+            if tokens > 1 {
+                let ms = median(&mut backend, |backend| backend.kda_chunks_alone(&kda, 0))?;
+                println!("kda_chunks   {name:24} {ms:9.4} ms");
+            }
         }
         if "mla".starts_with(&prefix) {
             let ms = median(&mut backend, |backend| backend.mla_project(&mla, 0, &x, &mut queries))?;

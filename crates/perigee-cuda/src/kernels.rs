@@ -110,20 +110,20 @@ impl KdaFast {
         // assert them.
         let column = 64 * (head_dim + 4) * 4;
         let (module, chunk_shared) = if is_bf16 {
-            let rows = 2 * 64 * (head_dim + 8) * 2 + column;
-            ("kda_chunk_tensor", rows + 2 * 64 * 68 * 4 + 4 * 64 * 4 + 4 * head_dim * 4)
+            let rows = 2 * 64 * (head_dim + 8) * 2 + 64 * (head_dim + 8) * 4;
+            ("kda_chunk_tensor", rows + 2 * 64 * 68 * 4 + 4 * 64 * 4 + 4 * head_dim * 4 + 4)
         } else {
             ("kda_chunk", 3 * column + 64 * 64 * 4 + 3 * 64 * 4 + 4 * head_dim * 4)
         };
         let stage = (3 * 64 * (head_dim + 8) + 64 * 72) * 2 + 64 * 40 * 4 + head_dim * 4;
-        let scan_shared = if is_bf16 { 3 * stage + (head_dim + 64) * 40 * 2 } else { 0 };
+        let scan_shared = if is_bf16 { 3 * stage + (head_dim + 64) * 40 * 2 + 48 } else { 0 };
         let kernels = Self {
             head_dim,
             chunk: modules.overlapping(module, &format!("kda_chunk_{suffix}_{head_dim}{chunk_fault}"))?,
             chunk_shared,
             scan: modules.overlapping("kda_scan", &format!("kda_scan_{suffix}_{head_dim}{scan_fault}"))?,
             scan_shared,
-            scan_threads: if is_bf16 { 256 } else { 128 },
+            scan_threads: if is_bf16 { 288 } else { 128 },
             decode: modules.overlapping("kda_decode", &format!("kda_decode_{suffix}_{head_dim}{decode_fault}"))?,
             decode_bulk: match (head_dim, decode_fault.is_empty()) {
                 (128, true) => Some(modules.overlapping("kda_decode_bulk", &format!("kda_decode_bulk_{suffix}_128"))?),
@@ -377,6 +377,7 @@ pub(crate) struct MoeWide {
     pub(crate) count: Kernel<MoeSpreadParams>,
     pub(crate) spread: Kernel<MoeSpreadParams>,
     pub(crate) gather: Kernel<MoeGatherParams>,
+    pub(crate) combine: Kernel<MoeCombineParams>,
     /// By ascending rows of a tile.
     pub(crate) products: [WideProduct; 2],
 }
@@ -396,7 +397,8 @@ impl MoeWide {
             count: modules.overlapping("moe_sort_wide", "moe_count")?,
             spread: modules.overlapping("moe_sort_wide", "moe_spread")?,
             gather: modules.overlapping("moe_sort_wide", "moe_gather")?,
-            products: [WideProduct::load(modules, 64, 8)?, WideProduct::load(modules, 256, 4)?],
+            combine: modules.overlapping("moe_sort_wide", "moe_combine_wide")?,
+            products: [WideProduct::load(modules, 64, 8)?, WideProduct::load(modules, 288, 4)?],
         })
     }
 }

@@ -11,9 +11,14 @@ pub(crate) const CHUNK_TOKENS: usize = 64;
 pub(crate) const MORE_CHUNKS: usize = 32;
 /// Head sizes that have kernels of their own in the chunked KDA form.
 pub(crate) const KDA_HEAD_DIMS: [usize; 3] = [32, 64, 128];
-/// Most keys that the expanded form of attention works on together.
+/// Most keys that the expanded form of attention works on together: this many steps' tokens, for which the working memory of KDA has
+/// room, and fewer where steps are of few tokens, for which a stretch costs little to begin.
+const STRETCH_STEPS: usize = 8;
 #[cfg(feature = "cuda")]
-const MOST_STRETCH: usize = 8192;
+const MOST_STRETCH: usize = 65_536;
+/// Tokens of a step for each of those.
+#[cfg(feature = "cuda")]
+const STRETCH_TOKENS: usize = 256;
 /// Gate rows and up rows of experts alternate in blocks of this size.
 pub(crate) const EXPERT_BLOCK: usize = 8;
 /// Bytes of an expert's tile in the list of tiles.
@@ -42,10 +47,15 @@ pub(crate) fn kda_width(shape: &KdaShape) -> usize {
     (3 * shape.heads * shape.head_dim + 2 * shape.head_dim + shape.heads).next_multiple_of(8)
 }
 
+/// Numbers of working memory of one (chunk, head) of KDA, padded as `kda/params.h` has it: queries, keys or Wd; U; Pqk.
+pub(crate) fn kda_chunk_numbers(head_dim: usize) -> [usize; 3] {
+    [CHUNK_TOKENS * (head_dim + 8), CHUNK_TOKENS * head_dim.div_ceil(32) * 40, CHUNK_TOKENS * 72]
+}
+
 /// Working memory of one chunk of KDA, all heads.
 fn kda_chunk(shape: &KdaShape, element: usize) -> usize {
-    let rows = CHUNK_TOKENS * (3 * shape.head_dim * element + shape.head_dim * 4 + CHUNK_TOKENS * element);
-    shape.heads * (rows + shape.head_dim * 4)
+    let [rows, update, attention] = kda_chunk_numbers(shape.head_dim);
+    shape.heads * (3 * rows * element + update * 4 + attention * element + shape.head_dim * 4)
 }
 
 /// The KDA mixer.
@@ -73,7 +83,8 @@ pub(crate) fn expands(shape: &MlaShape) -> bool {
 /// Keys that the expanded form works on together where steps have up to `tokens` tokens.
 #[cfg(feature = "cuda")]
 pub(crate) fn stretch_keys(tokens: usize) -> usize {
-    tokens.next_multiple_of(PAGE_TOKENS).clamp(PAGE_TOKENS, MOST_STRETCH)
+    let steps = (tokens / STRETCH_TOKENS).clamp(1, STRETCH_STEPS);
+    (steps * tokens).next_multiple_of(PAGE_TOKENS).clamp(PAGE_TOKENS, MOST_STRETCH)
 }
 
 /// The MLA mixer: projections, values, a part that another replica computed, and a stretch of the expanded form.
@@ -89,7 +100,7 @@ pub(crate) fn mla(shape: &MlaShape, element: usize) -> [Need; 4] {
         Need { per_token: (mla_rows(shape).1 + low_rank) * element, fixed },
         Need { per_token: shape.heads * (shape.latent + shape.value) * element, fixed },
         Need { per_token: 0, fixed: shape.heads * (shape.latent + 1) * 4 + 4 * ALIGNMENT },
-        Need { per_token: key, fixed: PAGE_TOKENS * key + 2 * ALIGNMENT },
+        Need { per_token: STRETCH_STEPS * key, fixed: PAGE_TOKENS * key + 2 * ALIGNMENT },
     ]
 }
 

@@ -470,8 +470,7 @@ pub(crate) struct MoeGatherParams {
     pub(crate) x: u64,
     pub(crate) out: u64,
     pub(crate) source: u64,
-    pub(crate) tiles: u64,
-    pub(crate) tile_count: u64,
+    pub(crate) rows: u64,
     pub(crate) pieces: u32,
     pub(crate) top_k: u32,
 }

@@ -35,6 +35,11 @@ pub struct EngineConfig {
     pub queue_limit: usize,
     /// Most tokens in a step; the executor's own limit holds as well.
     pub token_budget: usize,
+    /// Most prompt tokens in a step in which sessions decode too.
+    pub beside_tokens: usize,
+    /// How many times the time of a step of decode rows alone a token takes at most, on average, while prompts are computed: after a
+    /// step with prompt tokens come as many without as that needs. Without it, prompts are in every step that has room for them.
+    pub prompt_slowdown: Option<f64>,
     /// Most rows in a step; the executor's own limit holds as well.
     pub max_batch: usize,
     /// Host memory for parked sessions over all ranks, in bytes; 0 recomputes instead.
@@ -60,6 +65,8 @@ impl Default for EngineConfig {
         Self {
             queue_limit: 1024,
             token_budget: usize::MAX,
+            beside_tokens: usize::MAX,
+            prompt_slowdown: None,
             max_batch: usize::MAX,
             park_bytes: 4 << 30,
             bypass_limit: 8,
@@ -83,6 +90,7 @@ impl EngineConfig {
             slots: count("state slots", executor.slots)?,
             pages: count("latent pages", executor.pages)?,
             step_tokens: count("token budget", executor.step_tokens.min(self.token_budget))?.into(),
+            beside_tokens: self.beside_tokens.max(1) as u64,
             step_rows: count("batch size", executor.step_rows.min(self.max_batch))?.into(),
             max_length: count("model length", executor.max_model_len)?.into(),
             park_bytes: self.park_bytes,

@@ -25,6 +25,7 @@ pub mod sequence;
 pub mod step;
 pub mod testing;
 pub mod traces;
+mod turns;
 
 pub use config::{Clock, EngineConfig, StartError, SystemClock};
 pub use handle::{Engine, EngineHandle, EngineHealth, ScoreError, ScoreRequest, Scores};

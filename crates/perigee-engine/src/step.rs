@@ -19,6 +19,7 @@ use crate::request::{Load, RouterId, SessionId};
 use crate::scheduler::{Limits, Plan, PlannedRow, Scheduler, TaskId};
 use crate::sequence::Sequence;
 use crate::traces::{SessionSpan, TraceNotes};
+use crate::turns::Turns;
 
 /// What a turn did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,6 +130,7 @@ pub struct EngineCore {
     pub(crate) flight: Option<Flight>,
     /// When the last step in flight was read.
     pub(crate) landed: Option<Instant>,
+    turns: Turns,
     steps: u64,
     step_ms: f32,
 }
@@ -143,6 +145,7 @@ impl EngineCore {
     ) -> Self {
         Self {
             executor,
+            turns: Turns::new(config.prompt_slowdown),
             scheduler: Scheduler::new(limits),
             config,
             sessions: BTreeMap::new(),
@@ -285,6 +288,10 @@ impl EngineCore {
         if self.scheduler.is_empty() {
             return Ok(false);
         }
+        if !self.scheduler.decodes_prevail() {
+            self.turns.forget();
+        }
+        self.scheduler.set_prompts_wait(self.turns.prompts_wait());
         let plan = self.scheduler.plan()?;
         self.note_admissions(&plan);
         let lost = self.move_parked(&plan)?;
@@ -293,7 +300,10 @@ impl EngineCore {
         let runs = |row: &&PlannedRow| !lost.contains(&row.task) && !broken.contains(&row.task);
         let rows: Vec<&PlannedRow> = plan.rows.iter().filter(runs).collect();
         if rows.is_empty() {
-            return Ok(!plan.is_empty());
+            // Those that decode lack pages that a waiting prompt may hold: it goes on.
+            let waited = self.turns.prompts_wait();
+            self.turns.forget();
+            return Ok(waited || !plan.is_empty());
         }
         let started = self.config.clock.now();
         let done = if self.may_launch(&rows) {
@@ -402,6 +412,7 @@ impl EngineCore {
         self.steps += 1;
         let observer = &self.config.observer;
         observer.stepped(phase, time);
+        self.turns.stepped(phase, time);
         let drawn = rows.iter().filter(|row| row.draws).count() as u64;
         observer.tokens(TokenKind::Completion, drawn);
         observer.tokens(TokenKind::Prompt, prefill.iter().map(|row| row.tokens).sum());

@@ -19,6 +19,10 @@ const GPU_STEP_TOKENS: usize = 8192;
 /// More positions than any prompt has.
 const FILL_ALL: &str = "18446744073709551615";
 
+/// Times as long as without them that tokens may take beside prompts on GPUs: a little below twice, for what the last step with a
+/// prompt takes too long is not made up for.
+const GPU_SLOWDOWN: f64 = 1.9;
+
 /// Type of activations, caches and products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Precision {
@@ -69,6 +73,11 @@ pub struct EngineOptions {
     /// tokens make no faster.
     #[arg(long)]
     pub token_budget: Option<usize>,
+    /// How many times as long as without them tokens may take, on average, while prompts are computed beside them: prompts wait for as
+    /// many steps as that needs, and have at most a quarter of the token budget beside tokens, where at least as many sessions decode
+    /// as prompts are under way. 0: prompts are in every step that has room. By default 1.9 on GPUs, 0 on CPUs.
+    #[arg(long)]
+    pub prompt_slowdown: Option<f64>,
     /// Most requests that wait for their first slot; more are refused with RESOURCE_EXHAUSTED. 0 refuses all.
     #[arg(long, default_value_t = 1024)]
     pub queue_limit: usize,
@@ -105,6 +114,17 @@ impl EngineOptions {
             (None, Device::Cpu) => DType::Fp32,
             (None, Device::Cuda(_)) => DType::Bf16,
         }
+    }
+
+    /// Most prompt tokens in a step in which sessions decode too: where these are not to wait long, fewer than fit.
+    pub fn beside_tokens(&self) -> usize {
+        if self.slowdown().is_some() { (self.step_tokens() / 4).max(1) } else { usize::MAX }
+    }
+
+    /// How many times as long tokens may take beside prompts; none where prompts never wait.
+    pub fn slowdown(&self) -> Option<f64> {
+        let usual = if self.device == Device::Cpu { 0.0 } else { GPU_SLOWDOWN };
+        Some(self.prompt_slowdown.unwrap_or(usual)).filter(|times| *times > 0.0)
     }
 
     /// The card of a rank; none on CPUs.
@@ -146,6 +166,7 @@ impl EngineOptions {
             Precision::Bf16 => "bf16".to_string(),
         });
         optional("dtype", precision);
+        optional("prompt-slowdown", self.prompt_slowdown.map(|times| times.to_string()));
         optional("latent-pages", self.latent_pages.map(|n| n.to_string()));
         optional("max-model-len", self.max_model_len.map(|n| n.to_string()));
         optional("token-budget", self.token_budget.map(|n| n.to_string()));
@@ -171,6 +192,9 @@ impl EngineOptions {
         }
         if !(self.memory_fraction > 0.0 && self.memory_fraction <= 1.0) {
             faults.push(format!("--memory-fraction: expected above 0 and up to 1, found {}", self.memory_fraction));
+        }
+        if !self.prompt_slowdown.is_none_or(|times| times == 0.0 || (1.0..=1e6).contains(&times)) {
+            faults.push("--prompt-slowdown: expected 0, or 1 to 1000000".into());
         }
         if self.step_timeout == 0 || self.join_timeout == 0 {
             faults.push("--step-timeout and --join-timeout: expected at least 1 second".into());

@@ -124,6 +124,8 @@ async fn lead<B: Backend + 'static>(
         Box::new(ranks),
         EngineConfig {
             token_budget: config.engine.step_tokens(),
+            beside_tokens: config.engine.beside_tokens(),
+            prompt_slowdown: config.engine.slowdown(),
             max_batch: config.engine.max_batch,
             queue_limit: config.engine.queue_limit,
             eos_token_ids: generation.eos_token_ids.clone(),

@@ -10,7 +10,7 @@ use crate::buffer::Buffer;
 use crate::formula::Fault;
 use crate::loader::{Loader, Placement};
 use crate::module::Kernel;
-use crate::needs::{self, CHUNK_TOKENS, MORE_CHUNKS};
+use crate::needs;
 use crate::params::KdaParams;
 use crate::step::Section;
 use crate::stream::Grid;
@@ -19,18 +19,11 @@ use crate::tensor::{Matrix, Tensor};
 /// Most channels of a head, one thread each.
 const MOST_CHANNELS: usize = 1024;
 
-/// Tokens that a thread of the convolution walks through.
-const CONV_TOKENS: usize = 16;
-/// Pairs of token and head that a warp of the gated norm works through.
-const GATE_PAIRS: usize = 4;
 /// Rows of one token up to which their kernel computes the gates too; beyond, each row's reading of their weights costs more than
 /// a product of its own.
 const GATE_ROWS: usize = 8;
 /// Rows of one token from which their kernel is bound by the states' bytes.
 const BULK_ROWS: usize = 24;
-
-/// Value channels of one block of the scan.
-const SCAN_COLUMNS: usize = 32;
 
 /// A KDA layer's mixer; P = heads * head_dim.
 #[derive(Debug)]
@@ -149,7 +142,7 @@ impl CudaBackend {
         match self.kda_fast(layer.shape.head_dim) {
             Some(fast) => {
                 self.kda_decode(layer, fast, &params)?;
-                self.kda_prefill(fast, &params)
+                self.kda_prefill(fast, &params, false)
             }
             None => {
                 self.kda_recurrent(&params, self.step.decode_rows)?;
@@ -166,6 +159,20 @@ impl CudaBackend {
     pub fn kda_without_products(&mut self, layer: &Kda, index: usize) -> Result<()> {
         let places = self.kda_places(layer)?;
         self.kda_kernels(layer, index, places)
+    }
+
+    /// What the KDA mixer does by chunks alone, for rows of several tokens: neither products nor the convolution, whose results of
+    /// the last `kda_mixer` of this step it reads in working memory, nor the gated norm. For measurements like those above.
+    ///
+    /// # Errors
+    /// As the mixer's.
+    pub fn kda_chunks_alone(&mut self, layer: &Kda, index: usize) -> Result<()> {
+        let places = self.kda_places(layer)?;
+        let params = self.kda_params(layer, index, places)?;
+        match self.kda_fast(layer.shape.head_dim) {
+            Some(fast) => self.kda_prefill(fast, &params, true),
+            None => Ok(()),
+        }
     }
 
     fn kda_params(&self, layer: &Kda, index: usize, [projected, gates, mixed]: [u64; 3]) -> Result<KdaParams> {
@@ -222,7 +229,7 @@ impl CudaBackend {
     }
 
     /// Position among the kernels of the head sizes that have them.
-    fn kda_fast(&self, head_dim: usize) -> Option<usize> {
+    pub(crate) fn kda_fast(&self, head_dim: usize) -> Option<usize> {
         self.kernels.kda_fast.iter().position(|fast| fast.head_dim == head_dim)
     }
 
@@ -249,77 +256,12 @@ impl CudaBackend {
         }
     }
 
-    /// Rows of several tokens by chunks: convolution, then groups of rows whose chunks fit the working memory, then the
-    /// gated norm.
-    fn kda_prefill(&mut self, fast: usize, params: &KdaParams) -> Result<()> {
-        let (rows, chunks) = (self.step.prefill_rows, self.step.chunks);
-        if rows.count == 0 {
-            return Ok(());
-        }
-        let (heads, dim) = (params.heads as usize, params.head_dim as usize);
-        let (channels, element) = (heads * dim, self.precision.bytes());
-        let most = self.scratch.tokens() / CHUNK_TOKENS + MORE_CHUNKS;
-        let most_heads = most.min(chunks.count) * heads;
-        let mut params = *params;
-        params.rows = rows.address;
-        params.convolved = self.scratch.take(self.tokens() * 3 * channels * element)?;
-        params.query = self.scratch.take(most_heads * CHUNK_TOKENS * dim * element)?;
-        params.key = self.scratch.take(most_heads * CHUNK_TOKENS * dim * element)?;
-        params.erase = self.scratch.take(most_heads * CHUNK_TOKENS * dim * element)?;
-        params.update = self.scratch.take(most_heads * CHUNK_TOKENS * dim * 4)?;
-        params.attention = self.scratch.take(most_heads * CHUNK_TOKENS * CHUNK_TOKENS * element)?;
-        params.decay = self.scratch.take(most_heads * dim * 4)?;
-
-        let blocks = (3 * channels).div_ceil(256);
-        let mut grid = Grid::new(chunks.count, blocks.div_ceil(4), 256);
-        grid.blocks.2 = CHUNK_TOKENS.div_ceil(CONV_TOKENS) as u32;
-        self.stream.launch(&self.kernels.kda_conv, grid, &params)?;
-        self.stream.launch(&self.kernels.kda_tails, Grid::new(rows.count, blocks, 256), &params)?;
-        let fast = &self.kernels.kda_fast[fast];
-        for group in groups(&self.step.chunk_bounds, most) {
-            params.first_row = group.first_row as u32;
-            params.first_chunk = group.first_chunk as u32;
-            let grid = Grid::new(group.chunks, heads, 256).shared(fast.chunk_shared);
-            self.stream.launch(&fast.chunk, grid, &params)?;
-            let mut grid = Grid::new(group.rows, heads, fast.scan_threads).shared(fast.scan_shared);
-            grid.blocks.2 = (dim / SCAN_COLUMNS) as u32;
-            self.stream.launch(&fast.scan, grid, &params)?;
-        }
-        let warps = (CHUNK_TOKENS * heads).div_ceil(8 * GATE_PAIRS);
-        self.stream.launch(&self.kernels.kda_gate, Grid::new(chunks.count, warps, 256), &params)
-    }
-
     /// Token by token, any shape.
     fn kda_recurrent(&self, params: &KdaParams, rows: Section) -> Result<()> {
         let params = KdaParams { rows: rows.address, ..*params };
         let grid = Grid::new(rows.count, params.heads as usize, params.head_dim.next_multiple_of(32));
         self.stream.launch(&self.kernels.kda_recurrent, grid, &params)
     }
-}
-
-/// Consecutive rows whose chunks are worked on together.
-#[derive(Debug, PartialEq, Eq)]
-struct Group {
-    first_row: usize,
-    rows: usize,
-    first_chunk: usize,
-    chunks: usize,
-}
-
-/// Cuts rows, given by the bounds of their chunks, into groups of at most `most` chunks; a row stays whole.
-fn groups(bounds: &[u32], most: usize) -> Vec<Group> {
-    let mut groups: Vec<Group> = Vec::new();
-    for (row, pair) in bounds.windows(2).enumerate() {
-        let (first, chunks) = (pair[0] as usize, (pair[1] - pair[0]) as usize);
-        match groups.last_mut() {
-            Some(group) if group.chunks + chunks <= most => {
-                group.rows += 1;
-                group.chunks += chunks;
-            }
-            _ => groups.push(Group { first_row: row, rows: 1, first_chunk: first, chunks }),
-        }
-    }
-    groups
 }
 
 fn check(shape: &KdaShape, weights: &KdaWeights<'_>) -> Result<()> {
@@ -344,16 +286,4 @@ fn check(shape: &KdaShape, weights: &KdaWeights<'_>) -> Result<()> {
     weights.g_b_proj.expect(&[channels, dim])?;
     weights.o_norm.expect(&[dim])?;
     weights.o_proj.expect(&[hidden, channels])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn groups_keep_rows_whole_and_within_the_limit() {
-        let group = |first_row, rows, first_chunk, chunks| Group { first_row, rows, first_chunk, chunks };
-        assert_eq!(groups(&[0, 3, 4, 9], 5), [group(0, 2, 0, 4), group(2, 1, 4, 5)]);
-        assert_eq!(groups(&[0], 5), []);
-    }
 }

@@ -71,7 +71,8 @@ impl CudaBackend {
         let count = tokens * width;
         let params =
             ElementParams { input: both, out: inner, count: count as u64, width: width as u32, block: weights.block };
-        let grid = Grid::new(count.div_ceil(256).min(1 << 16), 1, 256);
+        // Eight elements a thread.
+        let grid = Grid::new(count.div_ceil(8 * 256).min(1 << 16), 1, 256);
         self.stream.launch(&self.kernels.silu_mul, grid, &params)?;
         let product = Product::dense(tokens, width, hidden, self.precision);
         self.dense(&product, Operands { input: inner, weight: weights.down, out })

@@ -7,6 +7,7 @@ pub(crate) mod embed;
 pub(crate) mod expanded;
 pub(crate) mod few;
 pub(crate) mod kda;
+mod kda_chunked;
 pub(crate) mod logits;
 pub(crate) mod mla;
 pub(crate) mod mlp;

@@ -14,7 +14,7 @@ use crate::loader::{Loader, Placement};
 use crate::module::Kernel;
 use crate::needs::{self, EXPERT_BLOCK as BLOCK, ROUTER_BLOCKS, ROUTER_TILE};
 use crate::ops::mlp::{GatedWeights, Mlp};
-use crate::ops::wide::WideWeights;
+use crate::ops::wide::{GATHER_ROWS, WideWeights};
 use crate::params::{
     ElementParams, MoeCombineNormParams, MoeCombineParams, MoeProductParams, MoeRouterParams, MoeSelectParams,
     MoeSortParams, MoeTile, NormParams,
@@ -222,7 +222,10 @@ impl CudaBackend {
             self.deferred_sum = Some(params);
             return Ok(());
         }
-        self.moe_combine(&params)
+        match self.moe_wide(layer) {
+            Some((kernels, _)) => self.moe_wide_combine(kernels, &params, tokens),
+            None => self.moe_combine(&params),
+        }
     }
 
     /// Whether the op that follows is known to be the norm that reads the sum: nothing looks in between into a step that is
@@ -341,10 +344,11 @@ impl CudaBackend {
             scores: scratch.take(router_parts(&shape, tokens) * tokens * shape.experts * 4)?,
             chosen: scratch.take(entries * 4)?,
             weights: scratch.take(entries * 4)?,
-            source: scratch.take(entries * 4)?,
+            // Whole blocks of the sorted copy read it.
+            source: scratch.take(entries.next_multiple_of(GATHER_ROWS) * 4)?,
             position: scratch.take(entries * 4)?,
             tiles: scratch.take(tiles * size_of::<MoeTile>())?,
-            tile_count: scratch.take(4)?,
+            tile_count: scratch.take(8)?,
             counts: scratch.take(needs::sort_counts(entries, layer.experts(tokens)))?,
             inner: scratch.take(entries * layer.width * element)?,
             rows: scratch.take(entries * shape.hidden * element)?,

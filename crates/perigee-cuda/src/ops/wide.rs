@@ -6,7 +6,7 @@ use crate::backend::CudaBackend;
 use crate::kernels::{MoeWide, WideProduct};
 use crate::needs::SORT_ENTRIES;
 use crate::ops::moe::{Moe, Work};
-use crate::params::{MoeGatherParams, MoeSpreadParams, MoeWideParams};
+use crate::params::{MoeCombineParams, MoeGatherParams, MoeSpreadParams, MoeWideParams};
 use crate::stream::Grid;
 use crate::tensor::Matrix;
 use crate::tensor_map::{Rows, TensorMap};
@@ -18,6 +18,8 @@ const MOST_SMALL: usize = 40;
 /// Weight rows of a tile, and sorted rows of a copy.
 const WEIGHT_ROWS: u32 = 128;
 const BOX_ROWS: u32 = 32;
+/// Rows of a block of the sorted copy.
+pub(crate) const GATHER_ROWS: usize = 16;
 /// Numbers that the kernels read and write at a time.
 const VECTOR: usize = 8;
 
@@ -80,6 +82,11 @@ impl CudaBackend {
         self.stream.launch(&kernels.spread, grid.shared(experts * 8), &params)
     }
 
+    pub(crate) fn moe_wide_combine(&self, kernels: &MoeWide, params: &MoeCombineParams, tokens: usize) -> Result<()> {
+        let threads = (params.hidden as usize).div_ceil(VECTOR).next_multiple_of(32).min(1024) as u32;
+        self.stream.launch(&kernels.combine, Grid::new(tokens, 1, threads), params)
+    }
+
     pub(crate) fn moe_wide_products(
         &self,
         layer: &Moe,
@@ -96,12 +103,11 @@ impl CudaBackend {
             x,
             out: gathered,
             source: work.source,
-            tiles: work.tiles,
-            tile_count: work.tile_count,
+            rows: work.tile_count + 4,
             pieces: (shape.hidden / VECTOR) as u32,
             top_k: layer.choices(tokens) as u32,
         };
-        self.stream.launch(&kernels.gather, Grid::new(entries.div_ceil(8), 1, 256), &params)?;
+        self.stream.launch(&kernels.gather, Grid::new(entries.div_ceil(GATHER_ROWS), 1, 256), &params)?;
         let sorted = |address, columns| {
             TensorMap::new(Rows { address, columns, rows: entries, pitch: columns, box_rows: BOX_ROWS })
         };

@@ -45,6 +45,9 @@ impl Scheduler {
             }
             shares.push(Share { rank: task.rank(), tokens: u64::from(one_each) });
         }
+        if self.decodes_prevail() {
+            tokens_left = if self.prompts_wait { 0 } else { tokens_left.min(self.limits.beside_tokens) };
+        }
         for (index, task) in self.running_tasks().enumerate().filter(|(index, _)| shares[*index].tokens == 0) {
             let wants = wanted(task, &mut logits_left);
             prefills.push(Prefill { index, priority: Reverse(task.priority), wants });
@@ -56,6 +59,21 @@ impl Scheduler {
             share.tokens = end_at_page(task, share.tokens);
         }
         shares
+    }
+}
+
+impl Scheduler {
+    /// Whether at least as many sessions decode as prompts are under way: the fewer wait for the more.
+    pub fn decodes_prevail(&self) -> bool {
+        let (mut decoding, mut prompts) = (0, 0);
+        for task in self.running_tasks() {
+            if task.decodes() || task.forks_now() {
+                decoding += task.sessions();
+            } else {
+                prompts += 1;
+            }
+        }
+        decoding > 0 && decoding >= prompts
     }
 }
 

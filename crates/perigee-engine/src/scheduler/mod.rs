@@ -54,6 +54,8 @@ pub struct Scheduler {
     homes: BTreeMap<u64, HomePages>,
     deadlines: BTreeSet<(Instant, TaskId)>,
     arrivals: u64,
+    /// Whether prefills get no tokens while at least as many sessions decode.
+    prompts_wait: bool,
 }
 
 impl Scheduler {
@@ -75,12 +77,18 @@ impl Scheduler {
             homes: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             arrivals: 0,
+            prompts_wait: false,
         }
     }
 
     /// What there is to share.
     pub fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// Whether prefills get no tokens in the plans that follow, as long as [`Self::decodes_prevail`].
+    pub fn set_prompts_wait(&mut self, wait: bool) {
+        self.prompts_wait = wait;
     }
 
     /// Queues a task. Ids must be new.

@@ -21,6 +21,8 @@ pub struct Limits {
     pub pages: u32,
     /// Most tokens in a step, at least 1.
     pub step_tokens: u64,
+    /// Most tokens of prefills in a step in which at least as many sessions decode, at least 1.
+    pub beside_tokens: u64,
     /// Most rows in a step, and most positions with logits, at least 1.
     pub step_rows: u64,
     /// Most positions of a session.

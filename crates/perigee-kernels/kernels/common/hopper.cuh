@@ -46,6 +46,16 @@ __device__ __forceinline__ void copy_box_to_all(void* to, const TensorMap* map, 
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
                ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
 }
+// A whole number of 16 bytes that lie together, to the same place of the blocks of the cluster whose bits are set, and to their barriers.
+__device__ __forceinline__ void copy_piece_to_all(void* to, const void* from, uint32_t bytes, uint64_t* barrier, uint16_t blocks) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+}
+// The same for this block alone.
+__device__ __forceinline__ void copy_piece(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;

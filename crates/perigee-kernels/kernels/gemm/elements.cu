@@ -23,16 +23,47 @@ __device__ __forceinline__ void convert(const ElementParams& p) {
   for (uint64_t i = first; i < p.count; i += step) out[i] = narrow<T>(in[i]);
 }
 
+// Where the gate of an element of the result lies, and its up from there.
+struct Pair {
+  uint64_t gate;
+  uint32_t up;
+};
+__device__ __forceinline__ Pair pair_of(const ElementParams& p, uint64_t i) {
+  const uint64_t row = i / p.width;
+  const uint32_t column = static_cast<uint32_t>(i - row * p.width);
+  const uint32_t at = p.block ? column / p.block * 2 * p.block + column % p.block : column;
+  return {row * 2 * p.width + at, p.block ? p.block : p.width};
+}
+
 template <class T>
 __device__ __forceinline__ void silu_mul(const ElementParams& p) {
   grid_dependency();
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
-  for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
-    const uint64_t row = i / p.width;
-    const uint32_t column = static_cast<uint32_t>(i - row * p.width);
-    const uint32_t at = p.block ? column / p.block * 2 * p.block + column % p.block : column;
-    const T* gate = static_cast<const T*>(p.in) + row * 2 * p.width + at;
-    static_cast<T*>(p.out)[i] = narrow<T>(silu(widen(gate[0])) * widen(gate[p.block ? p.block : p.width]));
+  const uint64_t thread = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const T* in = static_cast<const T*>(p.in);
+  T* out = static_cast<T*>(p.out);
+  if (p.width % 8 == 0 && p.block % 8 == 0) {
+    for (uint64_t i = thread * 8; i < p.count; i += step * 8) {
+      const Pair pair = pair_of(p, i);
+      const T* gate = in + pair.gate;
+      Quad g[2], u[2];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        g[half] = read4(gate + half * 4);
+        u[half] = read4(gate + pair.up + half * 4);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) u[half].x[e] *= silu_for<T>(g[half].x[e]);
+        write4(out + i + half * 4, u[half]);
+      }
+    }
+    return;
+  }
+  for (uint64_t i = thread; i < p.count; i += step) {
+    const Pair pair = pair_of(p, i);
+    out[i] = narrow<T>(silu_for<T>(widen(in[pair.gate])) * widen(in[pair.gate + pair.up]));
   }
 }
 

@@ -153,7 +153,7 @@ __device__ __forceinline__ Factors prepare(const KdaParams& p, const KdaRow& row
     } else if (which == 3) {
       s.decay[c] = expf(log_decay_of(inputs[j][0] + fixed[j], a_log));
     } else {
-      s.gate[c] = fixed[j] * output_gate_of<kFault>(inputs[j][0]);
+      s.gate[c] = fixed[j] * output_gate_of<float, kFault>(inputs[j][0]);
     }
   }
   q_squares = warp_sum(q_squares);

@@ -54,15 +54,15 @@ __device__ __forceinline__ float write_strength(const KdaParams& p, uint32_t tok
   return rounded<T>(sigmoid(widen(static_cast<const T*>(p.projected)[static_cast<uint64_t>(token) * p.projected_pitch + column])));
 }
 
-// Output gate of a pre-activation z.
-template <Fault kFault = Fault::kNone>
+// Output gate of a pre-activation z, for a result in T.
+template <class T = float, Fault kFault = Fault::kNone>
 __device__ __forceinline__ float output_gate_of(float z) {
-  return kFault == Fault::kSiluGate ? silu(z) : sigmoid(z);
+  return kFault == Fault::kSiluGate ? silu(z) : sigmoid_for<T>(z);
 }
 
 // Output gate of a value channel (0 .. P) for a token of the step.
 template <Fault kFault = Fault::kNone>
 __device__ __forceinline__ float output_gate(const KdaParams& p, uint32_t token, uint32_t channel) {
   const uint64_t width = static_cast<uint64_t>(p.heads) * p.head_dim;
-  return output_gate_of<kFault>(p.gates[token * 2 * width + width + channel]);
+  return output_gate_of<float, kFault>(p.gates[token * 2 * width + width + channel]);
 }

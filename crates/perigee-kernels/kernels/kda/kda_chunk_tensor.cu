@@ -14,7 +14,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 template <int kDim>
 struct Shared {
   static constexpr int kPitch = kDim + 8;
-  static constexpr int kDecayPitch = kDim + 4;
+  static constexpr int kDecayPitch = kDim + 8;
   static constexpr int kSquarePitch = kChunk + 4;
   bf16 query[kChunk][kPitch];             // after convolution and silu, not normed; later the values
   bf16 key[kChunk][kPitch];
@@ -26,6 +26,7 @@ struct Shared {
   float strength[kChunk];                 // beta
   float diagonal[kChunk];                 // q . k of one row
   float block_end[kBlocks][kDim];         // sum of g over each block of 16
+  uint32_t next;                          // task that no warp has taken
 };
 
 // ln(1 + e^z) / ln 2, to a relative 1e-5 and better: the sum for small e^z, for which 1 + e^z would lose them.
@@ -55,25 +56,44 @@ __device__ __forceinline__ float to_tf32(float x) {
   return __uint_as_float(y);
 }
 
-// Rows, norms, write strengths and the running decay into shared memory. Rows beyond the chunk are zero: no decay, no write.
+// Rows, norms, write strengths and the running decay into shared memory. Rows beyond the chunk are zero: no decay, no write. All that
+// a thread reads from memory is asked for before any of it is used.
 template <int kDim>
 __device__ __forceinline__ void load_chunk(const KdaParams& p, Shared<kDim>& s, uint32_t first, uint32_t tokens, uint32_t head) {
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t width = p.heads * kDim;
   constexpr int kLanes = kDim / 4;               // of a row
   constexpr int kRows = kThreads / kLanes;       // at a time
-  const uint32_t c = threadIdx.x % kLanes * 4;
-#pragma unroll 4
-  for (uint32_t i = threadIdx.x / kLanes; i < kChunk; i += kRows) {
-    const bf16* row = static_cast<const bf16*>(p.convolved) + static_cast<uint64_t>(first + i) * 3 * width + head * kDim + c;
-    uint2 raw_q = {0, 0}, raw_k = {0, 0};
+  constexpr int kTurns = kChunk / kRows;
+  const uint32_t c = threadIdx.x % kLanes * 4, first_row = threadIdx.x / kLanes;
+  const bf16* rows = static_cast<const bf16*>(p.convolved) + static_cast<uint64_t>(first) * 3 * width + head * kDim + c;
+  uint2 raw_q[kTurns], raw_k[kTurns];
+#pragma unroll
+  for (int turn = 0; turn < kTurns; turn++) {
+    const uint32_t i = first_row + turn * kRows;
+    raw_q[turn] = raw_k[turn] = {0, 0};
     if (i < tokens) {
-      raw_q = *reinterpret_cast<const uint2*>(row);
-      raw_k = *reinterpret_cast<const uint2*>(row + width);
+      raw_q[turn] = *reinterpret_cast<const uint2*>(rows + i * 3 * width);
+      raw_k[turn] = *reinterpret_cast<const uint2*>(rows + i * 3 * width + width);
     }
-    *reinterpret_cast<uint2*>(&s.query[i][c]) = raw_q;
-    *reinterpret_cast<uint2*>(&s.key[i][c]) = raw_k;
-    const Quad q = read4(reinterpret_cast<const bf16*>(&raw_q)), k = read4(reinterpret_cast<const bf16*>(&raw_k));
+  }
+  // The sum of decays restarts in every block of 16, a thread each; the ends of the blocks before are added afterwards.
+  constexpr int kTasks = (kDim * kBlocks + kThreads - 1) / kThreads;
+  float sums[kTasks][kBlock];
+#pragma unroll
+  for (int task = 0; task < kTasks; task++) {
+    const uint32_t at = threadIdx.x + task * kThreads, channel = at % kDim, block = at / kDim % kBlocks;
+    const float* gates = p.gates + static_cast<uint64_t>(first) * 2 * width + head * kDim + channel;
+#pragma unroll
+    for (int i = 0; i < kBlock; i++) sums[task][i] = gates[min(block * kBlock + i, tokens - 1) * 2 * width];
+  }
+  if (threadIdx.x < kChunk) s.strength[threadIdx.x] = threadIdx.x < tokens ? write_strength<bf16>(p, first + threadIdx.x, head) : 0.0f;
+#pragma unroll
+  for (int turn = 0; turn < kTurns; turn++) {
+    const uint32_t i = first_row + turn * kRows;
+    *reinterpret_cast<uint2*>(&s.query[i][c]) = raw_q[turn];
+    *reinterpret_cast<uint2*>(&s.key[i][c]) = raw_k[turn];
+    const Quad q = read4(reinterpret_cast<const bf16*>(&raw_q[turn])), k = read4(reinterpret_cast<const bf16*>(&raw_k[turn]));
     float qq = 0.0f, kk = 0.0f, qk = 0.0f;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -88,36 +108,34 @@ __device__ __forceinline__ void load_chunk(const KdaParams& p, Shared<kDim>& s, 
       qk += __shfl_xor_sync(~0u, qk, distance);
     }
     if (lane % kLanes == 0) {
-      s.query_factor[i] = p.query_scale / sqrtf(qq + 1e-6f);
-      s.key_factor[i] = 1.0f / sqrtf(kk + 1e-6f);
-      s.strength[i] = i < tokens ? write_strength<bf16>(p, first + i, head) : 0.0f;
+      s.query_factor[i] = p.query_scale * rsqrtf(qq + 1e-6f);
+      s.key_factor[i] = rsqrtf(kk + 1e-6f);
       s.diagonal[i] = qk;
     }
   }
-  // The sum restarts in every block of 16, so four run at once; the ends of the blocks before are added afterwards.
   const float rate = -expf(p.a_log[head]);
-  for (uint32_t task = threadIdx.x; task < kDim * kBlocks; task += kThreads) {
-    const uint32_t channel = task % kDim, block = task / kDim;
-    const float bias = p.dt_bias[head * kDim + channel];
-    const float* gates = p.gates + static_cast<uint64_t>(first) * 2 * width + head * kDim + channel;
-    float z[kBlock];
 #pragma unroll
-    for (int i = 0; i < kBlock; i++) z[i] = gates[static_cast<uint64_t>(min(block * kBlock + i, tokens - 1)) * 2 * width];
+  for (int task = 0; task < kTasks; task++) {
+    const uint32_t at = threadIdx.x + task * kThreads, channel = at % kDim, block = at / kDim % kBlocks;
+    const float bias = p.dt_bias[head * kDim + channel];
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kBlock; i++) {
-      if (block * kBlock + i < tokens) sum += rate * softplus2(z[i] + bias);
-      s.decay[block * kBlock + i][channel] = sum;
+      if (block * kBlock + i < tokens) sum += rate * softplus2(sums[task][i] + bias);
+      sums[task][i] = sum;
     }
-    s.block_end[block][channel] = sum;
+    if (at < kDim * kBlocks) s.block_end[block][channel] = sum;
   }
   __syncthreads();
-  for (uint32_t task = threadIdx.x; task < kDim * (kBlocks - 1); task += kThreads) {
-    const uint32_t channel = task % kDim, block = task / kDim + 1;
-    float before = 0.0f;
-    for (uint32_t b = 0; b < block; b++) before += s.block_end[b][channel];
 #pragma unroll
-    for (int i = 0; i < kBlock; i++) s.decay[block * kBlock + i][channel] += before;
+  for (int task = 0; task < kTasks; task++) {
+    const uint32_t at = threadIdx.x + task * kThreads, channel = at % kDim, block = at / kDim;
+    if (at >= kDim * kBlocks) break;
+    float before = 0.0f;
+#pragma unroll
+    for (int b = 0; b < kBlocks - 1; b++) before += b < block ? s.block_end[b][channel] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kBlock; i++) s.decay[block * kBlock + i][channel] = before + sums[task][i];
   }
   __syncthreads();
 }
@@ -128,7 +146,7 @@ __device__ __forceinline__ void store_query_pair(const Shared<kDim>& s, bf16* at
   const float factor = s.query_factor[i];
   x = j <= i ? x * factor * s.key_factor[j] : 0.0f;
   y = j + 1 <= i ? y * factor * s.key_factor[j + 1] : 0.0f;
-  *reinterpret_cast<uint32_t*>(&attention[i * kChunk + j]) = pack(x, y);
+  *reinterpret_cast<uint32_t*>(&attention[i * kAttentionPitch + j]) = pack(x, y);
 }
 template <int kDim>
 __device__ __forceinline__ void store_key_pair(Shared<kDim>& s, int i, int j, float x, float y) {
@@ -137,18 +155,11 @@ __device__ __forceinline__ void store_key_pair(Shared<kDim>& s, int i, int j, fl
   s.lower[i][j + 1] = j + 1 < i ? y * factor * s.key_factor[j + 1] : 0.0f;
 }
 
-// A diagonal block of 16 rows, one warp. Rows i > j part at one of four levels: into halves of 8, 4, 2 or 1 of which i is in the lower
-// and j in the upper. At each level both are factored about the first row of the lower half, where their factors are 2^-|G - r|; the
-// product over all rows then holds what is wanted where rows part at this level, and elsewhere what nobody looks at.
-template <int kDim>
-__device__ __forceinline__ void diagonal_block(Shared<kDim>& s, bf16* attention, int block, uint32_t lane) {
-  const int g = lane / 4, t = lane % 4;
-  const int rows[2] = {block * kBlock + g, block * kBlock + g + 8};
-  Accumulator q_sum[4][2] = {}, k_sum[4][2] = {};
-#pragma unroll 1
-  for (int base = 0; base < kDim; base += 16) {
-    // Rows g and g + 8, channels 2 t, 2 t + 1, 2 t + 8, 2 t + 9: which k of a product a channel is does not matter.
-    float q[2][4], k[2][4], decay[2][4];
+// Numbers of two rows g and g + 8, channels 2 t, 2 t + 1, 2 t + 8, 2 t + 9 from `base`: which k of a product a channel is does not matter.
+struct Strip {
+  float q[2][4], k[2][4], decay[2][4];
+  template <int kDim>
+  __device__ __forceinline__ Strip(const Shared<kDim>& s, const int (&rows)[2], int base, int t) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
 #pragma unroll
@@ -162,6 +173,82 @@ __device__ __forceinline__ void diagonal_block(Shared<kDim>& s, bf16* attention,
         decay[r][half * 2] = ds.x, decay[r][half * 2 + 1] = ds.y;
       }
     }
+  }
+};
+
+// Whether every factor of a block's rows about its ninth, the inverse ones too, is a number that float32 holds with room to spare.
+template <int kDim>
+__device__ __forceinline__ bool is_mild(const Shared<kDim>& s, int block, uint32_t lane) {
+  constexpr float kMost = 96.0f;
+  bool mild = true;
+#pragma unroll
+  for (int c = lane; c < kDim; c += kWarp) {
+    const float about = s.decay[block * kBlock + kBlock / 2][c];
+    mild = mild && s.decay[block * kBlock][c] - about < kMost && about - s.decay[block * kBlock + kBlock - 1][c] < kMost;
+  }
+  return __all_sync(~0u, mild);
+}
+
+// A diagonal block of 16 rows whose decay is mild: one product, all rows factored about the ninth. One warp. Above the diagonal is
+// what nobody looks at, infinite at the worst.
+template <int kDim>
+__device__ __forceinline__ void mild_block(Shared<kDim>& s, bf16* attention, int block, uint32_t lane) {
+  const int g = lane / 4, t = lane % 4;
+  const int rows[2] = {block * kBlock + g, block * kBlock + g + 8};
+  const float* reference = s.decay[block * kBlock + kBlock / 2];
+  Accumulator q_sum[2] = {}, k_sum[2] = {};
+#pragma unroll 2
+  for (int base = 0; base < kDim; base += 16) {
+    const Strip strip(s, rows, base, t);
+    float a_q[2][4], a_k[2][4], b[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float2 about = *reinterpret_cast<const float2*>(reference + base + half * 8 + t * 2);
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int at = half * 2 + e;
+          const float apart = strip.decay[r][at] - (e ? about.y : about.x);
+          const float factor = power2(apart);
+          a_q[r][at] = strip.q[r][at] * factor;
+          a_k[r][at] = strip.k[r][at] * factor;
+          b[r][at] = strip.k[r][at] * power2(-apart);
+        }
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        mma_tf32(q_sum[n], a_q[0][step * 2], a_q[1][step * 2], a_q[0][step * 2 + 1], a_q[1][step * 2 + 1], b[n][step * 2], b[n][step * 2 + 1]);
+        mma_tf32(k_sum[n], a_k[0][step * 2], a_k[1][step * 2], a_k[0][step * 2 + 1], a_k[1][step * 2 + 1], b[n][step * 2], b[n][step * 2 + 1]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      const int i = rows[r], j = block * kBlock + n * 8 + t * 2;
+      const float* q = &q_sum[n].x[r * 2];
+      store_query_pair(s, attention, i, j, i == j ? s.diagonal[i] : q[0], i == j + 1 ? s.diagonal[i] : q[1]);
+      store_key_pair(s, i, j, k_sum[n].x[r * 2], k_sum[n].x[r * 2 + 1]);
+    }
+  }
+}
+
+// The same whatever the decay. Rows i > j part at one of four levels: into halves of 8, 4, 2 or 1 of which i is in the lower
+// and j in the upper. At each level both are factored about the first row of the lower half, where their factors are 2^-|G - r|; the
+// product over all rows then holds what is wanted where rows part at this level, and elsewhere what nobody looks at.
+template <int kDim>
+__device__ __forceinline__ void diagonal_block(Shared<kDim>& s, bf16* attention, int block, uint32_t lane) {
+  const int g = lane / 4, t = lane % 4;
+  const int rows[2] = {block * kBlock + g, block * kBlock + g + 8};
+  Accumulator q_sum[4][2] = {}, k_sum[4][2] = {};
+#pragma unroll 1
+  for (int base = 0; base < kDim; base += 16) {
+    const Strip strip(s, rows, base, t);
 #pragma unroll
     for (int level = 0; level < 4; level++) {
       const int size = 8 >> level;
@@ -176,9 +263,9 @@ __device__ __forceinline__ void diagonal_block(Shared<kDim>& s, bf16* attention,
 #pragma unroll
           for (int e = 0; e < 2; e++) {
             const int at = half * 2 + e;
-            const float factor = power2(-fabsf(decay[r][at] - (e ? about.y : about.x)));
-            const float decayed = k[r][at] * factor;
-            a_q[r][at] = is_lower ? q[r][at] * factor : 0.0f;
+            const float factor = power2(-fabsf(strip.decay[r][at] - (e ? about.y : about.x)));
+            const float decayed = strip.k[r][at] * factor;
+            a_q[r][at] = is_lower ? strip.q[r][at] * factor : 0.0f;
             a_k[r][at] = is_lower ? decayed : 0.0f;
             b[r][at] = is_lower ? 0.0f : decayed;
           }
@@ -334,8 +421,10 @@ __device__ __forceinline__ void join_halves(Shared<kDim>& s, uint32_t warp, uint
 
 // U = T (beta V) in warps 0 to 3, Wd = T (beta K e^G) in the others, a quarter of the channels each.
 template <int kDim>
-__device__ __forceinline__ void solve(const KdaParams& p, const Shared<kDim>& s, uint64_t rows, uint32_t warp, uint32_t lane) {
+__device__ __forceinline__ void solve(const KdaParams& p, const Shared<kDim>& s, uint64_t entry, uint32_t warp, uint32_t lane) {
   constexpr int kTiles = kDim / 32;
+  float* update = p.update + entry * (kDim / kUpdateColumns * kChunk * kUpdatePitch);
+  bf16* erase = static_cast<bf16*>(p.erase) + entry * kChunk * (kDim + kRowPadding);
   const int g = lane / 4, t = lane % 4;
   const bool of_values = warp < kWarps / 2;
   const int first = warp % 4 * kTiles * 8;
@@ -370,26 +459,27 @@ __device__ __forceinline__ void solve(const KdaParams& p, const Shared<kDim>& s,
     for (int n = 0; n < kTiles; n++) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const uint64_t at = rows + (m * kBlock + g + r * 8) * kDim + first + n * 8 + t * 2;
+        const int i = m * kBlock + g + r * 8, column = first + n * 8 + t * 2;
         const float x = sum[m][n].x[r * 2], y = sum[m][n].x[r * 2 + 1];
         if (of_values) {
-          *reinterpret_cast<float2*>(p.update + at) = make_float2(x, y);
+          *reinterpret_cast<float2*>(update + (column / kUpdateColumns * kChunk + i) * kUpdatePitch + column % kUpdateColumns) = make_float2(x, y);
         } else {
-          *reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.erase) + at) = pack(x, y);
+          *reinterpret_cast<uint32_t*>(erase + i * (kDim + kRowPadding) + column) = pack(x, y);
         }
       }
     }
   }
 }
 
-// Decayed queries and keys, by threads `thread` of `kCount`.
-template <int kDim, int kCount>
-__device__ __forceinline__ void leave_rows(const KdaParams& p, const Shared<kDim>& s, uint64_t entry, uint32_t thread) {
-  bf16* query = static_cast<bf16*>(p.query) + entry * kChunk * kDim;
-  bf16* key = static_cast<bf16*>(p.key) + entry * kChunk * kDim;
-#pragma unroll 2
-  for (uint32_t at = thread * 4; at < kChunk * kDim; at += kCount * 4) {
-    const uint32_t i = at / kDim, c = at % kDim;
+// Decayed queries and keys of rows first .. first + kRows - 1. One warp.
+template <int kDim, int kRows>
+__device__ __forceinline__ void leave_rows(const KdaParams& p, const Shared<kDim>& s, uint64_t entry, int first, uint32_t lane) {
+  constexpr uint32_t kPitch = kDim + kRowPadding;
+  bf16* query = static_cast<bf16*>(p.query) + entry * kChunk * kPitch;
+  bf16* key = static_cast<bf16*>(p.key) + entry * kChunk * kPitch;
+#pragma unroll
+  for (int at = lane * 4; at < kRows * kDim; at += kWarp * 4) {
+    const int i = first + at / kDim, c = at % kDim;
     const Quad g = read4(&s.decay[i][c]), end = read4(&s.decay[kChunk - 1][c]);
     Quad q = read4(&s.query[i][c]), k = read4(&s.key[i][c]);
 #pragma unroll
@@ -397,10 +487,9 @@ __device__ __forceinline__ void leave_rows(const KdaParams& p, const Shared<kDim
       q.x[e] *= s.query_factor[i] * power2(g.x[e]);
       k.x[e] *= s.key_factor[i] * power2(end.x[e] - g.x[e]);
     }
-    write4(query + at, q);
-    write4(key + at, k);
+    write4(query + i * kPitch + c, q);
+    write4(key + i * kPitch + c, k);
   }
-  for (uint32_t c = thread; c < kDim; c += kCount) p.decay[entry * kDim + c] = power2(s.decay[kChunk - 1][c]);
 }
 
 template <int kDim>
@@ -413,43 +502,55 @@ __device__ __forceinline__ void prepare(const KdaParams& p) {
   const uint32_t first = p.rows[chunk.row].first_token + chunk.first;
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint64_t entry = static_cast<uint64_t>(blockIdx.x) * p.heads + head;
-  bf16* attention = static_cast<bf16*>(p.attention) + entry * kChunk * kChunk;
+  bf16* attention = static_cast<bf16*>(p.attention) + entry * kChunk * kAttentionPitch;
+  if (threadIdx.x == 0) s.next = 0;
   load_chunk<kDim>(p, s, first, chunk.tokens, head);
 
-  // The scan reads no block of Pqk above the diagonal.
+  // The scan reads no block of Pqk above the diagonal. Diagonal blocks first; then each warp takes what is next: blocks (1,0) (2,0) (2,1)
+  // (3,0) (3,1) (3,2), then rows to be left.
   if (warp < kBlocks) {
-    diagonal_block<kDim>(s, attention, warp, lane);
-  } else {
-    // Blocks (1,0) (2,0) (2,1) (3,0) (3,1) (3,2).
-    for (int at = warp - kBlocks; at < 6; at += kWarps - kBlocks) {
-      const int row_block = at == 0 ? 1 : at < 3 ? 2 : 3;
-      factored_block<kDim>(s, attention, row_block, at - row_block * (row_block - 1) / 2, lane);
+    if (is_mild<kDim>(s, warp, lane)) {
+      mild_block<kDim>(s, attention, warp, lane);
+    } else {
+      diagonal_block<kDim>(s, attention, warp, lane);
     }
-  }
-  __syncthreads();
-  if (warp < kBlocks) {
+    __syncwarp();
     invert_block<kDim>(s, warp, lane);
-  } else {
-    leave_rows<kDim, kThreads / 2>(p, s, entry, threadIdx.x - kThreads / 2);
   }
-  __syncthreads();
-  if (warp < 2) {
-    join_pair<kDim>(s, warp, lane);
-  } else {
-    // The queries have been used: values take their place.
-    const uint32_t width = p.heads * kDim;
-    const bf16* values = static_cast<const bf16*>(p.convolved) + static_cast<uint64_t>(first) * 3 * width + 2 * width + head * kDim;
-#pragma unroll 4
-    for (uint32_t at = (threadIdx.x - 2 * kWarp) * 4; at < kChunk * kDim; at += (kThreads - 2 * kWarp) * 4) {
-      const uint32_t i = at / kDim, c = at % kDim;
-      uint2 value = {0, 0};
-      if (i < chunk.tokens) value = *reinterpret_cast<const uint2*>(values + static_cast<uint64_t>(i) * 3 * width + c);
-      *reinterpret_cast<uint2*>(&s.query[i][c]) = value;
+  constexpr int kFactored = kBlocks * (kBlocks - 1) / 2, kRows = 4;
+  while (true) {
+    uint32_t task = lane == 0 ? atomicAdd(&s.next, 1) : 0;
+    task = __shfl_sync(~0u, task, 0);
+    if (task >= kFactored + kChunk / kRows) break;
+    if (task < kFactored) {
+      const int row_block = task == 0 ? 1 : task < 3 ? 2 : 3;
+      factored_block<kDim>(s, attention, row_block, task - row_block * (row_block - 1) / 2, lane);
+    } else {
+      leave_rows<kDim, kRows>(p, s, entry, (task - kFactored) * kRows, lane);
     }
   }
+  for (uint32_t c = threadIdx.x; c < kDim; c += kThreads) p.decay[entry * kDim + c] = power2(s.decay[kChunk - 1][c]);
+  // Once all queries have been used, values take their place; they are on their way before.
+  constexpr int kTurns = kChunk * kDim / (4 * kThreads);
+  const uint32_t width = p.heads * kDim;
+  const bf16* from = static_cast<const bf16*>(p.convolved) + static_cast<uint64_t>(first) * 3 * width + 2 * width + head * kDim;
+  uint2 values[kTurns];
+#pragma unroll
+  for (int turn = 0; turn < kTurns; turn++) {
+    const uint32_t at = (threadIdx.x + turn * kThreads) * 4, i = at / kDim, c = at % kDim;
+    values[turn] = {0, 0};
+    if (i < chunk.tokens) values[turn] = *reinterpret_cast<const uint2*>(from + i * 3 * width + c);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int turn = 0; turn < kTurns; turn++) {
+    const uint32_t at = (threadIdx.x + turn * kThreads) * 4;
+    *reinterpret_cast<uint2*>(&s.query[at / kDim][at % kDim]) = values[turn];
+  }
+  if (warp < 2) join_pair<kDim>(s, warp, lane);
   __syncthreads();
   join_halves<kDim>(s, warp, lane);
-  solve<kDim>(p, s, entry * kChunk * kDim, warp, lane);
+  solve<kDim>(p, s, entry, warp, lane);
 }
 
 #define KDA_CHUNK(dim)                                                                                             \
@@ -461,4 +562,4 @@ KDA_CHUNK(64)
 KDA_CHUNK(128)
 
 // Size of the dynamic shared memory, as the launcher computes it.
-static_assert(sizeof(Shared<128>) == 2 * 64 * 136 * 2 + 64 * 132 * 4 + 2 * 64 * 68 * 4 + 4 * 64 * 4 + 4 * 128 * 4, "launcher's size");
+static_assert(sizeof(Shared<128>) == 2 * 64 * 136 * 2 + 64 * 136 * 4 + 2 * 64 * 68 * 4 + 4 * 64 * 4 + 4 * 128 * 4 + 4, "launcher's size");

@@ -22,6 +22,7 @@ __device__ __forceinline__ void convolve_four_taps(const KdaParams& p, const Kda
   Quad x2 = conv_inputs<T>(p, row, first - 1, channel);
   const Quad w0 = read4(p.conv + channel), w1 = read4(p.conv + channels + channel);
   const Quad w2 = read4(p.conv + 2 * channels + channel), w3 = read4(p.conv + 3 * channels + channel);
+  const T* from = static_cast<const T*>(p.projected) + static_cast<uint64_t>(row.first_token + first) * p.projected_pitch + channel;
   constexpr int kBatch = 8;
 #pragma unroll
   for (uint32_t base = 0; base < kSpan; base += kBatch) {
@@ -29,12 +30,12 @@ __device__ __forceinline__ void convolve_four_taps(const KdaParams& p, const Kda
     // Loads of a batch before its stores, which the compiler could not reorder; beyond the chunk the last token again.
     Quad x3[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) x3[i] = conv_inputs<T>(p, row, first + static_cast<int>(min(base + i, tokens - 1)), channel);
+    for (int i = 0; i < kBatch; i++) x3[i] = read4(from + min(base + i, tokens - 1) * p.projected_pitch);
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
       Quad y;
 #pragma unroll
-      for (int e = 0; e < 4; e++) y.x[e] = silu(w0.x[e] * x0.x[e] + w1.x[e] * x1.x[e] + w2.x[e] * x2.x[e] + w3.x[e] * x3[i].x[e]);
+      for (int e = 0; e < 4; e++) y.x[e] = silu_for<T>(w0.x[e] * x0.x[e] + w1.x[e] * x1.x[e] + w2.x[e] * x2.x[e] + w3.x[e] * x3[i].x[e]);
       if (base + i < tokens) write4(out + static_cast<uint64_t>(base + i) * channels, y);
       x0 = x1;
       x1 = x2;
@@ -85,21 +86,55 @@ __device__ __forceinline__ void gate_output(const KdaParams& p) {
   const uint32_t first = p.rows[chunk.row].first_token + chunk.first;
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t warps = gridDim.y * (blockDim.x / kWarp);
-  for (uint32_t pair = blockIdx.y * (blockDim.x / kWarp) + threadIdx.x / kWarp; pair < chunk.tokens * p.heads; pair += warps) {
-    const uint32_t token = first + pair / p.heads;
-    const uint32_t head = pair % p.heads;
-    T* row = static_cast<T*>(p.mixed) + static_cast<uint64_t>(token) * p.heads * p.head_dim + head * p.head_dim;
+  const uint32_t width = p.heads * p.head_dim, pairs = chunk.tokens * p.heads;
+  const uint32_t warp = blockIdx.y * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  const auto scaled = [&](Quad& x, const Quad& weight, const Quad& gate, float scale) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) x.x[e] *= scale * weight.x[e] * output_gate_of<T, kFault>(gate.x[e]);
+  };
+  const auto scale_of = [&](float squares) { return 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(p.head_dim) + p.eps); };
+  if (p.head_dim == kWarp * 4) {
+    // The published width: all of what a lane has of a pair, and of two pairs, is asked for at once.
+    constexpr int kBatch = sizeof(T) == 2 ? 2 : 1;
+    const Quad weight = read4(p.o_norm + lane * 4);
+    for (uint32_t base = warp; base < pairs; base += warps * kBatch) {
+      Quad x[kBatch], gate[kBatch];
+      T* place[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
+        const uint32_t pair = base + i * warps < pairs ? base + i * warps : base;
+        const uint64_t token = first + pair / p.heads;
+        const uint32_t channel = pair % p.heads * p.head_dim + lane * 4;
+        place[i] = static_cast<T*>(p.mixed) + token * width + channel;
+        x[i] = read4(place[i]);
+        gate[i] = read4(p.gates + token * 2 * width + width + channel);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
+        float squares = 0.0f;
+#pragma unroll
+        for (int e = 0; e < 4; e++) squares += x[i].x[e] * x[i].x[e];
+        scaled(x[i], weight, gate[i], scale_of(squares));
+        if (base + i * warps < pairs) write4(place[i], x[i]);
+      }
+    }
+    return;
+  }
+  for (uint32_t pair = warp; pair < pairs; pair += warps) {
+    const uint64_t token = first + pair / p.heads;
+    const uint32_t channel = pair % p.heads * p.head_dim;
+    T* row = static_cast<T*>(p.mixed) + token * width + channel;
+    const float* gates = p.gates + token * 2 * width + width + channel;
     float squares = 0.0f;
     for (uint32_t i = lane * 4; i < p.head_dim; i += kWarp * 4) {
       const Quad x = read4(row + i);
 #pragma unroll
       for (int e = 0; e < 4; e++) squares += x.x[e] * x.x[e];
     }
-    const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(p.head_dim) + p.eps);
+    const float scale = scale_of(squares);
     for (uint32_t i = lane * 4; i < p.head_dim; i += kWarp * 4) {
       Quad x = read4(row + i);
-#pragma unroll
-      for (int e = 0; e < 4; e++) x.x[e] *= scale * p.o_norm[i + e] * output_gate<kFault>(p, token, head * p.head_dim + i + e);
+      scaled(x, read4(p.o_norm + i), read4(gates + i), scale);
       write4(row + i, x);
     }
   }

@@ -1,12 +1,13 @@
 // The sequential part of the chunked form: carries the state of a (row, head, 32 value channels) through the row's chunks.
 // Bfloat16 operands on tensor cores with float32 sums and state, or float32 throughout. See README.md.
-#include "common/mma.cuh"
+#include "common/hopper.cuh"
 #include "kda/inputs.cuh"
 
 constexpr int kChunk = 64;
 constexpr int kColumns = 32;  // value channels of a block
 constexpr int kThreads = 128;        // of the float32 kernels
-constexpr int kTensorThreads = 256;  // of those on tensor cores
+constexpr int kConsumerWarps = 8;    // of those on tensor cores, and a warp that copies
+constexpr int kTensorThreads = (kConsumerWarps + 1) * kWarp;
 constexpr int kStages = 3;
 
 // Where a block works.
@@ -69,16 +70,15 @@ __device__ __forceinline__ void scan_fp32(const KdaParams& p) {
   for (int c = part; c < kDim; c += kParts) target[c * kDim] = state[c][column];
 }
 
-// One chunk's operands in shared memory.
+// One chunk's operands in shared memory, laid out as in the workspace.
 template <int kDim>
 struct Stage {
-  static constexpr int kPitch = kDim + 8;
-  static constexpr int kSquarePitch = kChunk + 8;
+  static constexpr int kPitch = kDim + kRowPadding;
   bf16 erase[kChunk][kPitch];
   bf16 query[kChunk][kPitch];
   bf16 key[kChunk][kPitch];
-  bf16 attention[kChunk][kSquarePitch];
-  float update[kChunk][kColumns + 8];
+  bf16 attention[kChunk][kAttentionPitch];
+  float update[kChunk][kUpdatePitch];
   float decay[kDim];
 };
 
@@ -88,45 +88,48 @@ struct ScanShared {
   Stage<kDim> stages[kStages];
   bf16 state[kDim][kPitch];
   bf16 delta[kChunk][kPitch];
+  uint64_t full[kStages];
+  uint64_t empty[kStages];  // in all blocks of the cluster
 };
 
+// The warps that multiply, without the one that copies.
+__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumerWarps * kWarp) : "memory"); }
+
+// Blocks of a cluster: of four, no device of 132 multiprocessors has room for 32 at once, one for each head.
 template <int kDim>
-__device__ __forceinline__ void fetch(const KdaParams& p, Stage<kDim>& stage, uint64_t entry, uint32_t column) {
-  const bf16* erase = static_cast<const bf16*>(p.erase) + entry * kChunk * kDim;
-  const bf16* query = static_cast<const bf16*>(p.query) + entry * kChunk * kDim;
-  const bf16* key = static_cast<const bf16*>(p.key) + entry * kChunk * kDim;
-  const bf16* attention = static_cast<const bf16*>(p.attention) + entry * kChunk * kChunk;
-  const float* update = p.update + entry * kChunk * kDim + column;
-#pragma unroll
-  for (int at = threadIdx.x * 8; at < kChunk * kDim; at += kTensorThreads * 8) {
-    const int i = at / kDim, c = at % kDim;
-    copy_async(&stage.erase[i][c], erase + at);
-    copy_async(&stage.query[i][c], query + at);
-    copy_async(&stage.key[i][c], key + at);
+constexpr int kCluster = kDim > kColumns ? 2 : 1;
+
+// One thread asks for chunk after chunk. All that the blocks of the cluster share comes once, an array by each of them in turn.
+template <int kDim>
+__device__ __forceinline__ void fetch(const KdaParams& p, ScanShared<kDim>& s, const Place& at) {
+  constexpr uint16_t kAll = (1 << kCluster<kDim>) - 1;
+  constexpr uint64_t kRows = kChunk * Stage<kDim>::kPitch, kPairs = kChunk * kAttentionPitch, kUpdate = kChunk * kUpdatePitch;
+  const uint32_t rank = cluster_rank();
+  for (uint32_t chunk = at.first_chunk; chunk < at.last_chunk; chunk++) {
+    const uint32_t turn = chunk - at.first_chunk;
+    Stage<kDim>& stage = s.stages[turn % kStages];
+    uint64_t* full = &s.full[turn % kStages];
+    const uint64_t entry = static_cast<uint64_t>(chunk - p.first_chunk) * p.heads + at.head;
+    barrier_wait(&s.empty[turn % kStages], turn / kStages & 1 ^ 1);
+    barrier_arrive_expecting(full, sizeof(stage));
+    if (0 % kCluster<kDim> == rank) copy_piece_to_all(stage.erase, static_cast<const bf16*>(p.erase) + entry * kRows, sizeof(stage.erase), full, kAll);
+    if (1 % kCluster<kDim> == rank) copy_piece_to_all(stage.query, static_cast<const bf16*>(p.query) + entry * kRows, sizeof(stage.query), full, kAll);
+    if (2 % kCluster<kDim> == rank) copy_piece_to_all(stage.key, static_cast<const bf16*>(p.key) + entry * kRows, sizeof(stage.key), full, kAll);
+    if (3 % kCluster<kDim> == rank) {
+      copy_piece_to_all(stage.attention, static_cast<const bf16*>(p.attention) + entry * kPairs, sizeof(stage.attention), full, kAll);
+      copy_piece_to_all(stage.decay, p.decay + entry * kDim, sizeof(stage.decay), full, kAll);
+    }
+    copy_piece(stage.update, p.update + (entry * (kDim / kColumns) + at.column / kColumns) * kUpdate, sizeof(stage.update), full);
   }
-#pragma unroll
-  for (int at = threadIdx.x * 8; at < kChunk * kChunk; at += kTensorThreads * 8) {
-    copy_async(&stage.attention[at / kChunk][at % kChunk], attention + at);
-  }
-#pragma unroll
-  for (int at = threadIdx.x * 4; at < kChunk * kColumns; at += kTensorThreads * 4) {
-    const int i = at / kColumns, c = at % kColumns;
-    copy_async(&stage.update[i][c], update + i * kDim + c);
-  }
-  for (int c = threadIdx.x * 4; c < kDim; c += kTensorThreads * 4) copy_async(&stage.decay[c], p.decay + entry * kDim + c);
 }
 
 // Eight warps. A warp owns 16 rows and half of the columns of Delta and O, and 16 rows of the state, whose float32 values stay in its
 // registers; the others see the state through its bfloat16 copy in shared memory.
 template <int kDim>
-__device__ __forceinline__ void scan_bf16(const KdaParams& p) {
-  extern __shared__ uint4 dynamic[];
-  ScanShared<kDim>& s = *reinterpret_cast<ScanShared<kDim>*>(dynamic);
+__device__ __forceinline__ void advance(const KdaParams& p, ScanShared<kDim>& s, const Place& at) {
   constexpr int kTiles = kColumns / 8;
   constexpr int kHalfTiles = kTiles / 2;
-  static_assert(kDim <= 16 * kTensorThreads / kWarp, "a warp owns at most 16 rows of the state");
-  grid_dependency();
-  const Place at = place(p);
+  static_assert(kDim <= 16 * kConsumerWarps, "a warp owns at most 16 rows of the state");
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int g = lane / 4, t = lane % 4;
   const uint32_t width = p.heads * kDim;
@@ -136,12 +139,6 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
   const int half_column = warp / 4 * kHalfTiles * 8;
 
   Accumulator state[kTiles];
-  const uint64_t first_entry = static_cast<uint64_t>(at.first_chunk - p.first_chunk) * p.heads + at.head;
-#pragma unroll
-  for (int ahead = 0; ahead < kStages - 1; ahead++) {
-    if (at.first_chunk + ahead < at.last_chunk) fetch<kDim>(p, s.stages[ahead], first_entry + ahead * p.heads, at.column);
-    copy_commit();
-  }
   const float* source = p.state + state_offset(p, at.row.read_slot, at.head) + at.column;
   auto each_state = [&](auto visit) {
 #pragma unroll
@@ -165,14 +162,9 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
     const uint32_t turn = chunk - at.first_chunk;
     const Stage<kDim>& stage = s.stages[turn % kStages];
     const KdaChunk info = p.chunks[chunk];
-    copy_wait<kStages - 2>();
-    // Also: the copy of the state is complete, and every warp is done with the stage that is filled next.
-    __syncthreads();
-    if (chunk + kStages - 1 < at.last_chunk) {
-      const uint64_t entry = static_cast<uint64_t>(chunk + kStages - 1 - p.first_chunk) * p.heads + at.head;
-      fetch<kDim>(p, s.stages[(turn + kStages - 1) % kStages], entry, at.column);
-    }
-    copy_commit();
+    barrier_wait(&s.full[turn % kStages], turn / kStages & 1);
+    // The copy of the state is complete.
+    consumers_sync();
 
     // -Delta = Wd S - U, and O = Q S; the product is added, so the sign is turned twice.
     Accumulator delta[kHalfTiles], output[kHalfTiles] = {};
@@ -207,7 +199,7 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
             pack(-delta[n].x[half * 2], -delta[n].x[half * 2 + 1]);
       }
     }
-    __syncthreads();
+    consumers_sync();
 
     // S = Gamma S + K^T Delta, for the warp's rows of the state; then its copy, the old one of which was read before the barrier.
     if (owns_state) {
@@ -240,7 +232,7 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
 #pragma unroll
     for (int base = 0; base < kChunk; base += 16) {
       if (base > row) break;
-      const FragmentA a = load_a(&stage.attention[row][base], Stage<kDim>::kSquarePitch, lane);
+      const FragmentA a = load_a(&stage.attention[row][base], kAttentionPitch, lane);
 #pragma unroll
       for (int n = 0; n < kHalfTiles; n += 2) {
         FragmentB b[2];
@@ -249,6 +241,9 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
         mma(output[n + 1], a, b[1]);
       }
     }
+    // This warp is done with what was copied.
+    __syncwarp();
+    if (lane < kCluster<kDim>) barrier_arrive_at(&s.empty[turn % kStages], lane);
     bf16* mixed = static_cast<bf16*>(p.mixed) + static_cast<uint64_t>(at.row.first_token + info.first) * width + at.head * kDim + at.column;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -270,11 +265,35 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
   }
 }
 
+template <int kDim>
+__device__ __forceinline__ void scan_bf16(const KdaParams& p) {
+  extern __shared__ uint4 dynamic[];
+  ScanShared<kDim>& s = *reinterpret_cast<ScanShared<kDim>*>(dynamic);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; stage++) {
+      barrier_init(&s.full[stage], 1);
+      barrier_init(&s.empty[stage], kCluster<kDim> * kConsumerWarps);
+    }
+    barrier_init_done();
+  }
+  cluster_sync();
+  grid_dependency();
+  const Place at = place(p);
+  if (threadIdx.x / kWarp == kConsumerWarps) {
+    if (threadIdx.x % kWarp == 0) fetch<kDim>(p, s, at);
+  } else {
+    advance<kDim>(p, s, at);
+  }
+  // The other blocks copy to this one's memory and arrive at its barriers until they are done.
+  cluster_sync();
+}
+
 #define KDA_SCAN(dim)                                                                                               \
   extern "C" __global__ void __launch_bounds__(kThreads) kda_scan_fp32_##dim(const __grid_constant__ KdaParams p) { \
     scan_fp32<dim>(p);                                                                                              \
   }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(kTensorThreads, 1) kda_scan_bf16_##dim(const __grid_constant__ KdaParams p) { \
+  extern "C" __global__ void __cluster_dims__(1, 1, kCluster<dim>) __launch_bounds__(kTensorThreads, 1)            \
+      kda_scan_bf16_##dim(const __grid_constant__ KdaParams p) {                                                    \
     scan_bf16<dim>(p);                                                                                              \
   }
 KDA_SCAN(32)
@@ -293,4 +312,4 @@ KDA_SCAN_FAULT(128)
 #endif
 
 // Size of the dynamic shared memory, as the launcher computes it.
-static_assert(sizeof(ScanShared<128>) == 3 * ((3 * 64 * 136 + 64 * 72) * 2 + 64 * 40 * 4 + 128 * 4) + (128 + 64) * 40 * 2, "launcher's size");
+static_assert(sizeof(ScanShared<128>) == 3 * ((3 * 64 * 136 + 64 * 72) * 2 + 64 * 40 * 4 + 128 * 4) + (128 + 64) * 40 * 2 + 48, "launcher's size");

@@ -17,6 +17,12 @@ struct KdaChunk {
   uint32_t tokens;
 };
 
+// Rows of the workspace with bfloat16 activations, in numbers.
+constexpr int kRowPadding = 8;         // behind each row of queries, keys and Wd
+constexpr int kAttentionPitch = 72;    // of Pqk
+constexpr int kUpdateColumns = 32;     // of U, which lies by blocks of columns
+constexpr int kUpdatePitch = 40;       // of such a block
+
 struct KdaParams {
   const void* projected;  // [tokens][projected_pitch] T: q, k, v of P each before the convolution, f_a, g_a, then b of heads
   const float* gates;     // [tokens][2 P]: pre-activation of the decay without dt_bias, then of the output gate
@@ -30,12 +36,13 @@ struct KdaParams {
   const void* gate_weights;  // [2 P][head_dim] T: second halves of the decay and of the output gate
   const KdaRow* rows;
   const KdaChunk* chunks;
-  // Workspace of the chunked form: C = 64 rows for each (chunk, head), rows beyond the chunk's tokens are zero.
+  // Workspace of the chunked form: C = 64 rows for each (chunk, head), rows beyond the chunk's tokens are zero. With bfloat16 rows are
+  // padded as the scan has them in shared memory, so that each array of a (chunk, head) is one piece for the copy engine.
   void* convolved;        // [tokens][3 P] T
   void* query;            // [chunks][heads][C][head_dim] T      Q . e^G
   void* key;              // [chunks][heads][C][head_dim] T      K . e^{G_C - G}
   void* erase;            // [chunks][heads][C][head_dim] T      Wd = (I + Lkk)^-1 (beta . K . e^G)
-  float* update;          // [chunks][heads][C][head_dim]        U = (I + Lkk)^-1 (beta . V)
+  float* update;          // [chunks][heads][C][head_dim]        U = (I + Lkk)^-1 (beta . V); bfloat16: [..][head_dim / 32][C][32]
   void* attention;        // [chunks][heads][C][C] T             Pqk
   float* decay;           // [chunks][heads][head_dim]           e^{G_C}
   const uint32_t* row_chunks;  // [rows + 1]: chunks of row i are row_chunks[i] .. row_chunks[i + 1]

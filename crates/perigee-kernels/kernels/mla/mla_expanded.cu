@@ -52,9 +52,13 @@ struct Softmax {
   float total[2] = {0.0f, 0.0f};
   float fade[2];  // weight of what was summed before the last tile
 
-  // Scores become weights relative to the new maximum. With `kMasked`, key n of the tile counts for row r if n < limit[r].
+  bool kept;      // `fade` is 1 for the whole warp
+
+  // Scores become weights relative to a maximum: the new one, or the last if the new one is at most 2^8 of it, since weights of up to
+  // 2^8 are as good as weights of up to 1; then nothing that was summed has to be scaled. With `kMasked`, key n of the tile counts for row r if n < limit[r].
   template <bool kMasked>
   __device__ __forceinline__ void take(float (&score)[kTile / 2], float scale, const int (&limit)[2], int t) {
+    float next[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float best = -INFINITY;
@@ -69,11 +73,18 @@ struct Softmax {
       }
       best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
       best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-      const float next = fmaxf(peak[r], best * scale);
-      // Nothing seen yet: any finite reference does, and all weights are 0.
-      const float reference = next == -INFINITY ? 0.0f : next;
-      fade[r] = power2(peak[r] - reference);
-      peak[r] = next;
+      next[r] = fmaxf(peak[r], best * scale);
+    }
+    kept = __all_sync(~0u, next[0] - peak[0] <= 8.0f && next[1] - peak[1] <= 8.0f);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (!kept) {
+        // Nothing seen yet: any finite reference does, and all weights are 0.
+        fade[r] = power2(peak[r] - (next[r] == -INFINITY ? 0.0f : next[r]));
+        peak[r] = next[r];
+        total[r] *= fade[r];
+      }
+      const float reference = peak[r] == -INFINITY ? 0.0f : peak[r];
       float sum = 0.0f;
 #pragma unroll
       for (int n = 0; n < kTile / 8; n++) {
@@ -84,7 +95,7 @@ struct Softmax {
           sum += x;
         }
       }
-      total[r] = total[r] * fade[r] + sum;
+      total[r] += sum;
     }
   }
 };
@@ -205,8 +216,10 @@ __device__ __forceinline__ void attend(const MlaExpandedParams& p, Shared& s, co
     products_wait<0>();
     hold(output);
     if (lane == 0) barrier_arrive(&s.values_empty[before]);
+    if (!softmax.kept) {
 #pragma unroll
-    for (int i = 0; i < kValue / 2; i++) output[i] *= softmax.fade[i / 2 % 2];
+      for (int i = 0; i < kValue / 2; i++) output[i] *= softmax.fade[i / 2 % 2];
+    }
     narrow_weights(weights, score);
   }
   const uint32_t last = (tiles - 1) % kStages;

@@ -1,4 +1,4 @@
-// Grouped products for many rows an expert, with Hopper's own matrix instructions: 128 weight rows by up to 256 sorted rows of one
+// Grouped products for many rows an expert, with Hopper's own matrix instructions: 128 weight rows by up to 288 sorted rows of one
 // expert a tile, transposed: weights are the left operand, so that a tile is as wide as the expert has rows, in steps of 16. Two
 // blocks, a cluster on neighbouring multiprocessors, work at the same rows with different weights, and each copies half of the rows
 // for both. A block works through tiles; one thread copies ahead, two warpgroups multiply. See README.md.
@@ -61,35 +61,14 @@ __device__ __forceinline__ void fetch(const MoeWideParams& p, Shared<kMostRows, 
   }
 }
 
-// Sums of 64 weight rows by kRows tokens, then their results to memory.
-template <bool kGated, int kRows, int kMostRows, int kStages>
-__device__ __forceinline__ void multiply(const MoeWideParams& p, Shared<kMostRows, kStages>& s, const MoeTile& tile, uint32_t first_weight,
-                                         Ring<kStages>& ring) {
-  const uint32_t group = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  float sum[kRows / 2] = {};
-  for (uint32_t base = 0; base < p.depth; base += kDepth) {
-    const uint32_t stage = ring.stage();
-    barrier_wait(&s.full[stage], ring.parity());
-    const uint64_t left = operand_by_rows(s.weight[stage][group * 64]), right = operand_by_rows(s.rows[stage]);
-    hold(sum);
-    products_begin();
-#pragma unroll
-    for (int k = 0; k < kDepth / 16; k++) product<kRows>(sum, left + 2 * k, right + 2 * k);
-    products_commit();
-    if (base > 0) {
-      products_wait<1>();
-      if (lane < kCluster) barrier_arrive_at(&s.empty[(ring.turn - 1) % kStages], lane);
-    }
-    ring.turn++;
-  }
-  products_wait<0>();
-  hold(sum);
-  if (lane < kCluster) barrier_arrive_at(&s.empty[(ring.turn - 1) % kStages], lane);
-
-  // Blocks of 8 weight rows by 8 tokens, transposed on their way through shared memory so that 16 bytes of a token are together.
+// Sums of 16 weight rows from `first_row` on by kRows tokens to memory, in blocks of 8 by 8, transposed on their way through shared memory
+// so that 16 bytes of a token are together.
+template <bool kGated, int kRows>
+__device__ __forceinline__ void store(const MoeWideParams& p, uint4 (&staging)[2][kWarp], const MoeTile& tile, uint32_t first_row,
+                                      uint32_t first_token, const float (&sum)[kRows / 2], uint32_t lane) {
   bf16* out = static_cast<bf16*>(p.out);
-  const uint32_t first = (first_weight + group * 64 + warp % 4 * 16) / (kGated ? 2 : 1);  // channel of `out`
-  constexpr int kTokens = kGated ? 32 : 16;                                              // of a turn
+  const uint32_t first = first_row / (kGated ? 2 : 1);  // channel of `out`
+  constexpr int kTokens = kGated ? 32 : 16;             // of a turn
 #pragma unroll
   for (int base = 0; base < kRows; base += kTokens) {
     uint32_t x[4];
@@ -98,39 +77,84 @@ __device__ __forceinline__ void multiply(const MoeWideParams& p, Shared<kMostRow
       const int at = kGated ? base / 8 + block : base / 8 + block / 2;
       if (kGated) {
         // Rows g are gate, rows g + 8 up of the same channel.
-        x[block] = at * 8 < kRows ? pack(silu(sum[at * 4 % (kRows / 2)]) * sum[(at * 4 + 2) % (kRows / 2)],
-                                         silu(sum[(at * 4 + 1) % (kRows / 2)]) * sum[(at * 4 + 3) % (kRows / 2)])
+        x[block] = at * 8 < kRows ? pack(silu_for<bf16>(sum[at * 4 % (kRows / 2)]) * sum[(at * 4 + 2) % (kRows / 2)],
+                                         silu_for<bf16>(sum[(at * 4 + 1) % (kRows / 2)]) * sum[(at * 4 + 3) % (kRows / 2)])
                                   : 0;
       } else {
         x[block] = pack(sum[at * 4 + block % 2 * 2], sum[at * 4 + block % 2 * 2 + 1]);
       }
     }
-    uint4* staging = s.staging[warp][base / kTokens % 2];
+    uint4* turn = staging[base / kTokens % 2];
     const uint32_t place = kGated ? lane : (lane / 16 * 8 + lane % 8) * 2 + lane / 8 % 2;
-    store_blocks_transposed(&staging[place], x);
+    store_blocks_transposed(&turn[place], x);
     __syncwarp();
-    const uint4 piece = staging[lane];
+    const uint4 piece = turn[lane];
     const uint32_t token = base + (kGated ? lane : lane / 2);
     const uint32_t channel = first + (kGated ? 0 : lane % 2 * 8);
-    if (token < tile.rows && channel < p.width) {
-      *reinterpret_cast<uint4*>(out + static_cast<uint64_t>(tile.first + token) * p.width + channel) = piece;
+    if (token < kRows && first_token + token < tile.rows && channel < p.width) {
+      *reinterpret_cast<uint4*>(out + static_cast<uint64_t>(tile.first + first_token + token) * p.width + channel) = piece;
     }
   }
   __syncwarp();
 }
 
+// Sums of a warpgroup, then their results to memory. Without kSplit it has half of the weight rows and all kRows tokens; with kSplit all
+// weight rows and its half of the tokens, kRows of them, since twice as many do not fit its registers.
+template <bool kGated, bool kSplit, int kRows, int kMostRows, int kStages>
+__device__ __forceinline__ void multiply(const MoeWideParams& p, Shared<kMostRows, kStages>& s, const MoeTile& tile, uint32_t first_weight,
+                                         Ring<kStages>& ring) {
+  constexpr int kParts = kSplit ? 2 : 1;  // of 64 weight rows
+  const uint32_t group = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const uint32_t first_part = kSplit ? 0 : group, first_token = kSplit ? group * kRows : 0;
+  float sum[kParts][kRows / 2] = {};
+  for (uint32_t base = 0; base < p.depth; base += kDepth) {
+    const uint32_t stage = ring.stage();
+    barrier_wait(&s.full[stage], ring.parity());
+    const uint64_t right = operand_by_rows(s.rows[stage][first_token]);
+#pragma unroll
+    for (int part = 0; part < kParts; part++) hold(sum[part]);
+    products_begin();
+#pragma unroll
+    for (int part = 0; part < kParts; part++) {
+      const uint64_t left = operand_by_rows(s.weight[stage][(first_part + part) * 64]);
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; k++) product<kRows>(sum[part], left + 2 * k, right + 2 * k);
+    }
+    products_commit();
+    if (base > 0) {
+      products_wait<1>();
+      if (lane < kCluster) barrier_arrive_at(&s.empty[(ring.turn - 1) % kStages], lane);
+    }
+    ring.turn++;
+  }
+  products_wait<0>();
+#pragma unroll
+  for (int part = 0; part < kParts; part++) hold(sum[part]);
+  if (lane < kCluster) barrier_arrive_at(&s.empty[(ring.turn - 1) % kStages], lane);
+#pragma unroll
+  for (int part = 0; part < kParts; part++) {
+    store<kGated, kRows>(p, s.staging[warp], tile, first_weight + (first_part + part) * 64 + warp % 4 * 16, first_token, sum[part], lane);
+  }
+}
+
 template <bool kGated, int kMostRows, int kStages>
 __device__ __forceinline__ void multiply_any(const MoeWideParams& p, Shared<kMostRows, kStages>& s, const MoeTile& tile, uint32_t first_weight,
                                              Ring<kStages>& ring) {
-  switch ((tile.rows + 15) / 16) {
-#define PERIGEE_CASE(rows) \
-  case rows / 16:          \
-    if constexpr (rows <= kMostRows) multiply<kGated, rows>(p, s, tile, first_weight, ring); \
+#define PERIGEE_CASE(rows, split) \
+  case rows / 16:                 \
+    if constexpr (rows <= kMostRows) multiply<kGated, split, rows>(p, s, tile, first_weight, ring); \
     break;
-    PERIGEE_CASE(16) PERIGEE_CASE(32) PERIGEE_CASE(48) PERIGEE_CASE(64) PERIGEE_CASE(80) PERIGEE_CASE(96) PERIGEE_CASE(112) PERIGEE_CASE(128)
-    PERIGEE_CASE(144) PERIGEE_CASE(160) PERIGEE_CASE(176) PERIGEE_CASE(192) PERIGEE_CASE(208) PERIGEE_CASE(224) PERIGEE_CASE(240) PERIGEE_CASE(256)
-#undef PERIGEE_CASE
+  if (tile.rows <= 144) {
+    switch ((tile.rows + 15) / 16) {
+      PERIGEE_CASE(16, false) PERIGEE_CASE(32, false) PERIGEE_CASE(48, false) PERIGEE_CASE(64, false) PERIGEE_CASE(80, false)
+      PERIGEE_CASE(96, false) PERIGEE_CASE(112, false) PERIGEE_CASE(128, false) PERIGEE_CASE(144, false)
+    }
+  } else {
+    switch ((tile.rows + 31) / 32) {
+      PERIGEE_CASE(80, true) PERIGEE_CASE(96, true) PERIGEE_CASE(112, true) PERIGEE_CASE(128, true) PERIGEE_CASE(144, true)
+    }
   }
+#undef PERIGEE_CASE
 }
 
 template <bool kGated, int kMostRows, int kStages>
@@ -176,8 +200,8 @@ __device__ __forceinline__ void wide(const MoeWideParams& p) {
     wide<false, rows, stages>(p);                                                                                          \
   }
 MOE_WIDE(64, 8)
-MOE_WIDE(256, 4)
+MOE_WIDE(288, 4)
 
 // Sizes of the dynamic shared memory, as the launcher computes them.
 static_assert(sizeof(Shared<64, 8>) == 8 * (128 + 64) * 128 + 8 * 2 * 512 + 1024, "launcher's size");
-static_assert(sizeof(Shared<256, 4>) == 4 * (128 + 256) * 128 + 8 * 2 * 512 + 1024, "launcher's size");
+static_assert(sizeof(Shared<288, 4>) == 4 * (128 + 288) * 128 + 8 * 2 * 512 + 1024, "launcher's size");

@@ -1,6 +1,6 @@
 // The sort of (token, choice) entries by expert for steps of many tokens: blocks count their entries, then every block places its own
 // behind those of the blocks before it. Experts' rows are cut into tiles as even as steps of 16 rows allow. See README.md.
-#include "common/common.cuh"
+#include "common/mma.cuh"
 #include "moe/params.h"
 
 constexpr int kRowStep = 16;
@@ -67,7 +67,8 @@ extern "C" __global__ void __launch_bounds__(1024) moe_spread(const __grid_const
       tiles_before += __shfl_sync(~0u, tiles_to, kWarp - 1);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-      *p.tile_count = tiles_before;
+      p.tile_count[0] = tiles_before;
+      p.tile_count[1] = rows_before;
       *p.touched += touched;
     }
   }
@@ -84,16 +85,62 @@ extern "C" __global__ void __launch_bounds__(1024) moe_spread(const __grid_const
   }
 }
 
-// Rows of x in the order of the sort, a warp a row.
+// Rows of x in the order of the sort, a warp two rows.
 extern "C" __global__ void __launch_bounds__(256) moe_gather(const __grid_constant__ MoeGatherParams p) {
   grid_dependency();
-  const uint32_t tiles = *p.tile_count;
-  if (tiles == 0) return;
-  const MoeTile last = p.tiles[tiles - 1];
-  const uint32_t row = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  if (row >= last.first + last.rows) return;
-  const uint4* from = static_cast<const uint4*>(p.x) + static_cast<uint64_t>(p.source[row] / p.top_k) * p.pieces;
-  uint4* to = static_cast<uint4*>(p.out) + static_cast<uint64_t>(row) * p.pieces;
+  const uint32_t lane = threadIdx.x % kWarp;
+  const uint32_t first = (blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp) * 2;
+  // The list of sources is long enough, whatever the number of rows.
+  const uint2 source = *reinterpret_cast<const uint2*>(p.source + first);
+  const uint32_t rows = *p.rows;
+#pragma unroll
+  for (uint32_t i = 0; i < 2; i++) {
+    if (first + i >= rows) return;
+    const uint4* from = static_cast<const uint4*>(p.x) + static_cast<uint64_t>((i ? source.y : source.x) / p.top_k) * p.pieces;
+    uint4* to = static_cast<uint4*>(p.out) + static_cast<uint64_t>(first + i) * p.pieces;
 #pragma unroll 9
-  for (uint32_t at = threadIdx.x % kWarp; at < p.pieces; at += kWarp) to[at] = from[at];
+    // What is written passes through the second-level cache once, and x, which is read for each of its choices, stays there.
+    for (uint32_t at = lane; at < p.pieces; at += kWarp) __stcs(to + at, from[at]);
+  }
+}
+
+// As `moe_combine`, for many tokens of bfloat16 in rows of whole 16 bytes: eight rows are under way at a time.
+extern "C" __global__ void __launch_bounds__(1024) moe_combine_wide(const __grid_constant__ MoeCombineParams p) {
+  constexpr int kBatch = 8;
+  grid_dependency();
+  const uint64_t token = blockIdx.x;
+  const uint32_t* positions = p.position + token * p.top_k;
+  const float* weights = p.weights + token * p.top_k;
+  // A token that pads the step: nobody looks at what it leaves.
+  if (positions[0] == kNoExpert) return;
+  for (uint32_t i = threadIdx.x * 8; i < p.hidden; i += blockDim.x * 8) {
+    float sum[8] = {};
+    auto add = [&](const uint4& piece, float weight) {
+      const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&piece);
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float2 x = __bfloat1622float2(pairs[e]);
+        sum[e * 2] += weight * x.x;
+        sum[e * 2 + 1] += weight * x.y;
+      }
+    };
+    for (uint32_t base = 0; base < p.top_k; base += kBatch) {
+      uint4 rows[kBatch];
+#pragma unroll
+      for (int choice = 0; choice < kBatch; choice++) {
+        // Beyond the last choice its row again, with weight 0.
+        const uint32_t row = positions[min(base + choice, p.top_k - 1)];
+        rows[choice] = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.rows) + static_cast<uint64_t>(row) * p.hidden + i);
+      }
+#pragma unroll
+      for (int choice = 0; choice < kBatch; choice++) add(rows[choice], base + choice < p.top_k ? weights[base + choice] : 0.0f);
+    }
+    if (p.shared) add(*reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.shared) + token * p.hidden + i), 1.0f);
+    uint4 out;
+    out.x = pack(sum[0], sum[1]);
+    out.y = pack(sum[2], sum[3]);
+    out.z = pack(sum[4], sum[5]);
+    out.w = pack(sum[6], sum[7]);
+    *reinterpret_cast<uint4*>(static_cast<bf16*>(p.out) + token * p.hidden + i) = out;
+  }
 }

@@ -74,7 +74,7 @@ struct MoeSpreadParams {
   uint32_t* source;
   uint32_t* position;
   MoeTile* tiles;
-  uint32_t* tile_count;
+  uint32_t* tile_count;     // [2]: tiles, then sorted rows
   unsigned long long* touched;
   uint32_t* counts;         // [blocks][experts]: workspace
   uint32_t entries;
@@ -129,9 +129,8 @@ struct MoeWideParams {
 struct MoeGatherParams {
   const void* x;            // [tokens][hidden] T
   void* out;                // [entries][hidden] T
-  const uint32_t* source;   // [entries]
-  const MoeTile* tiles;
-  const uint32_t* tile_count;
+  const uint32_t* source;   // [entries, rounded up to 16]
+  const uint32_t* rows;     // [1]
   uint32_t pieces;          // of 16 bytes a row
   uint32_t top_k;           // k + s
 };

@@ -11,13 +11,19 @@ use perigee_engine::{EngineCore, EngineHandle, Turn};
 use perigee_sampling::SamplingParams;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::Cell;
 use super::shared::{SharedRanks, Touched};
+use super::{BesideResult, Cell};
 use crate::error::{Result, WorkerError};
 
 const ROUTER: RouterId = RouterId(1);
 /// Token ids of prompts, where the vocabulary has as many.
 const TOKENS: std::ops::Range<u64> = 100..160_000;
+
+/// Most tokens of a session beside which a prompt is computed.
+pub(super) const BESIDE_TOKENS: usize = 1024;
+/// Steps before the prompt comes that are not counted, and that are.
+const SETTLE: u64 = 8;
+const ALONE: u64 = 32;
 
 /// What a run took.
 #[derive(Debug, Clone, Copy)]
@@ -57,6 +63,13 @@ struct Progress {
     ended: usize,
 }
 
+impl Progress {
+    /// Tokens of the session that has drawn fewest.
+    fn least(&self) -> u64 {
+        self.tokens.values().copied().min().unwrap_or(0)
+    }
+}
+
 impl<B: Backend + 'static> Driver<B> {
     pub(super) fn new(core: EngineCore, handle: EngineHandle, ranks: SharedRanks<B>, vocab: usize) -> Self {
         let events = handle.attach(ROUTER);
@@ -70,17 +83,14 @@ impl<B: Backend + 'static> Driver<B> {
         let mut progress = Progress { tokens: requests.iter().map(|r| (r.sessions[0].clone(), 0)).collect(), ended: 0 };
         let begun = Instant::now();
         for request in requests {
-            self.handle.submit(ROUTER, request).map_err(|error| WorkerError::Bench(error.to_string()))?;
+            self.submit(request)?;
         }
         let mut all_draw: Option<(Instant, u64, Touched)> = None;
         let mut run = Run { ttft: Duration::ZERO, window: Duration::ZERO, steps: 0, experts: 0.0 };
         while progress.ended < cell.batch {
-            if self.core.turn() == Turn::Stopped {
-                return Err(WorkerError::Bench("the engine stopped in the middle of a cell".into()));
-            }
+            self.turn(&mut progress)?;
             let now = Instant::now();
-            self.take_events(&mut progress)?;
-            let least = progress.tokens.values().copied().min().unwrap_or(0);
+            let least = progress.least();
             match all_draw {
                 None if least > 0 => {
                     run.ttft = now - begun;
@@ -99,6 +109,69 @@ impl<B: Backend + 'static> Driver<B> {
             }
         }
         Ok(run)
+    }
+
+    /// Lets a cell's sessions decode and computes a prompt beside them.
+    pub(super) fn beside(&mut self, cell: Cell, prompt: usize) -> Result<BesideResult> {
+        self.runs += 1;
+        let requests: Vec<Request> = (0..cell.batch).map(|index| self.request(cell, index, BESIDE_TOKENS)).collect();
+        let names = |requests: &[Request]| requests.iter().map(|r| (r.sessions[0].clone(), 0)).collect();
+        let mut progress = Progress { tokens: names(&requests), ended: 0 };
+        for request in requests {
+            self.submit(request)?;
+        }
+        let first = self.turn_until(&mut progress, |least| least >= SETTLE)?;
+        let alone = self.turn_until(&mut progress, |least| least >= SETTLE + ALONE)?;
+        let guest = self.request(Cell { batch: 1, context: prompt }, cell.batch, 1);
+        self.submit(guest)?;
+        let begun = Instant::now();
+        let before = progress.least();
+        let (mut longest, mut last, mut seen) = (Duration::ZERO, begun, before);
+        while progress.ended == 0 {
+            self.turn(&mut progress)?;
+            if progress.least() > seen {
+                let now = Instant::now();
+                (longest, last, seen) = (longest.max(now - last), now, progress.least());
+            }
+        }
+        let took = begun.elapsed();
+        let tokens = progress.least() - before;
+        if tokens == 0 || seen >= BESIDE_TOKENS as u64 {
+            return Err(WorkerError::Bench(format!(
+                "{tokens} tokens came beside a prompt of {prompt}: it is too short or too long"
+            )));
+        }
+        while progress.ended <= cell.batch {
+            self.turn(&mut progress)?;
+        }
+        let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+        Ok(BesideResult {
+            prompt,
+            alone_ms: milliseconds(alone - first) / ALONE as f64,
+            beside_ms: milliseconds(last - begun) / tokens as f64,
+            longest_ms: milliseconds(longest),
+            prompt_tok_s: prompt as f64 / took.as_secs_f64(),
+        })
+    }
+
+    fn submit(&self, request: Request) -> Result<()> {
+        self.handle.submit(ROUTER, request).map_err(|error| WorkerError::Bench(error.to_string()))
+    }
+
+    /// One turn of the engine.
+    fn turn(&mut self, progress: &mut Progress) -> Result<()> {
+        if self.core.turn() == Turn::Stopped {
+            return Err(WorkerError::Bench("the engine stopped in the middle of a cell".into()));
+        }
+        self.take_events(progress)
+    }
+
+    /// Turns until every session has drawn enough; the time then.
+    fn turn_until(&mut self, progress: &mut Progress, enough: impl Fn(u64) -> bool) -> Result<Instant> {
+        while !enough(progress.least()) {
+            self.turn(progress)?;
+        }
+        Ok(Instant::now())
     }
 
     fn take_events(&mut self, progress: &mut Progress) -> Result<()> {

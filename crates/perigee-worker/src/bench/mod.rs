@@ -51,6 +51,8 @@ pub struct BenchRequest {
     pub steps: usize,
     /// Bytes a second to hold steps against; measured by a copy on the device where none are given.
     pub bandwidth: Option<f64>,
+    /// Tokens of a prompt that is computed while a cell's sessions decode, after the cell.
+    pub beside: Option<usize>,
 }
 
 /// A cell's figures.
@@ -83,6 +85,24 @@ pub struct CellResult {
     pub steps: u64,
     /// Terabytes a second that the floor assumes: what a copy reads and writes.
     pub bandwidth_tb_s: f64,
+    /// What a prompt beside the cell's sessions does to their tokens, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beside: Option<BesideResult>,
+}
+
+/// Sessions that decode while a prompt is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct BesideResult {
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// Milliseconds of a session's token before the prompt came, the mean.
+    pub alone_ms: f64,
+    /// The same from the prompt's coming to its first token.
+    pub beside_ms: f64,
+    /// The longest time between two tokens of a session then.
+    pub longest_ms: f64,
+    /// Tokens a second of the prompt.
+    pub prompt_tok_s: f64,
 }
 
 /// Runs the cells; each result is also handed to `done` as it comes.
@@ -107,12 +127,14 @@ pub fn run(request: &BenchRequest, done: &mut dyn FnMut(&CellResult)) -> Result<
 fn sized(request: &BenchRequest) -> Result<EngineOptions> {
     let mut options = request.engine.clone();
     let all = || request.cells.iter().copied().chain([FIRST]);
+    let guests = usize::from(request.beside.is_some());
     let Some(batch) = all().map(|cell| cell.batch).max().filter(|_| !request.cells.is_empty()) else {
         return Err(WorkerError::Options("no cells: expected at least one batch and one context".into()));
     };
     if request.steps == 0 || all().any(|cell| cell.batch == 0 || cell.context == 0) {
         return Err(WorkerError::Options("steps, batches and contexts: expected at least 1 each".into()));
     }
+    let batch = batch + guests;
     // A quarter of the tokens of a step is kept for prefill.
     let budget = options.step_tokens().max(2 * batch);
     options.token_budget = Some(budget);
@@ -120,9 +142,11 @@ fn sized(request: &BenchRequest) -> Result<EngineOptions> {
     options.state_slots = batch;
     options.queue_limit = options.queue_limit.max(batch);
     let steps = request.steps.max(FIRST_STEPS);
-    let most = |cell: Cell| cell.context + max_tokens(cell, steps, budget);
-    let pages = |cell: Cell| cell.batch * (most(cell).div_ceil(PAGE_TOKENS) + 1);
-    options.max_model_len = all().map(most).max();
+    let more = if guests > 0 { cell::BESIDE_TOKENS } else { 0 };
+    let most = |cell: Cell| cell.context + max_tokens(cell, steps, budget).max(more);
+    let guest = request.beside.map_or(0, |prompt| prompt.div_ceil(PAGE_TOKENS) + 1);
+    let pages = |cell: Cell| cell.batch * (most(cell).div_ceil(PAGE_TOKENS) + 1) + guest;
+    options.max_model_len = all().map(most).chain(request.beside.map(|prompt| prompt + 1)).max();
     // The scheduler keeps a part of the pages free for those that grow.
     options.latent_pages = all().map(pages).max().map(|pages| pages + pages / 16 + 2 * batch + 1);
     Ok(options)
@@ -181,6 +205,15 @@ impl Bench<'_> {
             queue_limit: self.options.queue_limit,
             ..EngineConfig::default()
         };
+        // Cells are told of as fast as their prompts can be computed; what is decoded beside them then is not looked at.
+        let config = match self.request.beside {
+            Some(_) => EngineConfig {
+                beside_tokens: self.options.beside_tokens(),
+                prompt_slowdown: self.options.slowdown(),
+                ..config
+            },
+            None => config,
+        };
         let (core, handle) =
             Engine::by_hand(Box::new(shared.clone()), config).map_err(|error| WorkerError::Bench(error.to_string()))?;
         let mut driver = Driver::new(core, handle, shared, self.opened.limits.vocab);
@@ -215,6 +248,7 @@ impl Bench<'_> {
         let experts = if layers == 0 { 0.0 } else { best.experts / layers as f64 };
         let floor_ms = step_bytes(model, cell, experts, self.options.activation()) / bandwidth * 1e3;
         let tpot = best.tpot();
+        let beside = self.request.beside.map(|prompt| driver.beside(cell, prompt)).transpose()?;
         Ok(CellResult {
             device: device.to_owned(),
             model: self.opened.spec.to_string(),
@@ -229,6 +263,7 @@ impl Bench<'_> {
             floor_ratio: tpot * 1e3 / floor_ms,
             steps: best.steps,
             bandwidth_tb_s: bandwidth / 1e12,
+            beside,
         })
     }
 }

@@ -13,7 +13,7 @@ struct Line {
 fn request(cells: &[(usize, usize)], steps: usize) -> BenchRequest {
     let engine = Line::parse_from(["bench", "--model=random:tiny", "--threads=1"]).engine;
     let cells = cells.iter().map(|&(batch, context)| Cell { batch, context }).collect();
-    BenchRequest { engine, cells, steps, bandwidth: None }
+    BenchRequest { engine, cells, steps, bandwidth: None, beside: None }
 }
 
 #[test]
@@ -52,6 +52,18 @@ fn a_bandwidth_that_is_given_is_used() {
     let model = perigee_model::Preset::Tiny.config().unwrap();
     let bytes = step_bytes(&model, request.cells[0], result.experts_touched, perigee_backend::DType::Fp32);
     assert!((result.floor_ms - bytes / 4e9).abs() < 1e-12);
+}
+
+#[test]
+fn a_prompt_is_computed_beside_sessions_that_decode() {
+    for slowdown in [None, Some(2.0)] {
+        let mut request = BenchRequest { beside: Some(700), ..request(&[(2, 40)], 4) };
+        request.engine.prompt_slowdown = slowdown;
+        let beside = run(&request, &mut |_| {}).unwrap()[0].beside.unwrap();
+        assert_eq!(beside.prompt, 700);
+        assert!(beside.alone_ms > 0.0 && beside.beside_ms > 0.0 && beside.prompt_tok_s > 0.0, "{beside:?}");
+        assert!(beside.longest_ms >= beside.beside_ms, "{beside:?}");
+    }
 }
 
 #[test]

@@ -23,8 +23,12 @@ pub(super) struct EngineArgs {
     /// Terabytes a second that the floor assumes; by default what a copy on the device reads and writes.
     #[arg(long, value_name = "TB/S")]
     bandwidth: Option<f64>,
+    /// After each cell, compute a prompt of so many tokens while the cell's sessions decode: how much later their tokens come then.
+    /// Prompts take turns with tokens as --prompt-slowdown says, in the cells too.
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one())]
+    beside: Option<usize>,
     /// Print one JSON array: [{device, model, batch, context, ttft_s, prefill_tok_s, tpot_ms, decode_tok_s, experts_touched,
-    /// floor_ms, floor_ratio, steps, bandwidth_tb_s}].
+    /// floor_ms, floor_ratio, steps, bandwidth_tb_s, beside: {prompt, alone_ms, beside_ms, longest_ms, prompt_tok_s}}].
     #[arg(long)]
     json: bool,
     /// Sizes follow from the cells; --state-slots, --latent-pages, --max-model-len and --max-batch are not used.
@@ -35,7 +39,7 @@ pub(super) struct EngineArgs {
 pub(super) fn run(args: EngineArgs) -> anyhow::Result<()> {
     let cells = if args.cells.is_empty() { grid(&args.batch, &args.context) } else { args.cells };
     let bandwidth = args.bandwidth.map(|rate| rate * 1e12);
-    let request = BenchRequest { engine: args.engine, cells, steps: args.steps, bandwidth };
+    let request = BenchRequest { engine: args.engine, cells, steps: args.steps, bandwidth, beside: args.beside };
     if args.json {
         let results = run_bench(&request, &mut |_| {})?;
         println!("{}", serde_json::to_string(&results)?);
@@ -62,8 +66,19 @@ pub(super) fn cell(text: &str) -> Result<Cell, String> {
 const HEADER: &str = "  batch  context   ttft s  prefill tok/s   tpot ms  decode tok/s  experts  floor ms  ratio";
 
 fn line(result: &CellResult) -> String {
+    let beside = result.beside.map_or(String::new(), |beside| {
+        format!(
+            "\n  beside a prompt of {}: {:.2} ms a token, alone {:.2}: {:.2} times as long, {:.1} ms at most; prompt {:.0} tok/s",
+            beside.prompt,
+            beside.beside_ms,
+            beside.alone_ms,
+            beside.beside_ms / beside.alone_ms,
+            beside.longest_ms,
+            beside.prompt_tok_s
+        )
+    });
     format!(
-        "{:>7}  {:>7}  {:>7.3}  {:>13.0}  {:>8.3}  {:>12.0}  {:>7.1}  {:>8.3}  {:>5.2}",
+        "{:>7}  {:>7}  {:>7.3}  {:>13.0}  {:>8.3}  {:>12.0}  {:>7.1}  {:>8.3}  {:>5.2}{beside}",
         result.batch,
         result.context,
         result.ttft_s,

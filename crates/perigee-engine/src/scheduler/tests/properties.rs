@@ -13,6 +13,7 @@ use crate::scheduler::{Limits, Status, TaskId};
 fn limits() -> impl Strategy<Value = Limits> {
     (1_u32..9, 1_u32..24, 1_u64..200, 1_u64..12, 0_u64..20, 0_u32..4).prop_map(
         |(slots, pages, step_tokens, step_rows, park_pages, bypass_limit)| Limits {
+            beside_tokens: step_tokens / 2 + 1,
             slots,
             pages,
             step_tokens,
@@ -281,6 +282,7 @@ fn scarce_pages_cause_preemptions() {
         park_bytes: 40,
         slot_bytes: 5,
         page_bytes: 10,
+        beside_tokens: u64::MAX,
         bypass_limit: 4,
     };
     let mut harness = Harness::new(limits);

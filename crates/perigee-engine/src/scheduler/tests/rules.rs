@@ -15,6 +15,7 @@ pub(super) fn limits() -> Limits {
         park_bytes: 1_000_000,
         slot_bytes: 100,
         page_bytes: 10,
+        beside_tokens: u64::MAX,
         bypass_limit: 2,
     }
 }
@@ -60,6 +61,31 @@ fn decodes_go_on_while_a_long_prompt_is_prefilled() {
         assert!(tokens_of(&plan, long) >= 64);
         assert!(plan.rows[0].draws, "drawing rows come first");
     }
+}
+
+#[test]
+fn prompts_wait_or_get_less_only_while_as_many_sessions_decode() {
+    let mut harness = Harness::new(Limits { beside_tokens: 64, ..limits() });
+    let long = arrive(&mut harness, &Arrival::plain(2000, 1));
+    let other = arrive(&mut harness, &Arrival::plain(2000, 1));
+    let both = |plan: &Plan| tokens_of(plan, long) + tokens_of(plan, other);
+    harness.scheduler.set_prompts_wait(true);
+    assert_eq!(both(&harness.step(Mishaps::default())), 128);
+    let first = arrive(&mut harness, &Arrival::plain(10, 6));
+    harness.step(Mishaps::default());
+    let plan = harness.step(Mishaps::default());
+    assert_eq!(tokens_of(&plan, first), 1);
+    assert!(both(&plan) > 64, "two do not wait for one");
+    let second = arrive(&mut harness, &Arrival::plain(10, 3));
+    harness.step(Mishaps::default());
+    let plan = harness.step(Mishaps::default());
+    assert_eq!((tokens_of(&plan, first), tokens_of(&plan, second), both(&plan)), (1, 1, 0));
+    harness.scheduler.set_prompts_wait(false);
+    let plan = harness.step(Mishaps::default());
+    assert_eq!((tokens_of(&plan, first), tokens_of(&plan, second)), (1, 1));
+    assert!((1..=64).contains(&both(&plan)), "{}", both(&plan));
+    assert!(harness.finished.contains(&second));
+    assert!(both(&harness.step(Mishaps::default())) > 64);
 }
 
 #[test]
