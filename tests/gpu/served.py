@@ -27,17 +27,17 @@ def shapes(cells):
 
 
 def sizes(cells):
-    """Options of a replica for these cells: beside the prompt, the tokens that sessions generate while others' are computed."""
+    """Options of a replica for these cells: prompts are computed as fast as they can be, and beside the prompt there is room for the
+    tokens that sessions generate while others' are computed."""
     batch = max(batch for batch, _ in shapes(cells))
-    length = max(c + 1 + STEPS + 2 * -(-b * c // BUDGET) + b * b // BUDGET for b, c in shapes(cells))
+    length = max(c + 2 * STEPS + 2 * -(-b * c // BUDGET) + b * b // BUDGET for b, c in shapes(cells))
     return ["--replicas", 1, "--tp", 1, "--state-slots", batch, "--max-batch", batch, "--token-budget", BUDGET,
-            "--max-model-len", length, "--queue-limit", 2 * batch]
+            "--prompt-slowdown", 0, "--max-model-len", length, "--queue-limit", 2 * batch]
 
 
 def measure(replica, cells):
     """Prints the cells."""
-    line = [replica.binary, "bench", "grid", "--router", replica.router, "--json", "--cells", cells, "--steps", str(STEPS),
-            "--token-budget", str(BUDGET)]
+    line = [replica.binary, "bench", "grid", "--router", replica.router, "--json", "--cells", cells, "--steps", str(STEPS)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, f"{done.stderr}\n{replica.said()[-2000:]}"
     for cell in json.loads(done.stdout):

@@ -1,6 +1,8 @@
 //! `perigee bench grid`: times of a served replica, seen by a gRPC client of its router: a batch of prompts handed in at once,
 //! for every cell of batch and context. Prompts are random tokens, decoding is greedy and goes on whatever is drawn.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -26,9 +28,6 @@ pub(super) struct GridArgs {
     /// Decode steps of the whole batch in each cell, at least.
     #[arg(long, default_value_t = 64, value_parser = at_least_one())]
     steps: usize,
-    /// Tokens of prompts that the replica takes into a step, for which its prompts' time is allowed for.
-    #[arg(long, default_value_t = 2048, value_parser = at_least_one())]
-    token_budget: usize,
     #[command(flatten)]
     client: ClientArgs,
 }
@@ -86,7 +85,7 @@ pub(super) fn run(args: GridArgs) -> anyhow::Result<()> {
         let mut results = Vec::new();
         for (index, &cell) in args.cells.iter().enumerate() {
             let prompts = prompts(cell, index as u64, info.vocab_size);
-            let times = batch(&client, prompts, max_tokens(cell, args.steps, args.token_budget)).await?;
+            let times = batch(&client, prompts, args.steps).await?;
             let result = figures(cell, &times).with_context(|| {
                 format!("{}x{}: no steps in which the whole batch decodes", cell.batch, cell.context)
             })?;
@@ -99,11 +98,6 @@ pub(super) fn run(args: GridArgs) -> anyhow::Result<()> {
     })
 }
 
-/// Tokens that each session generates: sessions whose prompt is done decode while the others' are computed.
-fn max_tokens(cell: Cell, steps: usize, budget: usize) -> usize {
-    1 + steps + 2 * (cell.batch * cell.context).div_ceil(budget) + cell.batch * cell.batch / budget
-}
-
 fn prompts(cell: Cell, number: u64, vocabulary: u32) -> Vec<Vec<u32>> {
     let tokens = if TOKENS.end <= vocabulary { TOKENS } else { 0..vocabulary };
     let width = u64::from(tokens.end - tokens.start).max(1);
@@ -112,30 +106,23 @@ fn prompts(cell: Cell, number: u64, vocabulary: u32) -> Vec<Vec<u32>> {
     (0..cell.batch as u64).map(|session| (session * context..(session + 1) * context).map(token).collect()).collect()
 }
 
-/// Hands in all prompts at once; when the tokens of each came.
-async fn batch(
-    client: &InferenceClient<Channel>,
-    prompts: Vec<Vec<u32>>,
-    max_tokens: usize,
-) -> anyhow::Result<Vec<Times>> {
+/// Hands in all prompts at once; when the tokens of each came. Sessions whose prompt is done decode while the others' are computed,
+/// for as long as that takes; once all have drawn, each is left after so many steps more.
+async fn batch(client: &InferenceClient<Channel>, prompts: Vec<Vec<u32>>, steps: usize) -> anyhow::Result<Vec<Times>> {
     let begun = Instant::now();
+    let waiting = Arc::new(AtomicUsize::new(prompts.len()));
     let asked = prompts.into_iter().map(|token_ids| {
         let request = GenerateRequest {
             token_ids,
             sampling: Some(SamplingParams { temperature: Some(0.0), ignore_eos: true, ..SamplingParams::default() }),
-            max_tokens: Some(u32::try_from(max_tokens).unwrap_or(u32::MAX)),
             ..GenerateRequest::default()
         };
-        tokio::spawn(stream(client.clone(), request, begun))
+        tokio::spawn(stream(client.clone(), request, begun, waiting.clone(), steps))
     });
     let asked: Vec<_> = asked.collect();
     let mut times = Vec::with_capacity(asked.len());
     for session in asked {
-        let came = session.await??;
-        if came.len() != max_tokens {
-            bail!("{} of {max_tokens} tokens came", came.len());
-        }
-        times.push(came);
+        times.push(session.await??);
     }
     Ok(times)
 }
@@ -144,15 +131,32 @@ async fn stream(
     mut client: InferenceClient<Channel>,
     request: GenerateRequest,
     begun: Instant,
+    waiting: Arc<AtomicUsize>,
+    steps: usize,
 ) -> anyhow::Result<Times> {
     let mut responses = client.generate(request).await?.into_inner();
     let mut times = Times::new();
+    // Sessions see that all have drawn a step earlier or later than others.
+    let mut left = steps + 2;
     while let Some(response) = responses.message().await? {
-        if response.token_id.is_some() {
-            times.push(begun.elapsed().as_secs_f64());
+        if response.token_id.is_none() {
+            continue;
+        }
+        times.push(begun.elapsed().as_secs_f64());
+        // The one behind which all have drawn is the last of the first tokens, and no step of the whole batch.
+        let waited =
+            if times.len() == 1 { waiting.fetch_sub(1, Ordering::Relaxed) } else { waiting.load(Ordering::Relaxed) };
+        if times.len() > 1 && waited == 0 {
+            left -= 1;
+        }
+        if left == 0 {
+            return Ok(times);
         }
     }
-    Ok(times)
+    bail!(
+        "a session ended after {} tokens, before all had drawn {steps} together: the replica needs a greater --max-model-len",
+        times.len()
+    )
 }
 
 /// None where no session draws between the last first token and the first end.
