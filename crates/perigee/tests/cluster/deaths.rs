@@ -73,7 +73,7 @@ async fn a_follower_a_leader_and_a_router_are_killed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_stands_still_loses_its_sessions_and_its_place_and_gets_the_place_back() {
     let Some(mut cluster) = Cluster::start() else { return };
-    let (a, _b) = (cluster.replica("a", 1, &[]), cluster.replica("b", 1, &[]));
+    let (a, _b) = (cluster.replica("a", 1, &[PAGES]), cluster.replica("b", 1, &[PAGES]));
     let router = cluster.router().await;
     router.until_ready(&["a", "b"]).await;
     let mut streams = open(&[&router], 6);
