@@ -13,7 +13,7 @@ use super::harness::{Harness, small_cache};
 use super::reference::experts::{Bias, MlpLayer, MoeLayer};
 use super::{Case, Factory};
 
-const PLAIN: MoeShape = MoeShape {
+pub(super) const PLAIN: MoeShape = MoeShape {
     hidden: 64,
     experts: 8,
     top_k: 2,

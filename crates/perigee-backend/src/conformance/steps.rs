@@ -11,6 +11,7 @@ use crate::weights::DType;
 
 use super::check::{Checks, Quantity};
 use super::draw::{Draw, Origin, WeightDraw};
+use super::experts::PLAIN;
 use super::harness::{Harness, VOCAB, small_cache};
 use super::reference::experts::{Bias, MoeLayer};
 use super::reference::kda::{Gates, KdaLayer};
@@ -23,17 +24,7 @@ const WORDS: usize = 96;
 const KDA: KdaShape = KdaShape { hidden: HIDDEN, heads: 2, head_dim: 128, conv: 4, eps: 1e-5 };
 const MLA: MlaShape =
     MlaShape { hidden: HIDDEN, heads: 2, nope: 128, rope: 64, value: 128, latent: 512, query_rank: None, eps: 1e-6 };
-const MOE: MoeShape = MoeShape {
-    hidden: HIDDEN,
-    experts: 8,
-    top_k: 2,
-    groups: 1,
-    top_groups: 1,
-    renormalize: true,
-    scale: 2.446,
-    width: 64,
-    shared_width: 64,
-};
+const MOE: MoeShape = MoeShape { hidden: HIDDEN, width: 64, shared_width: 64, ..PLAIN };
 /// Sequences, each with a twin.
 const SEQUENCES: usize = 24;
 
