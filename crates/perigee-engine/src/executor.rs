@@ -158,6 +158,8 @@ pub trait Executor: Send {
     fn note(&mut self, _notes: TraceNotes) -> Result<(), ExecutorError> {
         Ok(())
     }
+    /// Tells the other ranks that the replica ends in order; nothing is asked of them afterwards. As provided there are none.
+    fn shutdown(&mut self) {}
 
     // Moves. As provided, an executor moves nothing; none of these errors is fatal.
 

@@ -89,6 +89,8 @@ impl EngineCore {
             self.end(id, FinishReason::Error, Some("the replica was shut down; try again elsewhere".into()))?;
         }
         self.ended = true;
+        // Before anybody hears of the end: this process may be over right after.
+        self.executor.shutdown();
         self.shared.health.send_replace(EngineHealth::Stopped);
         Ok(())
     }

@@ -42,7 +42,8 @@ pub trait LeaderLink: Send {
 
 /// A follower's end.
 pub trait FollowerLink: Send {
-    /// Waits for the next command; none when the leader is gone.
+    /// Waits for the next command; none when a leader of this process has dropped its end. A leader of another process
+    /// says goodbye by [`RankCommand::Shutdown`]; one that is gone without it is lost.
     fn next(&mut self) -> Result<Option<RankCommand>, LinkError>;
     /// Sends an answer.
     fn reply(&mut self, reply: &RankReply) -> Result<(), LinkError>;
@@ -136,9 +137,8 @@ impl TcpFollowerLink {
 impl FollowerLink for TcpFollowerLink {
     fn next(&mut self) -> Result<Option<RankCommand>, LinkError> {
         match read_frame(&mut self.reader) {
-            Ok(command) => Ok(Some(command)),
-            Err(LinkError::Lost(_)) => Ok(None),
-            Err(other) => Err(other),
+            Err(LinkError::Lost(why)) => Err(LinkError::Lost(format!("rank 0 is gone without a goodbye: {why}"))),
+            command => command.map(Some),
         }
     }
 
@@ -227,4 +227,37 @@ fn read_frame<M: DeserializeOwned>(stream: &mut impl Read) -> Result<M, LinkErro
 
 fn lost(error: std::io::Error) -> LinkError {
     LinkError::Lost(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn connected() -> (TcpLeaderLink, TcpFollowerLink) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let leader = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (follower, _) = listener.accept().unwrap();
+        let leader = TcpLeaderLink::new(LinkEnds::plain(leader).unwrap(), || {}).unwrap();
+        (leader, TcpFollowerLink::new(LinkEnds::plain(follower).unwrap()))
+    }
+
+    #[test]
+    fn a_leader_that_says_goodbye_ended_in_order() {
+        let (mut leader, mut follower) = connected();
+        leader.send(&RankCommand::Shutdown).unwrap();
+        drop(leader);
+        assert_eq!(follower.next(), Ok(Some(RankCommand::Shutdown)));
+    }
+
+    #[test]
+    fn a_leader_gone_without_a_goodbye_is_lost_even_between_commands() {
+        let (mut leader, mut follower) = connected();
+        leader.send(&RankCommand::WeightBytes).unwrap();
+        drop(leader);
+        assert_eq!(follower.next(), Ok(Some(RankCommand::WeightBytes)));
+        let lost = follower.next().unwrap_err();
+        assert!(lost.to_string().contains("rank 0 is gone without a goodbye"), "{lost}");
+    }
 }

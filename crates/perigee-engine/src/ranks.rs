@@ -154,7 +154,7 @@ impl<B: Backend> Ranks<B> {
         self.own.answer_model()
     }
 
-    /// Ends the other ranks; their processes exit.
+    /// Ends the other ranks in order; their processes exit.
     pub fn shutdown(&mut self) {
         for link in &mut self.others {
             // A rank that is already gone needs no goodbye.
@@ -290,6 +290,10 @@ impl<B: Backend> Executor for Ranks<B> {
 
     fn note(&mut self, notes: TraceNotes) -> Result<(), ExecutorError> {
         self.tell(&RankCommand::Note { notes }).map(drop)
+    }
+
+    fn shutdown(&mut self) {
+        Self::shutdown(self);
     }
 
     fn geometry(&self) -> Option<Geometry> {

@@ -43,6 +43,7 @@ async fn a_follower_a_leader_and_a_router_are_killed() {
     go_on_or_are_lost(&mut streams, 5).await;
     a.ranks[0].kill();
     assert_eq!(a.ranks[1].wait(PATIENCE).unwrap().code(), Some(1), "{}", a.ranks[1].errors());
+    assert!(a.ranks[1].errors().contains("rank 0"), "{}", a.ranks[1].errors());
     go_on_or_are_lost(&mut streams, 10).await;
     let _a = cluster.replica("a", 2, &[PAGES]);
     for router in [&one, &two] {
