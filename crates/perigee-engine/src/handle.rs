@@ -112,6 +112,8 @@ pub(crate) enum Command {
     HandoffVerify {
         session: SessionId,
         next: u64,
+        /// What came with its end.
+        last: Vec<Part>,
         summary: Box<Summary>,
         grammar: Option<Box<Grammar>>,
         reply: Reply<Vec<u64>>,

@@ -33,8 +33,8 @@ impl EngineCore {
             Command::HandoffParts { session, next, parts, reply } => {
                 self.handoff_parts(&session, next, parts, reply)?;
             }
-            Command::HandoffVerify { session, next, summary, grammar, reply } => {
-                self.handoff_verify(&session, next, (*summary, grammar), reply)?;
+            Command::HandoffVerify { session, next, last, summary, grammar, reply } => {
+                self.handoff_verify(&session, next, last, (*summary, grammar), reply)?;
             }
             Command::HandoffBroken { session, next } => {
                 self.drive(&session, PartyEvent::Broken { next })?;

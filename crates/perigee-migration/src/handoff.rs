@@ -21,6 +21,7 @@
 
 mod chunk;
 mod decode;
+mod due;
 mod encode;
 mod error;
 mod ledger;

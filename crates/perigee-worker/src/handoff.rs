@@ -149,8 +149,8 @@ struct Sent {
 /// Everything that is to be sent, then the mark of a good end. None if it was called off.
 async fn send(outgoing: &mut Outgoing, chunks: &mpsc::Sender<Option<HandoffChunk>>) -> Option<Sent> {
     let mut sent = Sent::default();
-    let Demand { pages, positions, remote, slots } = outgoing.demand();
-    let mut demand = Some(HandoffDemand { pages, positions, remote, slots });
+    let Demand { pages, positions, remote, tokens, slots } = outgoing.demand();
+    let mut demand = Some(HandoffDemand { pages, positions, remote, slots, tokens });
     while let Some(data) = outgoing.next_chunk().await {
         let (began, demand) = (Instant::now(), demand.take());
         sent.bytes += data.len() as u64;
@@ -241,8 +241,8 @@ async fn take(
 ) -> Result<(), Status> {
     let mut has_told = false;
     while let Some(chunk) = within(chunks.message()).await? {
-        if let Some(HandoffDemand { pages, positions, remote, slots }) = chunk.demand {
-            incoming.demands(Demand { pages, positions, remote, slots });
+        if let Some(HandoffDemand { pages, positions, remote, slots, tokens }) = chunk.demand {
+            incoming.demands(Demand { pages, positions, remote, tokens, slots });
         }
         incoming.push(&chunk.data).await.map_err(refused)?;
         if !has_told && incoming.has_room() {

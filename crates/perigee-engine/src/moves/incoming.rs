@@ -16,6 +16,9 @@ use crate::handle::Command;
 use crate::request::SessionId;
 use crate::scheduler::TaskId;
 
+/// Tokens that a session may draw while it is on its way, mostly.
+const TOKENS_MEANWHILE: usize = 1024;
+
 /// A session that arrived and is held, without being stepped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepared {
@@ -37,6 +40,11 @@ pub struct Incoming {
     grammar: Option<oneshot::Receiver<Result<Grammar, GrammarError>>>,
     decoder: Option<HandoffDecoder>,
     demand: Demand,
+    /// Token ids that come before the session stands still.
+    early_tokens: u64,
+    /// The end of the handoff, once it has arrived: it goes to the engine with the order to verify, in one turn of the step
+    /// loop, because the session stands still meanwhile.
+    last: Vec<Part>,
     /// Session and epoch, once the header is here.
     offered: Option<(SessionId, u64)>,
     /// Whether the source's slots are reached from here.
@@ -60,6 +68,8 @@ impl Incoming {
             grammar: None,
             decoder,
             demand,
+            early_tokens: 0,
+            last: Vec::new(),
             offered: None,
             reaches_slots: false,
         }
@@ -67,12 +77,14 @@ impl Incoming {
 
     /// What the source asks for, before the first bytes. Without it a slot is all that is kept free from the beginning.
     pub fn demands(&mut self, demand: Demand) {
+        self.early_tokens = demand.tokens;
         self.demand = demand;
     }
 
-    /// Whether there is room for the session here, and it is reserved.
+    /// Whether there is room for the session here, it is reserved, and the tokens are here that need not wait until the
+    /// session stands still: from now on nothing is on its way that grows with the context.
     pub fn has_room(&self) -> bool {
-        self.offered.is_some()
+        self.offered.is_some() && self.tokens.len() as u64 >= self.early_tokens
     }
 
     /// Whether the source's slots are reached from here, so that it need not send the state.
@@ -105,6 +117,10 @@ impl Incoming {
             return Ok(());
         }
         self.note(&parts)?;
+        if let Some(Part::End(_)) = parts.last() {
+            self.last = parts;
+            return Ok(());
+        }
         let (session, next) = self.offered.clone().ok_or(HandoffRefused::NotOffered)?;
         self.ask(|reply| Command::HandoffParts { session, next, parts, reply }).await
     }
@@ -118,7 +134,8 @@ impl Incoming {
         let (session, next) = self.offered.clone().ok_or(HandoffRefused::NotOffered)?;
         let name = session.0.clone();
         let (summary, grammar) = (Box::new(summary), self.followed_grammar().await?.map(Box::new));
-        let digests = self.ask(|reply| Command::HandoffVerify { session, next, summary, grammar, reply }).await?;
+        let last = std::mem::take(&mut self.last);
+        let digests = self.ask(|reply| Command::HandoffVerify { session, next, last, summary, grammar, reply }).await?;
         // From here on the router decides.
         self.offered = None;
         Ok(Prepared { session: name, epoch: next, digests })
@@ -128,7 +145,7 @@ impl Incoming {
     fn note(&mut self, parts: &[Part]) -> Result<(), HandoffRefused> {
         for part in parts {
             match part {
-                Part::Tokens(tokens) => self.tokens.extend_from_slice(tokens),
+                Part::Tokens(tokens) => add_tokens(&mut self.tokens, tokens),
                 // All tokens have come before it.
                 Part::Frozen(frozen) => {
                     let sequence = Record::decode(&frozen.record)?.sequence;
@@ -189,6 +206,15 @@ impl std::fmt::Debug for Incoming {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("Incoming").field("offered", &self.offered).finish_non_exhaustive()
     }
+}
+
+/// Adds tokens that arrived. Wherever room is made, some is made for those that are drawn meanwhile: they come while the session
+/// stands still, and all that came before must not be copied for them then.
+pub(crate) fn add_tokens(all: &mut Vec<u32>, more: &[u32]) {
+    if all.capacity() - all.len() < more.len() {
+        all.reserve(more.len() + TOKENS_MEANWHILE);
+    }
+    all.extend_from_slice(more);
 }
 
 /// An answer to a part of a handoff.

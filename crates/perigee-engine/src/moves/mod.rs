@@ -115,6 +115,8 @@ pub struct Demand {
     pub positions: u64,
     /// Positions whose latents stay on other replicas.
     pub remote: u64,
+    /// Token ids that leave before the session stands still: it does not stand still until they have arrived.
+    pub tokens: u64,
     /// How a target on the same machine reaches the source's slots, by rank; empty where it cannot.
     pub slots: Vec<Vec<u8>>,
 }

@@ -1,6 +1,7 @@
 //! The source's side of one handoff, outside the step loop: parts come from the engine, chunks leave for the target. It
 //! encodes, and holds the target's answer against the digests of what was sent.
 
+use std::collections::VecDeque;
 use std::sync::mpsc;
 
 use perigee_migration::handoff::{CHUNK_BYTES, Frozen, Summary, Totals};
@@ -38,7 +39,9 @@ pub struct Outgoing {
     session: SessionId,
     next: u64,
     commands: mpsc::Sender<Command>,
-    parts: async_mpsc::UnboundedReceiver<SourcePart>,
+    parts: async_mpsc::UnboundedReceiver<Vec<SourcePart>>,
+    /// What was handed in and is not encoded yet.
+    waiting: VecDeque<SourcePart>,
     demand: Demand,
     /// The target's word that it has room, and the way for whoever carries it.
     room: oneshot::Receiver<bool>,
@@ -74,7 +77,7 @@ impl Outgoing {
         demand: Demand,
         commands: mpsc::Sender<Command>,
         traced: Option<Traced>,
-    ) -> Result<(Self, async_mpsc::UnboundedSender<SourcePart>), HandoffError> {
+    ) -> Result<(Self, async_mpsc::UnboundedSender<Vec<SourcePart>>), HandoffError> {
         let (sender, parts) = async_mpsc::unbounded_channel();
         let (session, next) = (SessionId(header.session.clone()), header.next_epoch);
         let encoder = HandoffEncoder::new(header, CHUNK_BYTES)?;
@@ -84,6 +87,7 @@ impl Outgoing {
             next,
             commands,
             parts,
+            waiting: VecDeque::new(),
             demand,
             room,
             tell_room: Some(tell_room),
@@ -138,8 +142,8 @@ impl Outgoing {
                     }
                     Err(_) => self.failure = Some("the target did not say that it has room".into()),
                 },
-                part = self.parts.recv() => match part {
-                    Some(part) => self.take(part),
+                parts = self.parts.recv() => match parts {
+                    Some(parts) => self.waiting.extend(parts),
                     None => self.failure = Some("it was called off".into()),
                 },
             }
@@ -150,15 +154,16 @@ impl Outgoing {
     /// leave together: each chunk is a turn of the target's engine, and the session stands still meanwhile.
     fn gather(&mut self) -> bool {
         while self.failure.is_none() && !self.encoder.has_chunk() {
-            match self.parts.try_recv() {
-                Ok(part) => self.take(part),
-                Err(_) => {
-                    // The header waits for the first tokens.
-                    if self.stage != Stage::Opening {
-                        self.encoder.flush();
-                    }
-                    break;
+            if let Some(part) = self.waiting.pop_front() {
+                self.take(part);
+            } else if let Ok(parts) = self.parts.try_recv() {
+                self.waiting.extend(parts);
+            } else {
+                // The header waits for the first tokens.
+                if self.stage != Stage::Opening {
+                    self.encoder.flush();
                 }
+                break;
             }
         }
         self.encoder.has_chunk() || self.failure.is_some()

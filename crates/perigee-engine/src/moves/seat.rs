@@ -42,7 +42,7 @@ pub(crate) struct Seat {
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) next: u64,
-    pub(crate) parts: UnboundedSender<SourcePart>,
+    pub(crate) parts: UnboundedSender<Vec<SourcePart>>,
     /// Tokens handed in.
     pub(crate) tokens: usize,
     pub(crate) mode: Mode,

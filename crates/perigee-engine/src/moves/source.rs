@@ -59,7 +59,7 @@ impl EngineCore {
         let seat = self.seats.get_mut(session).ok_or("nobody asked for it")?;
         seat.course = Course { mode: Some(mode), ..Course::default() };
         seat.outgoing = Some(Link { next, parts: parts.clone(), tokens: tokens.len(), mode, reaches_slots: false });
-        hand_in(&parts, SourcePart::Tokens(tokens))?;
+        hand_in(&parts, vec![SourcePart::Tokens(tokens)])?;
         config.connector.open(target, outgoing);
         Ok(())
     }
@@ -82,6 +82,7 @@ impl EngineCore {
             pages: local.saturating_sub(returned),
             positions: most(&held.sequence).max(held.sequence.length()),
             remote: arrival.table.tokens(),
+            tokens: held.sequence.length(),
             slots: Vec::new(),
         }
     }
@@ -168,7 +169,7 @@ impl EngineCore {
         seat.course.export = self.config.clock.now().saturating_duration_since(started);
         let Some(link) = &seat.outgoing else { return Ok(Err("the connection to the target broke".into())) };
         // Nobody takes them any more where the target has refused meanwhile. Why it did is in the inbox already and comes next.
-        let _ = sent.into_iter().try_for_each(|part| hand_in(&link.parts, part));
+        let _ = hand_in(&link.parts, sent);
         Ok(Ok(()))
     }
 
@@ -299,8 +300,10 @@ fn spans(pages: &HomePages, context: u64, mode: Mode) -> Vec<PageSpan> {
     spans.collect()
 }
 
-fn hand_in(parts: &tokio::sync::mpsc::UnboundedSender<SourcePart>, part: SourcePart) -> Result<(), String> {
-    parts.send(part).map_err(|_| "the connection to the target broke".to_owned())
+/// Hands parts in all at once: with the first of several, whoever carries them could take this thread's processor, and the rest
+/// would wait while the session stands still.
+fn hand_in(way: &tokio::sync::mpsc::UnboundedSender<Vec<SourcePart>>, parts: Vec<SourcePart>) -> Result<(), String> {
+    way.send(parts).map_err(|_| "the connection to the target broke".to_owned())
 }
 
 /// The message of an error after which the ranks go on.

@@ -11,7 +11,7 @@ use perigee_migration::{
 
 use perigee_text::grammar::Grammar;
 
-use super::incoming::{Arriving, Reply};
+use super::incoming::{Arriving, Reply, add_tokens};
 use super::party::Then;
 use super::record::{Record, RecordError};
 use super::source::non_fatal;
@@ -174,15 +174,20 @@ impl EngineCore {
         Ok(())
     }
 
-    /// All of it arrived: what is in slot and pages now?
+    /// All of it arrived, the last parts only now: what is in slot and pages then?
     pub(crate) fn handoff_verify(
         &mut self,
         session: &SessionId,
         next: u64,
+        last: Vec<Part>,
         (summary, grammar): (Summary, Option<Box<Grammar>>),
         reply: Reply<Vec<u64>>,
     ) -> Result<(), Fatal> {
-        let answer = match self.verify(session, next, summary, grammar) {
+        let taken = self.take_parts(session, next, last);
+        if taken.is_ok() {
+            self.drive(session, PartyEvent::Part { next })?;
+        }
+        let answer = match taken.and_then(|()| self.verify(session, next, summary, grammar)) {
             Ok(digests) => match self.drive(session, PartyEvent::Verified { next })? {
                 Some(Err(failure)) => Err(failure.into()),
                 _ => Ok(digests.numbers()),
@@ -210,7 +215,7 @@ impl EngineCore {
         for part in parts {
             match part {
                 Part::Header(_) | Part::End(_) => {}
-                Part::Tokens(tokens) => self.arriving(session, next)?.tokens.extend(tokens),
+                Part::Tokens(tokens) => add_tokens(&mut self.arriving(session, next)?.tokens, &tokens),
                 Part::Frozen(frozen) => {
                     let record = Record::decode(&frozen.record)?;
                     check(&record, session, &frozen)?;

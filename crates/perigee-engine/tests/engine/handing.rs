@@ -160,6 +160,21 @@ fn long(positions: usize) -> ModelSizes {
     sizes
 }
 
+/// The next chunk, for which the source makes turns.
+async fn next(outgoing: &mut Outgoing, source: &mut Driver) -> Option<Vec<u8>> {
+    let next = outgoing.next_chunk();
+    tokio::pin!(next);
+    loop {
+        tokio::select! {
+            biased;
+            chunk = &mut next => return chunk,
+            () = tokio::task::yield_now() => {
+                source.turn();
+            }
+        }
+    }
+}
+
 /// Bytes of a split handoff that leave before the session stands still, and after that.
 async fn bytes_of(prompt: usize) -> (usize, usize) {
     let (mut source, mut outgoing) = source_of(prompt, long(prompt + 128), Mode::Split);
@@ -167,24 +182,8 @@ async fn bytes_of(prompt: usize) -> (usize, usize) {
     let before = outgoing.next_chunk().await.expect("header and tokens").len();
     on_room.send(false).expect("it waits for that");
     let mut frozen = 0;
-    loop {
-        let next = async {
-            let next = outgoing.next_chunk();
-            tokio::pin!(next);
-            loop {
-                tokio::select! {
-                    biased;
-                    chunk = &mut next => return chunk,
-                    () = tokio::task::yield_now() => {
-                        source.turn();
-                    }
-                }
-            }
-        };
-        match next.await {
-            Some(chunk) => frozen += chunk.len(),
-            None => break,
-        }
+    while let Some(chunk) = next(&mut outgoing, &mut source).await {
+        frozen += chunk.len();
     }
     assert!(!outgoing.is_cancelled(), "all of it is out");
     (before, frozen)
@@ -196,4 +195,57 @@ async fn what_leaves_while_a_session_stands_still_does_not_grow_with_its_context
     assert!(long.0 - short.0 >= 4 * 31 * 1024, "tokens go before: {short:?}, {long:?}");
     // Numbers of positions are longer by a byte each.
     assert!(short.1 > 0 && long.1.abs_diff(short.1) < 16, "{short:?}, {long:?}");
+}
+
+#[tokio::test]
+async fn a_target_has_room_once_the_tokens_of_a_long_context_are_there() {
+    // More token ids than a chunk has.
+    let sizes = long(70_000 + 128);
+    let (mut source, mut outgoing) = source_of(70_000, sizes, Mode::Split);
+    let mut target = Driver::new(ModelExecutor::new(sizes), moving("target", Arc::default()));
+    let mut incoming = target.handle.incoming();
+    incoming.demands(outgoing.demand());
+    bring(&mut outgoing, &mut incoming, &mut target).await.expect("it fits");
+    assert_eq!(target.core.load().slots_free, target.core.load().slots_total - 2, "its slots are reserved");
+    assert!(!incoming.has_room(), "tokens are still on their way");
+    draws(&mut source, 2);
+    bring(&mut outgoing, &mut incoming, &mut target).await.expect("all tokens so far");
+    assert!(incoming.has_room());
+    drop((outgoing, incoming));
+    target.turn();
+    target.assert_nothing_is_held();
+}
+
+#[tokio::test]
+async fn what_comes_with_the_end_of_a_handoff_takes_one_turn_of_the_target() {
+    let (mut source, mut outgoing) = source(Mode::Split);
+    let mut target = target(2, 3);
+    let mut incoming = target.handle.incoming();
+    incoming.demands(outgoing.demand());
+    let on_room = outgoing.on_room().expect("given out once");
+    bring(&mut outgoing, &mut incoming, &mut target).await.expect("room");
+    on_room.send(false).expect("it waits for that");
+    let end = next(&mut outgoing, &mut source).await.expect("all that is frozen, at once");
+    assert_eq!(next(&mut outgoing, &mut source).await, None);
+    tokio::select! {
+        biased;
+        pushed = incoming.push(&end) => pushed.expect("taken"),
+        () = std::future::ready(()) => panic!("the target had to make a turn"),
+    }
+    let finish = incoming.finish();
+    tokio::pin!(finish);
+    let mut turns = 0;
+    let prepared = loop {
+        tokio::select! {
+            biased;
+            prepared = &mut finish => break prepared.expect("verified"),
+            () = tokio::task::yield_now() => {
+                target.turn();
+                turns += 1;
+            }
+        }
+    };
+    assert_eq!((prepared.session.as_str(), prepared.epoch, turns), ("s", 2, 1));
+    outgoing.answer(Ok(prepared.digests));
+    source.turn();
 }

@@ -3,6 +3,7 @@
 
 use perigee_backend::{DType, StateKind};
 
+use super::due::DuePages;
 use super::error::{HandoffError, PartName};
 use super::part::{Announced, Head, totals_in_order};
 use super::slice::{check_page, check_state};
@@ -46,10 +47,8 @@ pub(super) struct Ledger {
     context: u64,
     /// [KDA layers, 4, heads]: whether they came.
     heads: Vec<bool>,
-    /// Whether a page of the session comes along, one entry a page.
-    due: Vec<bool>,
-    /// [MLA layers, pages]: whether they came.
-    pages: Vec<bool>,
+    /// Those that come along, and which of them came.
+    pages: DuePages,
     summary: Summary,
 }
 
@@ -65,8 +64,7 @@ impl Ledger {
             tokens: 0,
             context: 0,
             heads: vec![false; tensors * geometry.kda_heads as usize],
-            due: Vec::new(),
-            pages: Vec::new(),
+            pages: DuePages::default(),
             summary: Summary { totals: Totals::default(), digests: TensorDigests::new(geometry) },
         }
     }
@@ -161,13 +159,8 @@ impl Ledger {
             let layer = (tensor / STATE_KINDS.len()) as u32;
             return Err(HandoffError::MissingHead { tensor: Tensor::State { layer, kind }, head });
         }
-        let pages = self.due.len();
-        let missing = (0..self.pages.len()).find(|&index| self.due[index % pages] && !self.pages[index]);
-        match missing {
-            Some(index) => Err(HandoffError::MissingPage {
-                layer: (index / pages) as u32,
-                first: (index % pages) as u64 * PAGE_POSITIONS,
-            }),
+        match self.pages.missing() {
+            Some((layer, first)) => Err(HandoffError::MissingPage { layer, first }),
             None => Ok(()),
         }
     }
@@ -225,12 +218,7 @@ impl Ledger {
         {
             return Err(HandoffError::Homeless { first: gap.start });
         }
-        self.due = vec![false; self.context.div_ceil(PAGE_POSITIONS) as usize];
-        for gap in table.gaps(self.context) {
-            let pages = (gap.start / PAGE_POSITIONS) as usize..gap.end.div_ceil(PAGE_POSITIONS) as usize;
-            self.due[pages].fill(true);
-        }
-        self.pages = vec![false; self.due.len() * self.geometry.mla_layers as usize];
+        self.pages = DuePages::of(&table.gaps(self.context), self.geometry.mla_layers);
         Ok(())
     }
 
@@ -261,13 +249,11 @@ impl Ledger {
     }
 
     fn admit_page(&mut self, layer: u32, first: u64, positions: u32) -> Result<(), HandoffError> {
-        let page = usize::try_from(first / PAGE_POSITIONS).unwrap_or(usize::MAX);
-        if !self.due.get(page).copied().unwrap_or_default() {
+        let Some(came) = self.pages.mark(layer, first) else {
             return Err(HandoffError::UnduePage { layer, first });
-        }
-        let expected = PAGE_POSITIONS.min(self.context - first);
+        };
+        let expected = PAGE_POSITIONS.min(self.context.saturating_sub(first));
         exact(PartName::Page { layer, first }, "positions", expected, positions.into())?;
-        let came = &mut self.pages[layer as usize * self.due.len() + page];
         if *came {
             return Err(HandoffError::DuplicatePage { layer, first });
         }

@@ -747,6 +747,10 @@ pub struct HandoffDemand {
     /// cannot.
     #[prost(bytes = "vec", repeated, tag = "4")]
     pub slots: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    /// Token ids that are sent before the session stands still. The target says that it has room once it has them: what is still on
+    /// its way then does not grow with the context.
+    #[prost(uint64, tag = "7")]
+    pub tokens: u64,
 }
 /// How far a handoff is at its target.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -760,7 +764,7 @@ pub mod handoff_answer {
     /// What it says.
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Body {
-        /// There is room for the session, and it is reserved.
+        /// There is room for the session, it is reserved, and the tokens that were to come first are there.
         #[prost(message, tag = "1")]
         Room(super::HandoffRoom),
         /// Everything is here and verified.
