@@ -15,6 +15,8 @@ use super::{Beside, Home, MigrateArgs, Phases, Prompt, Remote, Row};
 const PAGE_TOKENS: usize = 64;
 /// Tokens that a session has to itself after a move before the next one; what they take is what its stall is held against.
 const REST: usize = 16;
+/// Tokens of the prompt of a short session.
+const SHORT: usize = 32;
 /// Tokens that the long session may draw: the course is over long before.
 const TOKENS: usize = 32_768;
 /// Longest wait for anything, a prompt of the longest context on a slow machine among it.
@@ -84,7 +86,7 @@ pub(super) async fn run(args: &MigrateArgs, prompt: Prompt) -> anyhow::Result<Ve
             .map(|index| ((index * 7919 + seed * 104_729 + index / 251) % info.vocab_size as usize) as u32)
             .collect()
     };
-    let mut short = Stream::open(inference.clone(), text(32, 3), TOKENS).await?;
+    let mut short = Stream::open(inference.clone(), text(SHORT, 3), TOKENS).await?;
     let owner = short.owner();
     let alone_ms = beside(&cluster, &mut short, &owner, args.window).await?;
     drop(short);
@@ -101,12 +103,12 @@ pub(super) async fn run(args: &MigrateArgs, prompt: Prompt) -> anyhow::Result<Ve
         let (stall_ms, moved) = migrate(&cluster, &mut long, to, MigrateMode::Whole).await?;
         whole.add(stall_ms, &moved);
         if round == 0 {
-            let mut short = Stream::open(inference.clone(), text(32, 2), TOKENS).await?;
+            let mut short = Stream::open(inference.clone(), text(SHORT, 2), TOKENS).await?;
             undisturbed_ms = Some(beside(&cluster, &mut short, &home, args.window).await?);
         }
     }
 
-    let mut short = Stream::open(inference.clone(), text(32, 1), TOKENS).await?;
+    let mut short = Stream::open(inference.clone(), text(SHORT, 1), TOKENS).await?;
     let beside_local_ms = beside(&cluster, &mut short, &home, args.window).await?;
     let mut split = Moves::default();
     let (stall_ms, moved) = migrate(&cluster, &mut long, &away, MigrateMode::Split).await?;
@@ -156,7 +158,7 @@ async fn replay(cluster: &Cluster, long: &mut Stream, context: usize, local_ms: 
 fn arguments(args: &MigrateArgs, prompt: Prompt) -> Vec<String> {
     let mut engine = args.engine.clone();
     engine.fill_prompts = prompt.is_filled.then_some(u64::MAX);
-    let longest = prompt.tokens + TOKENS;
+    let longest = prompt.tokens.max(SHORT) + TOKENS;
     engine.max_model_len = Some(longest);
     // Room for the long session twice over: where it runs, and where it is to be copied or replayed.
     engine.latent_pages = Some(2 * longest.div_ceil(PAGE_TOKENS) + 64);
