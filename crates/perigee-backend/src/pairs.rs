@@ -132,10 +132,7 @@ pub struct Patience {
 
 impl Default for Patience {
     fn default() -> Self {
-        Self {
-            meeting: Duration::from_secs(60),
-            idle: Duration::from_secs(600),
-        }
+        Self { meeting: Duration::from_secs(60), idle: Duration::from_secs(600) }
     }
 }
 

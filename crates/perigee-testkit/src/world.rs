@@ -177,7 +177,8 @@ impl World {
             }
             let poisoned = Arc::new(Poisoned::default());
             let executor = Faulty::new(ranks, spec.fault, poisoned.clone());
-            let executor = Box::new(Sharing::new(executor, (spec.neighbours.clone(), spec.pairing.clone()), &name, degree));
+            let executor =
+                Box::new(Sharing::new(executor, (spec.neighbours.clone(), spec.pairing.clone()), &name, degree));
             let asked = Arc::new(Asked::default());
             let moves = MoveConfig {
                 place: Place {

@@ -107,11 +107,7 @@ pub(crate) fn told_room(room: Room) -> HandoffRoom {
         PairAnswer::Meets => internal::PairAnswer::Meets,
         PairAnswer::Ready => internal::PairAnswer::Ready,
     };
-    HandoffRoom {
-        reaches_slots: room.way == Way::Slots,
-        way: told_way(room.way).into(),
-        pair: pair.into(),
-    }
+    HandoffRoom { reaches_slots: room.way == Way::Slots, way: told_way(room.way).into(), pair: pair.into() }
 }
 
 /// The same as the source hears it.

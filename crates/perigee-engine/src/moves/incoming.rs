@@ -8,8 +8,8 @@ use perigee_migration::{HandoffDecoder, Header, Part, SegmentTable};
 use perigee_text::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource};
 use tokio::sync::oneshot;
 
-use super::record::Record;
 use super::pairs::ArrivingPair;
+use super::record::Record;
 use super::{Demand, HandoffRefused, Room};
 use crate::cache::{HomePages, SlotPair};
 use crate::executor::PageSpan;

@@ -12,10 +12,10 @@ use perigee_migration::{
 use perigee_text::grammar::Grammar;
 
 use super::incoming::{Arriving, Reply};
+use super::pairs::ArrivingPair;
 use super::party::Then;
 use super::record::{Record, RecordError};
 use super::source::non_fatal;
-use super::pairs::ArrivingPair;
 use super::{Demand, HandoffRefused, PairAnswer, Room, Way, pairs};
 use crate::cache::{HomePages, Latents, SlotPair};
 use crate::executor::PageSpan;

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use perigee_engine::EngineConfig;
 use perigee_engine::homes::HomeDirectory;
-use perigee_engine::moves::{FollowPolicy, HandoffConnector, Incoming, MoveConfig, Outgoing, Prepare, Room, Target, Way};
+use perigee_engine::moves::{
+    FollowPolicy, HandoffConnector, Incoming, MoveConfig, Outgoing, Prepare, Room, Target, Way,
+};
 use perigee_engine::request::SessionId;
 use perigee_engine::testing::{ModelExecutor, ModelSizes, greedy_request};
 use perigee_migration::{AttendShape, Layout, Mode, Place};

@@ -139,7 +139,8 @@ async fn a_target_that_dies_with_a_state_on_its_way_takes_neither_the_session_no
         pairing.trouble(PairTrouble::None);
     };
     let dying = session("dying");
-    let (gone, ()) = tokio::join!(ways(&mut relay, &mut undisturbed, &dying, &[order(5, 1)]), killed);
+    let orders = [order(5, 1)];
+    let (gone, ()) = tokio::join!(ways(&mut relay, &mut undisturbed, &dying, &orders), killed);
     assert!(matches!(&gone[..], [Err(_)]), "{gone:?}");
     let gone = ways(&mut relay, &mut undisturbed, &session("goes"), &[order(5, 2)]).await;
     assert_eq!(gone, [Ok(Way::Pair)], "the other pair is whole");
@@ -162,8 +163,11 @@ async fn a_source_that_dies_with_a_state_on_its_way_leaves_nothing_behind() {
         world.kill(0);
     };
     let orphaned = session("orphaned");
-    let run = relay.run(&orphaned, 0, &[order(5, 1)], Trouble::default());
+    let orders = [order(5, 1)];
+    let run = relay.run(&orphaned, 0, &orders, Trouble::default());
     let (course, ()) = tokio::join!(run, killed);
-    assert_eq!(wrong(&mut undisturbed, &orphaned, &course.unwrap()), None, "it was replayed");
+    // Within one process a replica that ends has time to say so.
+    let broken = course.unwrap().broken;
+    assert!(matches!(&broken[..], [why] if why.contains("shut down")), "{broken:?}");
     world.all_free(FREED).await.unwrap();
 }
