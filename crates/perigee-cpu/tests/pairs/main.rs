@@ -168,5 +168,7 @@ fn a_target_that_is_killed_in_the_middle_breaks_its_pair_and_no_other() {
     assert_eq!(source.send(second, vec![1, 2, 3]), PairState::Busy);
     assert_eq!(after(&PairState::Busy, || source.state(second)), PairState::Ready, "the other one is whole");
     targets[1].kill().unwrap();
-    targets.iter_mut().for_each(|target| drop(target.wait().unwrap()));
+    for target in &mut targets {
+        target.wait().unwrap();
+    }
 }

@@ -98,13 +98,12 @@ impl EngineCore {
             Some((stage, ..)) => Some(stage),
             None => None,
         };
-        match found {
-            Some(Stage::Met) => match self.look_at(&key) {
+        if found == Some(Stage::Met) {
+            match self.look_at(&key) {
                 PairState::Ready if !self.is_in_use(&key) => return self.use_pair(key, (session, next)),
-                PairState::Broken(why) => tracing::warn!(target = key.0, why, "a pair with another replica is over"),
+                PairState::Broken(why) => tracing::warn!(to = key.0, why, "a pair with another replica is over"),
                 PairState::Meeting | PairState::Ready | PairState::Busy => return None,
-            },
-            _ => {}
+            }
         }
         self.end_pairs(&key);
         match self.executor.invite_pairs() {
@@ -180,12 +179,12 @@ impl EngineCore {
                 let order = self.meet(PairEnd::Source);
                 match self.executor.pairs(&offer.invitations, order) {
                     Ok(PairState::Broken(why)) => {
-                        tracing::warn!(target = key.0, why, "a pair cannot be met");
+                        tracing::warn!(to = key.0, why, "a pair cannot be met");
                         self.give_up_pairs(key, RETRY);
                     }
                     Ok(_) => {}
                     Err(error) => {
-                        tracing::warn!(target = key.0, %error, "a pair cannot be met");
+                        tracing::warn!(to = key.0, %error, "a pair cannot be met");
                         self.give_up_pairs(key, RETRY);
                     }
                 }
@@ -213,7 +212,7 @@ impl EngineCore {
             Ok(PairState::Broken(why)) => why,
             Err(error) => error.to_string(),
         };
-        tracing::warn!(session = session.0, target = key.0, why, "a state goes in the stream, not by its pair");
+        tracing::warn!(session = session.0, to = key.0, why, "a state goes in the stream, not by its pair");
         self.give_up_pairs(&key, RETRY);
         false
     }
@@ -239,7 +238,7 @@ impl EngineCore {
             Ok(PairState::Broken(why)) => why,
             Err(error) => error.to_string(),
         };
-        tracing::warn!(session = session.0, target = key.0, why, "a pair broke; its state goes in the stream");
+        tracing::warn!(session = session.0, to = key.0, why, "a pair broke; its state goes in the stream");
         self.give_up_pairs(&key, RETRY);
         Sent::Lost
     }

@@ -1,6 +1,8 @@
 //! Moves whose states go by pairs of ranks: both ends meet beside the first handoff, which goes in the stream, digests guard what
 //! comes, a pair that breaks breaks alone and its state goes in the stream, and whoever dies, the session goes on.
 
+use std::time::Duration;
+
 use perigee_engine::moves::{MoveFacts, Way};
 use perigee_engine::request::Request;
 use perigee_migration::Mode;
@@ -9,10 +11,12 @@ use perigee_testkit::world::{Fault, Order, PairTrouble, Pairing, Relay, Stage, T
 
 use crate::broken::{FREED, request, run_all, sampled, undisturbed, wrong};
 
-/// Replicas of these degrees that use pairs wherever they can, and the account of that.
+/// Replicas of these degrees that use pairs wherever they can, and the account of that. A pair waits for half of the silence: so
+/// long that it breaks of nothing but what a test does to it.
 fn paired(degrees: &[usize]) -> (WorldSpec, Pairing) {
     let pairing = Pairing::default();
-    (WorldSpec { ways: vec![Way::Pair], pairing: pairing.clone(), ..WorldSpec::new(degrees) }, pairing)
+    let silence = Duration::from_secs(60);
+    (WorldSpec { ways: vec![Way::Pair], pairing: pairing.clone(), silence, ..WorldSpec::new(degrees) }, pairing)
 }
 
 fn order(after: usize, to: usize) -> Order {
@@ -84,7 +88,10 @@ async fn what_comes_wrong_by_a_pair_is_refused_and_the_session_goes_on() {
 async fn a_state_whose_pair_breaks_goes_in_the_stream() {
     let mut undisturbed = undisturbed();
     for trouble in [PairTrouble::LostAtSource, PairTrouble::LostAtTarget, PairTrouble::Silent] {
-        let (spec, pairing) = paired(&[2, 2]);
+        let (mut spec, pairing) = paired(&[2, 2]);
+        if trouble == PairTrouble::Silent {
+            spec.silence = Duration::from_secs(1);
+        }
         let world = World::start(&spec).unwrap();
         let mut relay = Relay::attach(&world);
         let meet = [order(5, 1), order(15, 0)];
