@@ -1,11 +1,12 @@
 """A context of a million positions on a card: the logits behind it are the same whichever kernels attend. All but the end of the
 prompt is filled in, alike in every run, with latents such that keys count that lie anywhere. The end is scored as one chunk, in the
 expanded form of attention, and again in chunks that are too short for that, with the experts of the first run; so rounding differs,
-and nothing else. Of 256 experts a router in bfloat16 chooses others for every token in some layer, which moves logits several times
-as far. A run over half of the context must give something else: then keys that one form left out would show.
+and nothing else. (A router that chooses freely chooses other experts for every token in some layer as soon as anything is rounded
+otherwise, and moves logits ten times as far.) A run over half of the context must give something else: keys that a form left out
+would show.
 
-usage: far.py PERIGEE [POSITIONS [MODEL [DEVICE]]]   (default 1048576 of random:48b on cuda; on CPUs there is one form, and what is
-compared is how the end is cut)
+usage: far.py PERIGEE [POSITIONS [MODEL [DEVICE]]]   (default 1048576 of random:48b on cuda; a CPU has one form, so there it is shown
+how much the way in which the end is cut matters)
 """
 import pathlib
 import sys
@@ -13,11 +14,17 @@ import tempfile
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from scored import LIMIT, distance, is_near, score
+from scored import distance, is_near, score
 
-COMPUTED, FED = 512, 8
+COMPUTED, FED = 256, 8
 # Tokens of a step: the whole end at once, or less than the expanded form takes.
 EXPANDED, ABSORBED = 8192, 192
+# logits48.py saw 0.03 between bfloat16 and float32. Behind filled latents, whose softmax is peaked, rounding shows 3.2 to 4.3 times as
+# much (27 layers with 256 experts of 32 channels, hidden width 256, on a CPU: 0.017 without; 0.073, 0.065 and 0.057 behind 1k, 4k and
+# 16k), and here both sides are rounded: apart by the root of 2 of 0.1 to 0.13. The margin is to the limit as in logits48.py.
+LIMIT, MARGIN = 0.15, 0.4
+# How many times as far half of the context is.
+APART = 3
 NAMES = ["logits_0", "greedy_logits_0"]
 
 
@@ -49,10 +56,12 @@ def main():
         expected, experts = logits(binary, model, device, positions, EXPANDED, folder)
         found, _ = logits(binary, model, device, positions, ABSORBED, folder, experts)
         half, _ = logits(binary, model, device, positions // 2, ABSORBED, folder, experts)
-    fine = [is_near(name, found[name], expected[name]) for name in NAMES]
-    moved = [distance(half[name], expected[name]) for name in NAMES]
-    print(f"half of the context: relative L2 {moved[0]:.4f} and {moved[1]:.4f} (more than {LIMIT})")
-    assert all(fine) and min(moved) > LIMIT
+    fine = [is_near(name, found[name], expected[name], LIMIT, MARGIN) for name in NAMES]
+    for name in NAMES:
+        least, moved = APART * distance(found[name], expected[name]), distance(half[name], expected[name])
+        print(f"{name} of half of the context: relative L2 {moved:.4f} (more than {least:.4f})")
+        fine.append(moved > least)
+    assert all(fine)
 
 
 if __name__ == "__main__":

