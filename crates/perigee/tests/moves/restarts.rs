@@ -20,8 +20,9 @@ use crate::client::{Answer, Choice};
 use crate::known::Known;
 use crate::schedules::setting;
 
-/// Requests in the suite at least, and seconds between kills there.
+/// Requests in the suite, as many of them as are sent in `LONGEST`, and seconds between kills there.
 const REQUESTS: u64 = 60;
+const LONGEST: Duration = Duration::from_secs(60);
 const SECONDS: u64 = 2;
 /// Different requests among them, of so many tokens.
 const DIFFERENT: usize = 24;
@@ -91,15 +92,16 @@ async fn restart_one_after_the_other(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_request_fails_while_replicas_are_killed_and_started_again() {
-    let requests = setting("PERIGEE_RESTARTS_REQUESTS").unwrap_or(REQUESTS);
     let every = Duration::from_secs(setting("PERIGEE_RESTARTS_SECONDS").unwrap_or(SECONDS));
     let mut fleet = FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &[1, 1]).start().await.unwrap();
     let clients = fleet.connect().await.unwrap();
     let known = Arc::new(Known::ask(&clients, DIFFERENT, TOKENS, 9000).await);
     let capacity = capacity(&clients, &known, 2).await;
     let between = Duration::from_secs_f64(2.0 / capacity);
+    let in_time = (LONGEST.as_secs_f64() / between.as_secs_f64()) as u64;
+    let requests = setting("PERIGEE_RESTARTS_REQUESTS").unwrap_or(REQUESTS.min(in_time));
     println!(
-        "a replica answers {capacity:.1} requests/s; one is sent every {between:?}, a replica killed every {every:?}"
+        "a replica answers {capacity:.1} requests/s; {requests} are sent, one every {between:?}, a replica killed every {every:?}"
     );
 
     let (stop, stopped) = oneshot::channel();
