@@ -222,14 +222,8 @@ mod tests {
 
     async fn flow(fails: Option<&'static str>) -> (Flowed<usize>, Arc<Steady>) {
         let steady = Arc::new(Steady { start: Instant::now(), fails, now: Mutex::default() });
-        let flow = Flow {
-            clients: 20,
-            requests: 100,
-            prompt: 3,
-            output: OUTPUT,
-            rise: STEP * OUTPUT,
-            clock: Clock::start(),
-        };
+        let flow =
+            Flow { clients: 20, requests: 100, prompt: 3, output: OUTPUT, rise: STEP * OUTPUT, clock: Clock::start() };
         let meter = steady.clone();
         let flowed = flow.run(steady.clone(), move || meter.now.lock().running).await.expect("something is measured");
         (flowed, steady)

@@ -42,11 +42,8 @@ impl RelayedTarget {
         let index = self.next.fetch_add(1, Ordering::Relaxed) % self.clients.len().max(1);
         let no_connection = || failure(Status::unavailable("there is no connection to the router"));
         let mut client = self.clients.get(index).cloned().ok_or_else(no_connection)?;
-        let sampling = SamplingParams {
-            temperature: ask.temperature,
-            ignore_eos: ask.ignore_eos,
-            ..SamplingParams::default()
-        };
+        let sampling =
+            SamplingParams { temperature: ask.temperature, ignore_eos: ask.ignore_eos, ..SamplingParams::default() };
         let request = GenerateRequest {
             request_id: ask.name.to_owned(),
             token_ids: ask.dialogue.token_ids(VOCABULARY),
@@ -56,7 +53,10 @@ impl RelayedTarget {
         };
         client.ready().await.map_err(|error| failure(Status::unavailable(error.to_string())))?;
         let codec = Codec::<GenerateRequest, Glance>::default();
-        let answer = client.server_streaming(Request::new(request), PathAndQuery::from_static(GENERATE), codec).await.map_err(failure)?;
+        let answer = client
+            .server_streaming(Request::new(request), PathAndQuery::from_static(GENERATE), codec)
+            .await
+            .map_err(failure)?;
         let mut stream = answer.into_inner();
         let (mut tokens, mut is_finished) = (0, false);
         while let Some(glance) = stream.message().await.map_err(failure)? {
