@@ -215,6 +215,8 @@ impl<B: Backend> Rank<B> {
             RankCommand::OpenSlots { shared } => self.open_slots(shared),
             RankCommand::TakeSlot { shared, from, slot } => self.take_slot(shared, *from, *slot),
             RankCommand::CloseSlots { shared } => self.close_slots(shared),
+            RankCommand::InvitePair => self.invite_pair(),
+            RankCommand::Pair { invitations, order } => self.pair(invitations, *order),
             RankCommand::ImportPages { pages } => self.import_pages(pages),
             RankCommand::DigestPages { pages } => self.digest_pages(pages),
             RankCommand::Poison { slots, pages } => self.poison(slots, pages),
@@ -239,9 +241,15 @@ impl<B: Backend> Rank<B> {
                 break;
             }
             let reply = self.execute(&command);
-            link.reply(&reply)?;
+            let sent = link.reply(&reply);
+            // What went wrong here says more than that nobody hears of it.
             if let RankReply::Failed { fatal: true, message } = reply {
                 return Err(LinkError::Lost(message));
+            }
+            match sent {
+                // A leader that needs no more answers has said goodbye; else the next look tells that it is lost.
+                Ok(()) | Err(LinkError::Lost(_)) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())
