@@ -2,16 +2,17 @@
 # What several GPUs of one machine do together, in parts of at most ten minutes. With one card the same parts run with ranks
 # and replicas that share it, over less: right, not fast.
 #
-#   tests/gpu/multi.sh [PART...]   all of: golden grid moves distance kill
+#   tests/gpu/multi.sh [PART...]   all of: golden grid moves pairs distance kill
 #
 # golden    golden cases with 2, 4 and 8 ranks, one a card where there are so many
 # grid      `bench grid` on random:48b, all cards one replica: batch by context; with one card random:48b-e16, two ranks on it
 # moves     streams that move between replicas on different cards, in float32: tests/gpu/moves.py
+# pairs     the same by communicators of two (`--handoff pair`), and targets killed in the middle: tests/gpu/pairs.py
 # distance  `bench migrate` in bf16, where digests hold the bits of states equal: bytes, stalls, the price of remote attention
 # kill      a rank is killed, one is stopped, the others leave
 #
-# Replicas hand sessions to each other by CUDA's handles of memory, over NVLink where there is one; communicators of NCCL between
-# replicas do not exist. PERIGEE_GPU_BIN, PERIGEE_GOLDEN and PYTHON as in tests/gpu/run; PERIGEE_CELLS are the cells of grid,
+# Replicas hand sessions to each other by CUDA's handles of memory, over NVLink where there is one; in `pairs` by communicators of
+# NCCL between their ranks. PERIGEE_GPU_BIN, PERIGEE_GOLDEN and PYTHON as in tests/gpu/run; PERIGEE_CELLS are the cells of grid,
 # PERIGEE_CONTEXTS the contexts of distance, PERIGEE_FILLED those whose latents are filled in rather than computed.
 # What cannot run is reported as not run. Exit status 1 when something failed.
 set -uo pipefail
@@ -72,6 +73,13 @@ part_moves() {
   done
 }
 
+part_pairs() {
+  local case_dir
+  for case_dir in $(golden_cases); do
+    check "states by pairs, ${case_dir##*/}" "$PYTHON" tests/gpu/pairs.py "$perigee" "$case_dir" "$all"
+  done
+}
+
 part_distance() {
   local contexts=1024,8192,65536 filled=524288
   ((cards > 1)) || contexts=1024 filled=65536
@@ -91,7 +99,7 @@ cards=$(nvidia-smi -L | wc -l)
 printf '%s, %d cards\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" "$cards"
 # Devices of one replica over all cards, which replicas of one rank share out among them.
 all=cuda:$(seq -s, 0 $((cards - 1)))
-for part in "${@:-golden grid moves distance kill}"; do
+for part in "${@:-golden grid moves pairs distance kill}"; do
   for name in $part; do
     "part_$name"
   done

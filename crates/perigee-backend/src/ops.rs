@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::batch::{Row, StepBatch};
 use crate::error::{BackendError, Result};
+use crate::pairs::{PairOrder, PairState};
 use crate::shapes::{CacheShape, KdaShape, MlaShape, MlpShape, MoeShape};
 use crate::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, TensorSlice};
 use perigee_sampling::{Draw, Sampled, Scratch};
@@ -376,6 +377,18 @@ pub trait Backend: Send {
     }
     /// See [`Self::open_slots`]; what is not open stays so.
     fn close_slots(&mut self, _shared: &[u8]) {}
+    /// An invitation to a pair (see [`crate::pairs`]), for another process's [`Self::pair`]; none where there are no pairs.
+    fn invite_pair(&mut self) -> Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+    /// Carries out an order about the pair of this invitation, and says how far it is then.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] where there are no pairs or nothing came that could be taken, [`BackendError::Range`] for a
+    /// slot that is not there. A pair that broke is no error.
+    fn pair(&mut self, _invitation: &[u8], _order: PairOrder) -> Result<PairState> {
+        Err(BackendError::Unsupported("pairs with other processes".into()))
+    }
     /// Copies a page in every layer, for forks of a partial page.
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()>;
     /// A page of one MLA layer, [`crate::PAGE_TOKENS`] by R + r, as little-endian bytes in its storage type.

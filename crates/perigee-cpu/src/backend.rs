@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
+use perigee_backend::pairs::{Pairs, Patience};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{
     Backend, BackendError, CacheShape, DType, KdaShape, LatentReader, MlaShape, MlpShape, MoeShape, OtherPart,
-    Partials, Precision, Result, Routing, StatePart, StepBatch, TensorSlice,
+    PairOrder, PairState, Partials, Precision, Result, Routing, StatePart, StepBatch, TensorSlice,
 };
 use perigee_collectives::Collective;
 use perigee_sampling::{Draw, Sampled, Scratch};
@@ -21,6 +22,7 @@ use crate::ops::mla::Mla;
 use crate::ops::mlp::Mlp;
 use crate::ops::moe::Moe;
 use crate::ops::norm::rms_norm_row;
+use crate::pair::Loopback;
 use crate::states::Slots;
 use crate::tensor::Tensor;
 use crate::workers::Workers;
@@ -56,6 +58,7 @@ pub struct CpuBackend {
     collective: Box<dyn Collective>,
     slots: Option<Slots>,
     latents: Option<Arc<LatentSlab>>,
+    pairs: Pairs<Loopback>,
     batch: StepBatch,
     selected: Vec<u32>,
     experts_touched: u64,
@@ -76,6 +79,7 @@ impl CpuBackend {
             collective,
             slots: None,
             latents: None,
+            pairs: Pairs::new(Loopback::default(), Patience::default()),
             batch: StepBatch::default(),
             selected: Vec::new(),
             experts_touched: 0,
@@ -459,6 +463,34 @@ impl Backend for CpuBackend {
 
     fn state_sums(&mut self, slot: u32, first_head: u32) -> Result<Vec<u64>> {
         self.slots()?.sums(slot, first_head)
+    }
+
+    fn invite_pair(&mut self) -> Result<Option<Vec<u8>>> {
+        self.pairs.invite().map(Some).map_err(BackendError::Unsupported)
+    }
+
+    fn pair(&mut self, invitation: &[u8], order: PairOrder) -> Result<PairState> {
+        Ok(match order {
+            PairOrder::Meet { end, patience } => self.pairs.meet(invitation, end, patience),
+            PairOrder::Look => self.pairs.state(invitation),
+            PairOrder::Send { slot } => {
+                let parcel = self.slots()?.whole(slot)?;
+                self.pairs.send(invitation, parcel)
+            }
+            PairOrder::Expect => {
+                let room = vec![0; self.slots()?.bytes()];
+                self.pairs.expect(invitation, room)
+            }
+            PairOrder::Take { slot } => {
+                let parcel = self.pairs.take(invitation).map_err(BackendError::Unsupported)?;
+                self.slots()?.overwrite(slot, &parcel)?;
+                PairState::Ready
+            }
+            PairOrder::Close => {
+                self.pairs.close(invitation);
+                PairState::Broken("it was closed".into())
+            }
+        })
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {

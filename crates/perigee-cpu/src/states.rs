@@ -104,6 +104,32 @@ impl Slots {
         from_bytes("state part", values, kind, bytes)
     }
 
+    /// Bytes of a slot, all of it, in storage types.
+    pub(crate) fn bytes(&self) -> usize {
+        let (recurrent, tails) = (recurrent_size(&self.shape), 3 * tail_size(&self.shape));
+        self.shape.kda_layers * (recurrent * DType::Fp32.bytes() + tails * self.conv_type.bytes())
+    }
+
+    /// A slot as such bytes: recurrent states of all layers, then tails.
+    pub(crate) fn whole(&mut self, slot: u32) -> Result<Vec<u8>> {
+        let conv_type = self.conv_type;
+        let slot = self.slot(slot)?;
+        Ok([to_bytes(&slot.recurrent, DType::Fp32), to_bytes(&slot.conv, conv_type)].concat())
+    }
+
+    /// The other way.
+    pub(crate) fn overwrite(&mut self, slot: u32, bytes: &[u8]) -> Result<()> {
+        let (expected, conv_type) = (self.bytes(), self.conv_type);
+        let slot = self.slot(slot)?;
+        let recurrent = slot.recurrent.len() * DType::Fp32.bytes();
+        if bytes.len() != expected {
+            return Err(BackendError::shape("bytes of a state slot", &[expected], &[bytes.len()]));
+        }
+        let (recurrent, conv) = bytes.split_at(recurrent);
+        from_bytes("recurrent states", &mut slot.recurrent, DType::Fp32, recurrent)?;
+        from_bytes("tails", &mut slot.conv, conv_type, conv)
+    }
+
     /// See [`perigee_backend::Backend::state_sums`].
     pub(crate) fn sums(&mut self, slot: u32, first_head: u32) -> Result<Vec<u64>> {
         let shape = self.shape;

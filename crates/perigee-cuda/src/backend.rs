@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use perigee_backend::batch::{Row, StepBatch};
 use perigee_backend::ops::{Backend, LatentReader, OtherPart, Partials, Precision, Recorded, Routing, StatePart};
+use perigee_backend::pairs::{PairOrder, PairState, Pairs};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
 use perigee_collectives::Collective;
@@ -23,6 +24,7 @@ use crate::ipc::{self, Neighbours};
 use crate::kernels::Kernels;
 use crate::loader::Loader;
 use crate::module::Program;
+use crate::nccl::pair::{NcclPairs, Parcel};
 use crate::needs;
 use crate::ops::embed::Embedding;
 use crate::ops::few::ROUTE_COUNTS;
@@ -77,6 +79,9 @@ pub struct CudaBackend {
     pub(crate) sums: Option<Download>,
     /// Slots of other processes. They go before the stream that copies out of them.
     neighbours: Neighbours,
+    /// Pairs with other processes, once there was to be one, and room for what comes by them that nothing is written to.
+    pub(crate) pairs: Option<Pairs<NcclPairs>>,
+    pub(crate) rooms: Vec<Parcel>,
     /// The draws that the next step is fed with.
     pub(crate) feed: Vec<u32>,
     cache: Option<Cache>,
@@ -134,6 +139,8 @@ impl CudaBackend {
             draws: Draws::default(),
             sums: None,
             neighbours: Neighbours::default(),
+            pairs: None,
+            rooms: Vec::new(),
             feed: Vec::new(),
             cache: None,
             mla_heads: None,
@@ -468,6 +475,14 @@ impl Backend for CudaBackend {
 
     fn close_slots(&mut self, shared: &[u8]) {
         self.neighbours.close(shared);
+    }
+
+    fn invite_pair(&mut self) -> Result<Option<Vec<u8>>> {
+        self.pair_invite()
+    }
+
+    fn pair(&mut self, invitation: &[u8], order: PairOrder) -> Result<PairState> {
+        self.pair_order(invitation, order)
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {

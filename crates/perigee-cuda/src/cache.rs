@@ -7,7 +7,9 @@ use std::sync::Arc;
 use perigee_backend::{BackendError, CacheShape, DType, PAGE_TOKENS, Result, StateKind, StatePart};
 
 use crate::buffer::Buffer;
+use crate::device::Device;
 use crate::ipc::{SHARED_BLOCK, Slots};
+use crate::nccl::pair::{Parcel, Piece};
 use crate::stream::Stream;
 
 /// Two of these bytes are a bfloat16 not-a-number, four a float32 one.
@@ -18,8 +20,9 @@ const POISON: u16 = 0x7fff;
 pub(crate) struct Cache {
     shape: CacheShape,
     dtype: DType,
-    state: Buffer,
-    tails: Buffer,
+    /// Shared with pairs that send slots.
+    state: Arc<Buffer>,
+    tails: Arc<Buffer>,
     /// Shared with those who answer for other replicas.
     latents: Arc<Buffer>,
 }
@@ -30,16 +33,17 @@ impl Cache {
         let mut cache = Self {
             shape: *shape,
             dtype,
-            state: Buffer::new(stream.device(), 0, "state slots")?,
-            tails: Buffer::new(stream.device(), 0, "state slots")?,
+            state: Arc::new(Buffer::new(stream.device(), 0, "state slots")?),
+            tails: Arc::new(Buffer::new(stream.device(), 0, "state slots")?),
             latents: Arc::new(Buffer::new(stream.device(), 0, "latent pages")?),
         };
         let state = cache.slot_state_bytes() * shape.slots;
         let tails = cache.slot_tail_bytes() * shape.slots;
         let latents = cache.page_bytes() * shape.pages * shape.mla_layers;
         let shared = |bytes: usize| bytes.next_multiple_of(SHARED_BLOCK);
-        cache.state = Buffer::new(stream.device(), shared(state), &format!("{} state slots", shape.slots))?;
-        cache.tails = Buffer::new(stream.device(), shared(tails), &format!("tails of {} state slots", shape.slots))?;
+        let buffer = |bytes: usize, what: &str| Buffer::new(stream.device(), shared(bytes), what).map(Arc::new);
+        cache.state = buffer(state, &format!("{} state slots", shape.slots))?;
+        cache.tails = buffer(tails, &format!("tails of {} state slots", shape.slots))?;
         cache.latents = Arc::new(Buffer::new(stream.device(), latents, &format!("{} latent pages", shape.pages))?);
         stream.fill(&cache.state, 0, state, POISON)?;
         stream.fill(&cache.tails, 0, tails, POISON)?;
@@ -87,6 +91,33 @@ impl Cache {
         let slot = self.slot(slot)?;
         let state = self.state.part(slot * self.slot_state_bytes(), self.slot_state_bytes())?;
         Ok((state, self.tails.part(slot * self.slot_tail_bytes(), self.slot_tail_bytes())?))
+    }
+
+    /// A slot as pairs carry it: states, then tails.
+    pub(crate) fn pieces(&self, slot: u32) -> Result<Parcel> {
+        let slot = self.slot(slot)?;
+        let piece =
+            |buffer: &Arc<Buffer>, bytes: usize| Piece { buffer: Arc::clone(buffer), offset: slot * bytes, bytes };
+        Ok(vec![piece(&self.state, self.slot_state_bytes()), piece(&self.tails, self.slot_tail_bytes())])
+    }
+
+    /// Room for one beside the slots.
+    pub(crate) fn room(&self, device: &Device) -> Result<Parcel> {
+        let room = |bytes: usize, what| {
+            Buffer::new(device, bytes, what).map(|buffer| Piece { buffer: Arc::new(buffer), offset: 0, bytes })
+        };
+        Ok(vec![
+            room(self.slot_state_bytes(), "a state on its way")?,
+            room(self.slot_tail_bytes(), "tails on their way")?,
+        ])
+    }
+
+    /// Writes what came to a slot.
+    pub(crate) fn take(&self, stream: &Stream, parcel: &Parcel, slot: u32) -> Result<()> {
+        for (from, to) in parcel.iter().zip(self.pieces(slot)?) {
+            stream.copy(&from.buffer, from.offset, &to.buffer, to.offset, to.bytes)?;
+        }
+        Ok(())
     }
 
     fn head_state_bytes(&self) -> usize {

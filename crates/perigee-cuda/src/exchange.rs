@@ -8,8 +8,8 @@ use crate::device::Device;
 use crate::nccl::{Library, Nccl};
 
 /// Set to 1 where ranks that share a card may use NCCL all the same; NCCL itself asks for it too.
-const SHARED_CARDS: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
-const UUID_BYTES: usize = 16;
+pub(crate) const SHARED_CARDS: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
+pub(crate) const UUID_BYTES: usize = 16;
 
 /// A rank's connection to the others.
 pub(crate) enum Exchange {
@@ -32,7 +32,7 @@ impl Exchange {
         }
         let shared = shares_a_card(device, group.as_mut())?;
         let library = Library::get();
-        let reason = match (library, shared && std::env::var(SHARED_CARDS).as_deref() != Ok("1")) {
+        let reason = match (library, shared && !allows_shared_cards()) {
             (Err(error), _) => Some(error.to_owned()),
             (_, true) => Some(format!("ranks share a card, and {SHARED_CARDS} is not 1")),
             _ => None,
@@ -77,6 +77,11 @@ impl Exchange {
             Self::Nccl(nccl) => nccl.check(),
         }
     }
+}
+
+/// Whether NCCL may be used by processes that share a card.
+pub(crate) fn allows_shared_cards() -> bool {
+    std::env::var(SHARED_CARDS).as_deref() == Ok("1")
 }
 
 /// Whether any two ranks have the same card.

@@ -1,10 +1,11 @@
 //! Sums and gathers over the ranks' device memory by NCCL, queued on the compute stream. A communicator is used by the thread
 //! that owns the backend and aborted by its watch, which keeps asking the other ranks for a sign of life: a kernel that waits
 //! for a lost rank would wait for ever. What the ranks exchange through host memory, to form and to watch the group, goes
-//! through their `Collective`.
+//! through their `Collective`. `pair` has communicators of two with other replicas, which are aborted by the thread that uses them.
 
 mod communicator;
 mod library;
+pub(crate) mod pair;
 mod watch;
 
 use std::sync::Arc;

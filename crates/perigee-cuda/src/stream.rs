@@ -268,6 +268,16 @@ impl Event {
         unsafe { result::event::synchronize(self.raw) }.map_err(fault("waiting for an event"))
     }
 
+    /// Whether the work before the last record is done.
+    pub(crate) fn is_done(&self) -> Result<bool> {
+        self.device.bind()?;
+        // SAFETY: the event is alive as long as `self`.
+        match unsafe { sys::cuEventQuery(self.raw) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => other.result().map(|()| true).map_err(fault("looking at an event")),
+        }
+    }
+
     /// Milliseconds from `start` to this event; both timed, recorded and done.
     pub(crate) fn since(&self, start: &Event) -> Result<f32> {
         // SAFETY: both events are alive.

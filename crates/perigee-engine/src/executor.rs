@@ -1,7 +1,7 @@
 //! What the step loop drives: something that runs a planned step on every rank of the replica and reports every rank's
 //! result. The real one is a group of ranks; tests put a modelled one in its place.
 
-use perigee_backend::{StatePart, StepBatch};
+use perigee_backend::{PairOrder, PairState, StatePart, StepBatch};
 use perigee_migration::attend::AnswerStatus;
 use perigee_migration::{Digest, Geometry, PageSlice, StateSlice, TensorDigests};
 use perigee_sampling::{Draw, Sampled};
@@ -197,6 +197,16 @@ pub trait Executor: Send {
     /// Another replica's slots are not needed any more.
     fn close_slots(&mut self, _shared: &[Vec<u8>]) -> Result<(), ExecutorError> {
         Ok(())
+    }
+    /// Invitations to pairs (see [`perigee_backend::pairs`]), by rank, for another replica's [`Self::pairs`]; none where there are
+    /// no pairs.
+    fn invite_pairs(&mut self) -> Result<Option<Vec<Vec<u8>>>, ExecutorError> {
+        Ok(None)
+    }
+    /// Carries out an order about the pairs of these invitations on every rank, and says how far they are together. An error
+    /// leaves them in any state.
+    fn pairs(&mut self, _invitations: &[Vec<u8>], _order: PairOrder) -> Result<PairState, ExecutorError> {
+        Err(ExecutorError::moves_nothing())
     }
     /// Pages with their digests, of every page in order all MLA layers; from the leader, since all ranks hold the same.
     fn export_pages(&mut self, _pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {

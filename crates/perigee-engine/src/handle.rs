@@ -14,7 +14,7 @@ use tokio::sync::{mpsc as async_mpsc, oneshot, watch};
 use crate::config::{EngineConfig, StartError};
 use crate::door::Door;
 use crate::executor::Executor;
-use crate::moves::{Demand, FetchReply, HomeAnswer, Incoming, Prepare, Reply, TakeOver, Target};
+use crate::moves::{Demand, FetchReply, HomeAnswer, Incoming, Prepare, Reply, Room, TakeOver, Target};
 use crate::remote::RemoteHome;
 use crate::request::{EventBatch, Load, PositionLogprobs, RefusedRequest, Request, RouterId, SessionId, SessionInfo};
 use crate::scheduler::TaskId;
@@ -85,11 +85,16 @@ pub(crate) enum Command {
     Abort(SessionId, u64),
     Move(RouterId, SessionId, MoveCommand, Option<(Target, Mode)>),
     TakeOver(RouterId, TakeOver),
-    /// The first tokens of a handoff from here are out, and the target has room for it; whether it reaches the slots here.
+    /// The first tokens of a handoff from here are out, and the target has room for it.
     HandoffOpened {
         session: SessionId,
         next: u64,
-        reaches_slots: bool,
+        room: Room,
+    },
+    /// A state is on its way by a pair: how far is it?
+    HandoffUnderway {
+        session: SessionId,
+        next: u64,
     },
     /// How a handoff from here ended.
     HandoffDone {
@@ -100,8 +105,8 @@ pub(crate) enum Command {
     HandoffOffer {
         header: Box<Header>,
         demand: Demand,
-        /// Whether this replica reaches the source's slots.
-        reply: Reply<bool>,
+        /// How the state is to come.
+        reply: Reply<Room>,
     },
     HandoffParts {
         session: SessionId,

@@ -25,9 +25,8 @@ impl EngineCore {
             Command::Abort(session, up_to) => self.take_abort(&session, up_to)?,
             Command::Move(router, session, command, order) => self.take_move(router, session, command, order)?,
             Command::TakeOver(router, order) => self.take_over(router, &order)?,
-            Command::HandoffOpened { session, next, reaches_slots } => {
-                self.handoff_opened(&session, next, reaches_slots)?;
-            }
+            Command::HandoffOpened { session, next, room } => self.handoff_opened(&session, next, room)?,
+            Command::HandoffUnderway { session, next } => self.handoff_underway(&session, next)?,
             Command::HandoffDone { session, next, result } => self.handoff_done(&session, next, result)?,
             Command::HandoffOffer { header, demand, reply } => self.handoff_offer(*header, demand, reply)?,
             Command::HandoffParts { session, next, parts, reply } => {

@@ -1,7 +1,7 @@
 //! What the leader tells the other ranks of its replica and what they answer. Every command goes to every rank, every rank
 //! answers every command but the goodbye, and one that cannot is a failed rank. The frames that carry these are `link`'s.
 
-use perigee_backend::StatePart;
+use perigee_backend::{PairOrder, PairState, StatePart};
 use serde::{Deserialize, Serialize};
 
 use crate::executor::{PageSpan, StateSource, StepPlan};
@@ -9,7 +9,7 @@ use crate::remote::StepReport;
 use crate::traces::TraceNotes;
 
 /// Version of this protocol; ranks of different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// Experts that the mixture-of-experts layers use in a step instead of their own selection.
 pub type ForcedExperts = Vec<(u32, Vec<u32>)>;
@@ -118,6 +118,15 @@ pub enum RankCommand {
         /// By rank.
         shared: Vec<SharedSlots>,
     },
+    /// Answer with an invitation to a pair; nothing where this rank has none.
+    InvitePair,
+    /// Carry out an order about the pair of this rank's invitation, and answer with its state.
+    Pair {
+        /// By rank.
+        invitations: Vec<SharedSlots>,
+        /// What to do.
+        order: PairOrder,
+    },
     /// Overwrite the beginnings of pages.
     ImportPages {
         /// What goes where.
@@ -159,6 +168,8 @@ pub enum RankReply {
     State(Vec<(StateBytes, u64)>),
     /// Digests, in the order of the tensors.
     Digests(Vec<u64>),
+    /// How far a pair is.
+    Pair(PairState),
     /// Not done.
     Failed {
         /// Why.
@@ -206,6 +217,7 @@ mod tests {
             RankCommand::OpenSlots { shared: vec![SharedSlots(vec![9; 200]), SharedSlots(Vec::new())] },
             RankCommand::TakeSlot { shared: vec![SharedSlots(vec![0, 255])], from: 3, slot: 4 },
             RankCommand::CloseSlots { shared: Vec::new() },
+            RankCommand::Pair { invitations: vec![SharedSlots(vec![7])], order: PairOrder::Take { slot: 3 } },
             RankCommand::Note { notes: TraceNotes { begun: vec![(u64::MAX, context)], ended: vec![7] } },
             RankCommand::ImportPages { pages: vec![PageBytes { page: 1, layer: 2, bytes: vec![1; 300] }] },
             RankCommand::DigestPages { pages },
@@ -226,6 +238,7 @@ mod tests {
             RankReply::Stepped(StepReport { faulty: vec![0, 1, 2, 3], refusals, counts }),
             RankReply::State(vec![(state(), u64::MAX)]),
             RankReply::Digests(vec![0, u64::MAX]),
+            RankReply::Pair(PairState::Broken("it is gone".into())),
             RankReply::Bytes(vec![9; 200]),
         ] {
             let bytes = postcard::to_stdvec(&reply).unwrap();

@@ -215,6 +215,8 @@ impl<B: Backend> Rank<B> {
             RankCommand::OpenSlots { shared } => self.open_slots(shared),
             RankCommand::TakeSlot { shared, from, slot } => self.take_slot(shared, *from, *slot),
             RankCommand::CloseSlots { shared } => self.close_slots(shared),
+            RankCommand::InvitePair => self.invite_pair(),
+            RankCommand::Pair { invitations, order } => self.pair(invitations, *order),
             RankCommand::ImportPages { pages } => self.import_pages(pages),
             RankCommand::DigestPages { pages } => self.digest_pages(pages),
             RankCommand::Poison { slots, pages } => self.poison(slots, pages),

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use perigee_backend::{Backend, LatentReader, Routing, StateKind, StatePart};
+use perigee_backend::{Backend, LatentReader, PairOrder, PairState, Routing, StateKind, StatePart};
 use perigee_migration::{Digest, Geometry, PageSlice, StateSlice, TensorDigests};
 use perigee_model::ModelError;
 use perigee_model::forward::StepHooks;
@@ -326,6 +326,14 @@ impl<B: Backend> Executor for Ranks<B> {
 
     fn close_slots(&mut self, shared: &[Vec<u8>]) -> Result<(), ExecutorError> {
         self.tell(&RankCommand::CloseSlots { shared: moves::by_rank(shared) }).map(drop)
+    }
+
+    fn invite_pairs(&mut self) -> Result<Option<Vec<Vec<u8>>>, ExecutorError> {
+        self.pair_invitations()
+    }
+
+    fn pairs(&mut self, invitations: &[Vec<u8>], order: PairOrder) -> Result<PairState, ExecutorError> {
+        self.order_pairs(invitations, order)
     }
 
     fn export_pages(&mut self, pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {

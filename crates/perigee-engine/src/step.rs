@@ -12,7 +12,7 @@ use crate::cache::CacheError;
 use crate::config::EngineConfig;
 use crate::executor::{Executor, ExecutorError};
 use crate::handle::{Command, EngineHealth, QueuePermit, ScoreReply, Shared};
-use crate::moves::{Arriving, Follows, Homes, KeptEvents, Seats};
+use crate::moves::{Arriving, Follows, Homes, KeptEvents, PairBook, Seats};
 use crate::observer::{Preemption, StepPhase, TokenKind};
 use crate::outbox::{LOAD_INTERVAL, Outbox};
 use crate::request::{Load, RouterId, SessionId};
@@ -113,6 +113,8 @@ pub struct EngineCore {
     pub(crate) shared: Arc<Shared>,
     /// Sessions as far as moves are concerned.
     pub(crate) seats: Seats,
+    /// Pairs with targets of moves.
+    pub(crate) pairs: PairBook,
     /// Latents on their way here.
     pub(crate) follows: Follows,
     /// What homes and this replica have to tell each other.
@@ -155,6 +157,7 @@ impl EngineCore {
             ended: false,
             shared,
             seats: Seats::new(),
+            pairs: PairBook::default(),
             follows: Follows::default(),
             home_words: Homes::default(),
             notes: TraceNotes::default(),

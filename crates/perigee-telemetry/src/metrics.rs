@@ -131,6 +131,13 @@ pub const MIGRATION_BYTES_TOTAL: Metric = Metric {
     kind: MetricKind::Counter,
     labels: &[("kind", &["state", "page", "token", "attention", "followed"])],
 };
+/// Bytes of moved states by way.
+pub const MIGRATION_STATE_BYTES_TOTAL: Metric = Metric {
+    name: "perigee_migration_state_bytes_total",
+    help: "Bytes of moved states and tails by the way that they took: slot to slot, pairs of ranks, the stream.",
+    kind: MetricKind::Counter,
+    labels: &[("way", &["ipc", "pair", "grpc"])],
+};
 /// Remote attention.
 pub const REMOTE_ATTENTION_SECONDS: Metric = plain(
     "perigee_remote_attention_seconds",
@@ -146,7 +153,7 @@ pub const PREFIX_TOKENS_TOTAL: Metric = Metric {
 };
 
 /// Every metric.
-pub const ALL: [Metric; 16] = [
+pub const ALL: [Metric; 17] = [
     PLACEMENT_SECONDS,
     TTFT_SECONDS,
     TPOT_SECONDS,
@@ -161,6 +168,7 @@ pub const ALL: [Metric; 16] = [
     MIGRATIONS_TOTAL,
     MIGRATION_STALL_SECONDS,
     MIGRATION_BYTES_TOTAL,
+    MIGRATION_STATE_BYTES_TOTAL,
     REMOTE_ATTENTION_SECONDS,
     PREFIX_TOKENS_TOTAL,
 ];

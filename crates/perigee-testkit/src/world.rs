@@ -6,12 +6,14 @@ mod carry;
 mod course;
 mod faults;
 mod neighbours;
+mod pairing;
 mod relay;
 
 pub use carry::{Carriage, Tamper};
 pub use course::{Course, Message, Moment, Order, Trouble};
 pub use faults::{Fault, Poisoned, Stage};
 pub use neighbours::Neighbours;
+pub use pairing::{PairCounts, PairTrouble, Pairing};
 pub use relay::Relay;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,7 +26,7 @@ use perigee_cpu::CpuBackend;
 use perigee_engine::executor::Executor;
 use perigee_engine::homes::HomeDirectory;
 use perigee_engine::link::{LeaderLink, channel_link};
-use perigee_engine::moves::{FollowPolicy, MoveConfig};
+use perigee_engine::moves::{FollowPolicy, MoveConfig, Way};
 use perigee_engine::rank::Rank;
 use perigee_engine::ranks::Ranks;
 use perigee_engine::remote::RemoteCounts;
@@ -67,6 +69,10 @@ pub struct WorldSpec {
     pub fault: Option<(Fault, Stage)>,
     /// What replicas reach of each other's state slots; none where they reach nothing.
     pub neighbours: Option<Neighbours>,
+    /// By which ways states may go.
+    pub ways: Vec<Way>,
+    /// The account of pairs.
+    pub pairing: Pairing,
 }
 
 impl WorldSpec {
@@ -84,6 +90,8 @@ impl WorldSpec {
             follow: FollowPolicy::Never,
             fault: None,
             neighbours: None,
+            ways: vec![Way::Slots],
+            pairing: Pairing::default(),
         }
     }
 }
@@ -169,7 +177,8 @@ impl World {
             }
             let poisoned = Arc::new(Poisoned::default());
             let executor = Faulty::new(ranks, spec.fault, poisoned.clone());
-            let executor = Box::new(Sharing::new(executor, spec.neighbours.clone(), &name, degree));
+            let executor =
+                Box::new(Sharing::new(executor, (spec.neighbours.clone(), spec.pairing.clone()), &name, degree));
             let asked = Arc::new(Asked::default());
             let moves = MoveConfig {
                 place: Place {
@@ -189,6 +198,7 @@ impl World {
                 misses: 3,
                 shape,
                 follow: spec.follow,
+                ways: spec.ways.clone(),
             };
             let engine_config = EngineConfig {
                 eos_token_ids: opened.source.config().eos.clone(),

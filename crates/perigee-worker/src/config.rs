@@ -11,7 +11,7 @@ use perigee_tls::ServerTlsOptions;
 
 use crate::addresses;
 use crate::device::Device;
-use crate::move_options::MoveOptions;
+use crate::move_options::{HandoffWay, MoveOptions};
 
 /// Most tokens in one step where nothing else is said.
 const CPU_STEP_TOKENS: usize = 512;
@@ -294,6 +294,14 @@ impl WorkerConfig {
                      needs --insecure and a network of their own"
                 ));
             }
+        }
+        let by_pairs = self.moves.handoff.contains(&HandoffWay::Pair) && self.engine.device != Device::Cpu;
+        if by_pairs && !self.tls.insecure && !self.internal.ip().is_loopback() {
+            faults.push(format!(
+                "--handoff: pairs between GPUs are NCCL's, which encrypts nothing, whatever the certificates; with --internal {} they \
+                 need --insecure and a network of their own",
+                self.internal
+            ));
         }
         if self.replica.is_empty() || self.replica.len() > 255 {
             faults.push(format!("--replica: expected 1 to 255 bytes, found {}", self.replica.len()));

@@ -6,11 +6,9 @@ use std::future::Future;
 use std::time::Duration;
 
 use perigee_engine::EngineHandle;
-use perigee_engine::moves::{Demand, Fetching, HandoffConnector, HandoffRefused, HomeNote, Incoming, Outgoing, Target};
+use perigee_engine::moves::{Fetching, HandoffConnector, HandoffRefused, HomeNote, Incoming, Outgoing, Target};
 use perigee_engine::remote::RemoteHome;
-use perigee_proto::internal::{
-    HandoffAnswer, HandoffChunk, HandoffDemand, HandoffResult, HandoffRoom, ReplicaRun, handoff_answer,
-};
+use perigee_proto::internal::{HandoffAnswer, HandoffChunk, HandoffResult, ReplicaRun, handoff_answer};
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_trace::{TRACEPARENT, TraceContext, Traced};
 use tokio::runtime::Handle;
@@ -104,7 +102,7 @@ async fn carry(peers: &Peers, target: &Target, outgoing: &mut Outgoing) -> Optio
                 Some(handoff_answer::Body::Room(room)) => {
                     if let Some(on_room) = on_room.take() {
                         // A handoff that is called off needs no room.
-                        let _ = on_room.send(room.reaches_slots);
+                        let _ = on_room.send(move_report::room(&room));
                     }
                 }
                 Some(handoff_answer::Body::Result(result)) => return Ok(result),
@@ -149,8 +147,7 @@ struct Sent {
 /// Everything that is to be sent, then the mark of a good end. None if it was called off.
 async fn send(outgoing: &mut Outgoing, chunks: &mpsc::Sender<Option<HandoffChunk>>) -> Option<Sent> {
     let mut sent = Sent::default();
-    let Demand { pages, positions, remote, slots } = outgoing.demand();
-    let mut demand = Some(HandoffDemand { pages, positions, remote, slots });
+    let mut demand = Some(move_report::demand(outgoing.demand()));
     while let Some(data) = outgoing.next_chunk().await {
         let (began, demand) = (Instant::now(), demand.take());
         sent.bytes += data.len() as u64;
@@ -241,13 +238,13 @@ async fn take(
 ) -> Result<(), Status> {
     let mut has_told = false;
     while let Some(chunk) = within(chunks.message()).await? {
-        if let Some(HandoffDemand { pages, positions, remote, slots }) = chunk.demand {
-            incoming.demands(Demand { pages, positions, remote, slots });
+        if let Some(demand) = chunk.demand {
+            incoming.demands(move_report::demanded(demand));
         }
         incoming.push(&chunk.data).await.map_err(refused)?;
         if !has_told && incoming.has_room() {
             has_told = true;
-            let body = Some(handoff_answer::Body::Room(HandoffRoom { reaches_slots: incoming.reaches_slots() }));
+            let body = Some(handoff_answer::Body::Room(move_report::told_room(incoming.room())));
             // Where nobody listens any more, the call ends.
             let _ = answers.send(Ok(HandoffAnswer { body })).await;
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use perigee_engine::moves::Way;
 use perigee_engine::observer::{EngineObserver, MoveRecord, MoveResult, Preemption, StepPhase, TokenKind};
 use perigee_engine::remote::RemoteCounts;
 use perigee_engine::request::{Load, SessionId};
@@ -29,6 +30,7 @@ pub struct WorkerMetrics {
     moves: IntCounterVec,
     stalls: Histogram,
     moved_bytes: IntCounterVec,
+    state_bytes: IntCounterVec,
     asking: Histogram,
     pace: Arc<Mutex<Pace>>,
 }
@@ -52,6 +54,7 @@ impl WorkerMetrics {
             moves: metrics.counters(&table::MIGRATIONS_TOTAL)?,
             stalls: metrics.histogram(&table::MIGRATION_STALL_SECONDS)?,
             moved_bytes: metrics.counters(&table::MIGRATION_BYTES_TOTAL)?,
+            state_bytes: metrics.counters(&table::MIGRATION_STATE_BYTES_TOTAL)?,
             asking: metrics.histogram(&table::REMOTE_ATTENTION_SECONDS)?,
             pace: Arc::default(),
         })
@@ -126,12 +129,19 @@ impl EngineObserver for WorkerMetrics {
         for (kind, count) in [("state", bytes.state()), ("page", bytes.pages), ("token", bytes.tokens)] {
             self.moved_bytes.with_label_values(&[kind]).inc_by(count);
         }
+        let way = match facts.way {
+            Way::Stream => "grpc",
+            Way::Slots => "ipc",
+            Way::Pair => "pair",
+        };
+        self.state_bytes.with_label_values(&[way]).inc_by(bytes.recurrent + bytes.tails);
         self.stalls.observe(facts.frozen.as_secs_f64());
         let millis = |time: Duration| time.as_secs_f64() * 1e3;
         tracing::info!(
             session = session.0,
             mode,
             result,
+            way,
             state_bytes = bytes.state(),
             page_bytes = bytes.pages,
             token_bytes = bytes.tokens,
@@ -171,7 +181,7 @@ mod tests {
         worker.tokens(TokenKind::Completion, 7);
         let bytes = Totals { recurrent: 40, tails: 5, partial_pages: 3, pages: 600, tokens: 28, record: 90 };
         let (frozen, export) = (Duration::from_millis(30), Duration::from_millis(10));
-        let facts = Some(MoveFacts { bytes, frozen, export, mode: Mode::Split });
+        let facts = Some(MoveFacts { bytes, frozen, export, mode: Mode::Split, way: Way::Slots });
         let session = SessionId("s".to_owned());
         worker.moved(&session, &MoveRecord { mode: Mode::Split, result: MoveResult::Moved, facts });
         worker.moved(&session, &MoveRecord { mode: Mode::Whole, result: MoveResult::Failed, facts: None });
@@ -197,6 +207,7 @@ mod tests {
             "perigee_migration_bytes_total{kind=\"token\"} 28",
             "perigee_migration_bytes_total{kind=\"attention\"} 100",
             "perigee_migration_bytes_total{kind=\"followed\"} 900",
+            "perigee_migration_state_bytes_total{way=\"ipc\"} 45",
             "perigee_migration_stall_seconds_count 1",
             "perigee_migration_stall_seconds_sum 0.03",
             "perigee_remote_attention_seconds_count 1",

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use perigee_engine::moves::FollowPolicy;
+use perigee_engine::moves::{FollowPolicy, Way};
 
 /// Longest time that any of these options may name.
 const LONGEST: Duration = Duration::from_secs(3600);
@@ -27,6 +27,42 @@ pub struct MoveOptions {
     /// Which latents follow a session that came without them: those that cost less to bring than to ask about, or none.
     #[arg(long, value_enum, default_value_t = PagesFollow::ByCost)]
     pub pages_follow: PagesFollow,
+    /// Ways by which a session's state may go to its target, best first: copied from slot to slot between GPUs of one machine
+    /// (ipc), by a link of its own between the ranks (pair: NCCL between GPUs, loopback between CPUs of one machine), in the
+    /// stream (grpc), which is the last resort in any case. Both replicas must allow a way; the target chooses.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [HandoffWay::Ipc, HandoffWay::Grpc])]
+    pub handoff: Vec<HandoffWay>,
+}
+
+/// A way by which a state goes; see [`Way`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum HandoffWay {
+    /// From slot to slot, between GPUs of one machine.
+    Ipc,
+    /// By a pair of ranks.
+    Pair,
+    /// In the stream, through host memory.
+    Grpc,
+}
+
+impl From<HandoffWay> for Way {
+    fn from(option: HandoffWay) -> Self {
+        match option {
+            HandoffWay::Ipc => Self::Slots,
+            HandoffWay::Pair => Self::Pair,
+            HandoffWay::Grpc => Self::Stream,
+        }
+    }
+}
+
+impl HandoffWay {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ipc => "ipc",
+            Self::Pair => "pair",
+            Self::Grpc => "grpc",
+        }
+    }
 }
 
 /// See [`FollowPolicy`].
@@ -64,6 +100,7 @@ impl Default for MoveOptions {
             move_silence_ms: 2000,
             move_grace: 10,
             pages_follow: PagesFollow::ByCost,
+            handoff: vec![HandoffWay::Ipc, HandoffWay::Grpc],
         }
     }
 }
@@ -77,6 +114,7 @@ impl MoveOptions {
             format!("--move-silence-ms={}", self.move_silence_ms),
             format!("--move-grace={}", self.move_grace),
             format!("--pages-follow={}", self.pages_follow.name()),
+            format!("--handoff={}", self.handoff.iter().map(|way| way.name()).collect::<Vec<_>>().join(",")),
         ]
     }
 
@@ -102,6 +140,11 @@ impl MoveOptions {
             faults.push("--attend-misses: expected at least 1, found 0".into());
         }
         faults
+    }
+
+    /// The ways of states, best first.
+    pub fn ways(&self) -> Vec<Way> {
+        self.handoff.iter().copied().map(Way::from).collect()
     }
 
     /// How long a step waits for answers.
@@ -160,6 +203,7 @@ mod tests {
             move_silence_ms: 900,
             move_grace: 1,
             pages_follow: PagesFollow::Never,
+            handoff: vec![HandoffWay::Pair, HandoffWay::Ipc],
         };
         assert_eq!(parse(options.to_arguments()), options);
         assert_eq!(parse(Vec::new()), MoveOptions::default());

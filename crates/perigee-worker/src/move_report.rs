@@ -1,13 +1,16 @@
-//! Moves between the wire and the engine's plain types: orders in, reports and refusals out. It is the one place that
+//! Moves between the wire and the engine's plain types: orders in, reports and refusals out, and what the two sides of a
+//! handoff say before its session stands still. It is the one place that
 //! knows how a failure is told, by kind, code and known epoch.
 
 use std::time::Duration;
 
-use perigee_engine::moves::{HandoffRefused, Prepare, Reported, Target};
+use perigee_engine::moves::{Demand, HandoffRefused, PairAnswer, PairOffer, Prepare, Reported, Room, Target, Way};
 use perigee_engine::request::SessionId;
 use perigee_migration::epochs::{Failure, Phase};
 use perigee_migration::{HandoffError, Mode};
-use perigee_proto::internal::{self, MoveFailure, MoveMode, MovePhase, MoveReport};
+use perigee_proto::internal::{
+    self, HandoffDemand, HandoffRoom, MoveFailure, MoveMode, MovePhase, MoveReport, StateWay,
+};
 use perigee_proto::status::{ErrorKind, WireError};
 
 /// When a source may offer a session again to a replica without room for it.
@@ -77,8 +80,58 @@ pub(crate) fn report(reported: Reported) -> MoveReport {
         wire.frozen_us = micros(facts.frozen);
         wire.export_us = micros(facts.export);
         wire.mode = mode(facts.mode).into();
+        wire.way = told_way(facts.way).into();
     }
     wire
+}
+
+/// What a session needs of its target, as it is told.
+pub(crate) fn demand(demand: Demand) -> HandoffDemand {
+    let Demand { pages, positions, remote, slots, pair } = demand;
+    let pair_ready = pair.as_ref().is_some_and(|offer| offer.is_ready);
+    let pair = pair.map(|offer| offer.invitations).unwrap_or_default();
+    HandoffDemand { pages, positions, remote, slots, pair, pair_ready }
+}
+
+/// The same as the target hears it.
+pub(crate) fn demanded(demand: HandoffDemand) -> Demand {
+    let HandoffDemand { pages, positions, remote, slots, pair, pair_ready } = demand;
+    let pair = (!pair.is_empty()).then_some(PairOffer { invitations: pair, is_ready: pair_ready });
+    Demand { pages, positions, remote, slots, pair }
+}
+
+/// What a target says once it has room, as it is told.
+pub(crate) fn told_room(room: Room) -> HandoffRoom {
+    let pair = match room.pair {
+        PairAnswer::Refused => internal::PairAnswer::Unspecified,
+        PairAnswer::Meets => internal::PairAnswer::Meets,
+        PairAnswer::Ready => internal::PairAnswer::Ready,
+    };
+    HandoffRoom { reaches_slots: room.way == Way::Slots, way: told_way(room.way).into(), pair: pair.into() }
+}
+
+/// The same as the source hears it.
+pub(crate) fn room(told: &HandoffRoom) -> Room {
+    let way = match told.way() {
+        StateWay::Pair => Way::Pair,
+        StateWay::Slots => Way::Slots,
+        StateWay::Unspecified if told.reaches_slots => Way::Slots,
+        StateWay::Unspecified => Way::Stream,
+    };
+    let pair = match told.pair() {
+        internal::PairAnswer::Unspecified => PairAnswer::Refused,
+        internal::PairAnswer::Meets => PairAnswer::Meets,
+        internal::PairAnswer::Ready => PairAnswer::Ready,
+    };
+    Room { way, pair }
+}
+
+fn told_way(way: Way) -> StateWay {
+    match way {
+        Way::Stream => StateWay::Unspecified,
+        Way::Slots => StateWay::Slots,
+        Way::Pair => StateWay::Pair,
+    }
 }
 
 /// Why a handoff is not taken, as the source's call ends with it.
@@ -225,10 +278,28 @@ mod tests {
     fn a_ready_report_tells_bytes_and_times() {
         let bytes = Totals { recurrent: 100, tails: 20, partial_pages: 3, pages: 7, tokens: 40, record: 9 };
         let (frozen, export) = (Duration::from_micros(1500), Duration::from_micros(400));
-        let facts = Some(MoveFacts { bytes, frozen, export, mode: Mode::Whole });
+        let facts = Some(MoveFacts { bytes, frozen, export, mode: Mode::Whole, way: Way::Pair });
         let report = report(Reported { facts, ..reported(Phase::Ready) });
         assert_eq!((report.state_bytes, report.page_bytes, report.token_bytes), (123, 7, 40));
         assert_eq!((report.frozen_us, report.export_us, report.mode()), (1500, 400, MoveMode::Whole));
+        assert_eq!(report.way(), StateWay::Pair);
+    }
+
+    #[test]
+    fn both_sides_mean_the_same_by_what_they_say_before_a_session_stands_still() {
+        let invitations = vec![vec![1, 2], vec![3]];
+        for pair in [None, Some(false), Some(true)] {
+            let pair = pair.map(|is_ready| PairOffer { invitations: invitations.clone(), is_ready });
+            let said = Demand { pages: 3, positions: 700, remote: 64, slots: vec![vec![9]], pair };
+            assert_eq!(demanded(demand(said.clone())), said);
+        }
+        for way in [Way::Stream, Way::Slots, Way::Pair] {
+            for pair in [PairAnswer::Refused, PairAnswer::Meets, PairAnswer::Ready] {
+                assert_eq!(room(&told_room(Room { way, pair })), Room { way, pair });
+            }
+        }
+        let former = HandoffRoom { reaches_slots: true, ..HandoffRoom::default() };
+        assert_eq!(room(&former), Room { way: Way::Slots, pair: PairAnswer::Refused });
     }
 
     #[test]

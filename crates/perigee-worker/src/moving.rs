@@ -96,6 +96,7 @@ pub fn set_up(
         misses: options.attend_misses,
         shape: attend_shape(model),
         follow: options.pages_follow.into(),
+        ways: options.ways(),
     };
     let scale = model.mla_shape(1).scale();
     let answers = AnswerModel { shape: attend_shape(model), scale };

@@ -6,10 +6,15 @@ use std::sync::OnceLock;
 
 use perigee_backend::{BackendError, Result};
 
+use super::pair::Config;
+
 /// Bytes of a unique id.
 pub(super) const ID_BYTES: usize = 128;
 
 pub(super) const SUCCESS: c_int = 0;
+/// A call of a communicator that returns at once is not taken in yet.
+pub(super) const IN_PROGRESS: c_int = 7;
+pub(super) const INT8: c_int = 0;
 pub(super) const UINT32: c_int = 3;
 pub(super) const FLOAT32: c_int = 7;
 pub(super) const BFLOAT16: c_int = 9;
@@ -32,18 +37,25 @@ type Broadcast =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, RawCommunicator, *mut c_void) -> c_int;
 type AllGather = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, RawCommunicator, *mut c_void) -> c_int;
 
+type InitConfig = unsafe extern "C" fn(*mut RawCommunicator, c_int, UniqueId, c_int, *mut Config) -> c_int;
+type Send = unsafe extern "C" fn(*const c_void, usize, c_int, c_int, RawCommunicator, *mut c_void) -> c_int;
+type Receive = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, RawCommunicator, *mut c_void) -> c_int;
+
 /// The loaded library.
 #[derive(Debug)]
 pub(crate) struct Library {
     version: c_int,
     get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
     pub(super) init: unsafe extern "C" fn(*mut RawCommunicator, c_int, UniqueId, c_int) -> c_int,
+    pub(super) init_config: InitConfig,
     pub(super) destroy: OfCommunicator,
     pub(super) abort: OfCommunicator,
     pub(super) async_error: unsafe extern "C" fn(RawCommunicator, *mut c_int) -> c_int,
     pub(super) all_reduce: AllReduce,
     pub(super) all_gather: AllGather,
     pub(super) broadcast: Broadcast,
+    pub(super) send: Send,
+    pub(super) receive: Receive,
     error_string: unsafe extern "C" fn(c_int) -> *const c_char,
     last_error: unsafe extern "C" fn(RawCommunicator) -> *const c_char,
     /// Keeps the functions where they are.
@@ -74,12 +86,15 @@ impl Library {
                 version: 0,
                 get_unique_id: find(&library, "ncclGetUniqueId")?,
                 init: find(&library, "ncclCommInitRank")?,
+                init_config: find(&library, "ncclCommInitRankConfig")?,
                 destroy: find(&library, "ncclCommDestroy")?,
                 abort: find(&library, "ncclCommAbort")?,
                 async_error: find(&library, "ncclCommGetAsyncError")?,
                 all_reduce: find(&library, "ncclAllReduce")?,
                 all_gather: find(&library, "ncclAllGather")?,
                 broadcast: find(&library, "ncclBroadcast")?,
+                send: find(&library, "ncclSend")?,
+                receive: find(&library, "ncclRecv")?,
                 error_string: find(&library, "ncclGetErrorString")?,
                 last_error: find(&library, "ncclGetLastError")?,
                 _library: library,

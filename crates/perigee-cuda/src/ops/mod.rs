@@ -13,6 +13,7 @@ pub(crate) mod mla;
 pub(crate) mod mlp;
 pub(crate) mod moe;
 pub(crate) mod norm;
+mod pair;
 pub(crate) mod reduce;
 pub(crate) mod sample;
 pub(crate) mod state;

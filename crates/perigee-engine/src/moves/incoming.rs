@@ -8,8 +8,9 @@ use perigee_migration::{HandoffDecoder, Header, Part, SegmentTable};
 use perigee_text::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource};
 use tokio::sync::oneshot;
 
+use super::pairs::ArrivingPair;
 use super::record::Record;
-use super::{Demand, HandoffRefused};
+use super::{Demand, HandoffRefused, Room};
 use crate::cache::{HomePages, SlotPair};
 use crate::executor::PageSpan;
 use crate::handle::Command;
@@ -39,8 +40,8 @@ pub struct Incoming {
     demand: Demand,
     /// Session and epoch, once the header is here.
     offered: Option<(SessionId, u64)>,
-    /// Whether the source's slots are reached from here.
-    reaches_slots: bool,
+    /// How the state is to come.
+    room: Room,
 }
 
 impl Incoming {
@@ -61,7 +62,7 @@ impl Incoming {
             decoder,
             demand,
             offered: None,
-            reaches_slots: false,
+            room: Room::default(),
         }
     }
 
@@ -75,9 +76,9 @@ impl Incoming {
         self.offered.is_some()
     }
 
-    /// Whether the source's slots are reached from here, so that it need not send the state.
-    pub fn reaches_slots(&self) -> bool {
-        self.reaches_slots
+    /// How the state is to come, which its source must hear.
+    pub fn room(&self) -> Room {
+        self.room
     }
 
     /// Takes the next bytes, cut anywhere. Returns once they are where they belong, so that a source cannot send faster.
@@ -99,7 +100,7 @@ impl Incoming {
             if answer.is_err() {
                 self.offered = None;
             }
-            self.reaches_slots = answer?;
+            self.room = answer?;
         }
         if parts.is_empty() {
             return Ok(());
@@ -216,4 +217,6 @@ pub(crate) struct Arriving {
     pub(crate) grammar: Option<Box<Grammar>>,
     /// The source's slots, while they are open here.
     pub(crate) source_slots: Option<Vec<Vec<u8>>>,
+    /// The pair by which the state is to come.
+    pub(crate) pair: Option<ArrivingPair>,
 }

@@ -8,12 +8,14 @@ mod incoming;
 mod keeping;
 mod orphans;
 mod outgoing;
+mod pairs;
 mod party;
 mod record;
 mod remote_rows;
 mod seat;
 mod source;
 mod target;
+mod ways;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,8 +35,10 @@ pub(crate) use self::orphans::KeptEvents;
 pub use self::orphans::TakeOver;
 pub use self::outgoing::Outgoing;
 pub(crate) use self::outgoing::SourcePart;
+pub(crate) use self::pairs::PairBook;
 pub use self::record::{RECORD_VERSION, RecordError};
 pub(crate) use self::seat::Seats;
+pub use self::ways::{PairAnswer, PairOffer, Room, Way};
 use crate::homes::HomeDirectory;
 use crate::remote::RemoteHome;
 use crate::request::SessionId;
@@ -66,6 +70,8 @@ pub struct MoveConfig {
     pub shape: AttendShape,
     /// Which latents follow their sessions here.
     pub follow: FollowPolicy,
+    /// By which ways states of sessions may go, best first. The stream is the last resort in any case.
+    pub ways: Vec<Way>,
 }
 
 /// Which latents follow a session that arrived without them. Those that a home calls back follow in any case.
@@ -117,6 +123,8 @@ pub struct Demand {
     pub remote: u64,
     /// How a target on the same machine reaches the source's slots, by rank; empty where it cannot.
     pub slots: Vec<Vec<u8>>,
+    /// The pair that the source has with this target, or would have.
+    pub pair: Option<PairOffer>,
 }
 
 /// A router's order to hand a session over.
@@ -160,6 +168,8 @@ pub struct MoveFacts {
     pub export: Duration,
     /// Whole where a split move was asked for and is not possible.
     pub mode: Mode,
+    /// By which way its state went.
+    pub way: Way,
 }
 
 /// Why a handoff was not taken.

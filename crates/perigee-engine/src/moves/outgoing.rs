@@ -2,6 +2,7 @@
 //! encodes, and holds the target's answer against the digests of what was sent.
 
 use std::sync::mpsc;
+use std::time::Duration;
 
 use perigee_migration::handoff::{CHUNK_BYTES, Frozen, Summary, Totals};
 use perigee_migration::{
@@ -10,9 +11,12 @@ use perigee_migration::{
 use perigee_trace::{TraceContext, Traced};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
-use super::Demand;
+use super::{Demand, Room};
 use crate::handle::Command;
 use crate::request::SessionId;
+
+/// How often the engine is asked how far a state is that goes by a pair.
+const UNDERWAY: Duration = Duration::from_millis(1);
 
 /// What the engine hands in, in this order.
 #[derive(Debug)]
@@ -25,6 +29,8 @@ pub(crate) enum SourcePart {
     State(Vec<StateSlice>),
     /// State that the target takes out of its slot.
     Held(HeldState),
+    /// State is on its way by a pair; the engine is to be asked again how far it is.
+    Underway,
     /// Pages.
     Pages(Vec<PageSlice>),
     /// That was all.
@@ -41,8 +47,10 @@ pub struct Outgoing {
     parts: async_mpsc::UnboundedReceiver<SourcePart>,
     demand: Demand,
     /// The target's word that it has room, and the way for whoever carries it.
-    room: oneshot::Receiver<bool>,
-    tell_room: Option<oneshot::Sender<bool>>,
+    room: oneshot::Receiver<Room>,
+    tell_room: Option<oneshot::Sender<Room>>,
+    /// Whether the engine is to be asked how far a state is.
+    asks: bool,
     encoder: HandoffEncoder,
     summary: Option<Summary>,
     stage: Stage,
@@ -87,6 +95,7 @@ impl Outgoing {
             demand,
             room,
             tell_room: Some(tell_room),
+            asks: false,
             encoder,
             summary: None,
             stage: Stage::Opening,
@@ -106,9 +115,9 @@ impl Outgoing {
         self.demand.clone()
     }
 
-    /// The way to say that the target has room, and whether it reaches the slots that it was told of: the session stands
-    /// still only then. It is given out once.
-    pub fn on_room(&mut self) -> Option<oneshot::Sender<bool>> {
+    /// The way to say that the target has room, and how the state is to come: the session stands still only then. It is given
+    /// out once.
+    pub fn on_room(&mut self) -> Option<oneshot::Sender<Room>> {
         self.tell_room.take()
     }
 
@@ -131,13 +140,18 @@ impl Outgoing {
             }
             tokio::select! {
                 told = &mut self.room, if self.stage == Stage::Asking => match told {
-                    Ok(reaches_slots) => {
+                    Ok(room) => {
                         self.stage = Stage::Opened;
                         let (session, next) = (self.session.clone(), self.next);
-                        self.send(Command::HandoffOpened { session, next, reaches_slots });
+                        self.send(Command::HandoffOpened { session, next, room });
                     }
                     Err(_) => self.failure = Some("the target did not say that it has room".into()),
                 },
+                () = tokio::time::sleep(UNDERWAY), if self.asks => {
+                    self.asks = false;
+                    let (session, next) = (self.session.clone(), self.next);
+                    self.send(Command::HandoffUnderway { session, next });
+                }
                 part = self.parts.recv() => match part {
                     Some(part) => self.take(part),
                     None => self.failure = Some("it was called off".into()),
@@ -192,6 +206,7 @@ impl Outgoing {
             SourcePart::Frozen(frozen, table) => self.encoder.freeze(&frozen, &table)?,
             SourcePart::State(slices) => slices.iter().try_for_each(|slice| self.encoder.state(slice))?,
             SourcePart::Held(held) => self.encoder.held(&held)?,
+            SourcePart::Underway => self.asks = true,
             SourcePart::Pages(slices) => slices.iter().try_for_each(|slice| self.encoder.page(slice))?,
             SourcePart::End => self.summary = Some(self.encoder.finish()?),
         }

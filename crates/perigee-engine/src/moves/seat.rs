@@ -9,7 +9,8 @@ use perigee_migration::handoff::Totals;
 use perigee_migration::{Mode, Party};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{Arriving, MoveConfig, MoveFacts, SourcePart, Target};
+use super::pairs::OfferedPair;
+use super::{Arriving, MoveConfig, MoveFacts, SourcePart, Target, Way};
 use crate::request::{RouterId, SessionId};
 
 /// All sessions that are, were or may come here.
@@ -46,8 +47,10 @@ pub(crate) struct Link {
     /// Tokens handed in.
     pub(crate) tokens: usize,
     pub(crate) mode: Mode,
-    /// Whether the target takes the state out of its slot.
-    pub(crate) reaches_slots: bool,
+    /// How the state goes, once the target has said it.
+    pub(crate) way: Way,
+    /// The pair that was offered.
+    pub(crate) pair: Option<OfferedPair>,
 }
 
 /// What a move came to so far.
@@ -62,9 +65,9 @@ pub(crate) struct Course {
 
 impl Course {
     /// The target has verified everything.
-    pub(crate) fn verified(&mut self, bytes: Totals, mode: Mode, now: Instant) {
+    pub(crate) fn verified(&mut self, bytes: Totals, (mode, way): (Mode, Way), now: Instant) {
         let frozen = self.frozen_at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
-        self.facts = Some(MoveFacts { bytes, frozen, export: self.export, mode });
+        self.facts = Some(MoveFacts { bytes, frozen, export: self.export, mode, way });
     }
 }
 

@@ -8,10 +8,11 @@ use perigee_migration::handoff::{Frozen, Totals};
 use perigee_migration::segments::sealed;
 use perigee_migration::{Header, HeldState, Mode, PAGE_POSITIONS, Place};
 
+use super::pairs::OfferedPair;
 use super::record::{HomeAddress, Record};
 use super::seat::{Course, Link};
 use super::target::most;
-use super::{Demand, Outgoing, SourcePart, Target};
+use super::{Demand, Outgoing, Room, SourcePart, Target, Way};
 use crate::cache::{Home, HomePages};
 use crate::executor::{ExecutorError, PageSpan, StateSource, StepPlan};
 use crate::request::{FinishReason, SessionId};
@@ -34,7 +35,8 @@ impl EngineCore {
         // Without answers the pages have to come along.
         let mode = if config.can_answer { mode } else { Mode::Whole };
         let mut demand = self.demand(session, mode, &target);
-        demand.slots = match self.executor.share_slots() {
+        let shared = if config.ways.contains(&Way::Slots) { self.executor.share_slots() } else { Ok(None) };
+        demand.slots = match shared {
             Ok(slots) => slots.unwrap_or_default(),
             // It is sent, then; an executor that is broken shows at the next step.
             Err(error) => {
@@ -42,6 +44,8 @@ impl EngineCore {
                 Vec::new()
             }
         };
+        let pair = self.offer_pair(session, next, &target);
+        demand.pair = pair.as_ref().map(OfferedPair::offer);
         let held = self.names.get(session).and_then(|id| self.sessions.get(id)).ok_or("the session is not here")?;
         let header = Header {
             session: session.0.clone(),
@@ -58,7 +62,8 @@ impl EngineCore {
         let tokens = held.sequence.tokens.clone();
         let seat = self.seats.get_mut(session).ok_or("nobody asked for it")?;
         seat.course = Course { mode: Some(mode), ..Course::default() };
-        seat.outgoing = Some(Link { next, parts: parts.clone(), tokens: tokens.len(), mode, reaches_slots: false });
+        let (parts_in, way) = (parts.clone(), Way::Stream);
+        seat.outgoing = Some(Link { next, parts: parts_in, tokens: tokens.len(), mode, way, pair });
         hand_in(&parts, SourcePart::Tokens(tokens))?;
         config.connector.open(target, outgoing);
         Ok(())
@@ -83,15 +88,24 @@ impl EngineCore {
             positions: most(&held.sequence).max(held.sequence.length()),
             remote: arrival.table.tokens(),
             slots: Vec::new(),
+            pair: None,
         }
     }
 
     /// The target has room, and the tokens so far: the session stands still from here on.
-    pub(crate) fn handoff_opened(&mut self, session: &SessionId, next: u64, reaches_slots: bool) -> Result<(), Fatal> {
+    pub(crate) fn handoff_opened(&mut self, session: &SessionId, next: u64, room: Room) -> Result<(), Fatal> {
         let link = self.seats.get_mut(session).and_then(|seat| seat.outgoing.as_mut()).filter(|link| link.next == next);
         let (Some(link), Some(&id)) = (link, self.names.get(session)) else { return Ok(()) };
-        link.reaches_slots = reaches_slots;
+        link.way = room.way;
         let mode = link.mode;
+        if let Some(offered) = link.pair.take() {
+            self.pair_answered(&offered, room);
+            if room.way == Way::Pair
+                && let Some(link) = self.seats.get_mut(session).and_then(|seat| seat.outgoing.as_mut())
+            {
+                link.pair = Some(offered);
+            }
+        }
         if let Err(message) = self.freeze(id)? {
             return self.handoff_done(session, next, Err(message));
         }
@@ -117,7 +131,7 @@ impl EngineCore {
         let Some(link) = seat.outgoing.take_if(|link| link.next == next) else { return Ok(()) };
         let event = match result {
             Ok(bytes) => {
-                seat.course.verified(bytes, link.mode, now);
+                seat.course.verified(bytes, (link.mode, link.way), now);
                 PartyEvent::HandoffVerified { next }
             }
             Err(message) => {
@@ -128,6 +142,7 @@ impl EngineCore {
                 PartyEvent::HandoffFailed { next }
             }
         };
+        self.pair_left(link.pair);
         self.drive(session, event).map(drop)
     }
 
@@ -181,7 +196,7 @@ impl EngineCore {
         let link = self.seats.get(session).and_then(|seat| seat.outgoing.as_ref()).filter(|link| link.next == next);
         let Some(link) = link else { return Ok(Err("the connection to the target broke".into())) };
         let now = self.config.clock.now();
-        let (context, mode, reaches_slots) = (frozen.computed, link.mode, link.reaches_slots);
+        let (context, mode, way) = (frozen.computed, link.mode, link.way);
         let state = match frozen.state {
             StateAt::Slot(slot) => StateSource::Slot(slot),
             StateAt::Empty => StateSource::Empty,
@@ -228,28 +243,55 @@ impl EngineCore {
         parts.push(SourcePart::Frozen(Frozen { context, tokens: count, record }, table));
         let state = match state {
             // It stays as it is until this replica hears what became of it.
-            StateSource::Slot(slot) if reaches_slots => {
-                let held = self.executor.digest_slot(slot).map(|digests| HeldState { slot, digests });
-                held.map(SourcePart::Held)
+            StateSource::Slot(slot) if way != Way::Stream => match self.executor.digest_slot(slot) {
+                Ok(digests) => self.held_part(session, HeldState { slot, digests }, way),
+                Err(error) => Err(error),
+            },
+            _ => {
+                self.note_way(session, Way::Stream);
+                self.executor.export_slot(state).map(SourcePart::State)
             }
-            _ => self.executor.export_slot(state).map(SourcePart::State),
         };
-        match state {
-            Ok(part) => parts.push(part),
+        let last = match state {
+            // Behind the pages, which go meanwhile.
+            Ok(SourcePart::Underway) => SourcePart::Underway,
+            Ok(part) => {
+                parts.push(part);
+                SourcePart::End
+            }
             Err(error) => return non_fatal(error).map(Err),
-        }
+        };
         for spans in spans.chunks(PAGES_AT_ONCE) {
             match self.executor.export_pages(spans) {
                 Ok(slices) => parts.push(SourcePart::Pages(slices)),
                 Err(error) => return non_fatal(error).map(Err),
             }
         }
-        parts.push(SourcePart::End);
+        parts.push(last);
         // From now on the target may be started and ask, even where this replica never hears of it.
         if mode == Mode::Split && !kept.is_empty() {
             config.homes.publish(&session.0, kept, next);
         }
         Ok(Ok(parts))
+    }
+
+    /// How a state leaves that its target takes out of a slot: at once, or by a pair, in the background.
+    fn held_part(&mut self, session: &SessionId, held: HeldState, way: Way) -> Result<SourcePart, ExecutorError> {
+        let slot = held.slot;
+        if way == Way::Slots {
+            return Ok(SourcePart::Held(held));
+        }
+        if self.send_by_pair(session, held) {
+            return Ok(SourcePart::Underway);
+        }
+        self.note_way(session, Way::Stream);
+        self.executor.export_slot(StateSource::Slot(slot)).map(SourcePart::State)
+    }
+
+    pub(super) fn note_way(&mut self, session: &SessionId, way: Way) {
+        if let Some(link) = self.seats.get_mut(session).and_then(|seat| seat.outgoing.as_mut()) {
+            link.way = way;
+        }
     }
 
     /// Gives a session up that stands still here, all but the pages of a home.

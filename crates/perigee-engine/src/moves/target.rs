@@ -12,10 +12,11 @@ use perigee_migration::{
 use perigee_text::grammar::Grammar;
 
 use super::incoming::{Arriving, Reply};
+use super::pairs::ArrivingPair;
 use super::party::Then;
 use super::record::{Record, RecordError};
 use super::source::non_fatal;
-use super::{Demand, HandoffRefused};
+use super::{Demand, HandoffRefused, PairAnswer, Room, Way, pairs};
 use crate::cache::{HomePages, Latents, SlotPair};
 use crate::executor::PageSpan;
 use crate::handle::{EngineHealth, QueuePermit};
@@ -39,7 +40,7 @@ impl<E: Into<HandoffRefused>> From<E> for Stop {
 impl EngineCore {
     /// A handoff's header arrived. What the session needs is reserved before its source lets it stand still, so that a
     /// refusal costs it nothing.
-    pub(crate) fn handoff_offer(&mut self, header: Header, demand: Demand, reply: Reply<bool>) -> Result<(), Fatal> {
+    pub(crate) fn handoff_offer(&mut self, header: Header, demand: Demand, reply: Reply<Room>) -> Result<(), Fatal> {
         let session = SessionId(header.session.clone());
         let (epoch, next) = (header.epoch, header.next_epoch);
         let seat = self.seats.entry(session.clone()).or_default();
@@ -51,25 +52,46 @@ impl EngineCore {
         let offer = PartyEvent::Offer { epoch, next, has_room: room.is_some() };
         let answer = self.drive_offer(&session, header, (task, room), offer)?;
         let answer = match answer {
-            Ok(()) => Ok(self.open_slots(&session, next, demand.slots)?),
+            Ok(()) => Ok(self.choose_way(&session, next, demand)?),
             Err(failure) => Err(failure.into()),
         };
         self.answer(reply, answer);
         Ok(())
     }
 
+    /// How the state is to come: by the first of this replica's ways that the source offers and that is open.
+    fn choose_way(&mut self, session: &SessionId, next: u64, demand: Demand) -> Result<Room, Fatal> {
+        let ways = self.config.moves.as_ref().map(|config| config.ways.clone());
+        let Some(ways) = ways.filter(|_| self.arriving(session, next).is_ok()) else { return Ok(Room::default()) };
+        let pair = self.answer_pair(demand.pair.as_ref());
+        for way in ways {
+            match way {
+                Way::Stream => break,
+                Way::Slots if self.open_slots(session, next, &demand.slots)? => return Ok(Room { way, pair }),
+                Way::Pair if pair == PairAnswer::Ready => {
+                    if let (Some(offer), Ok(arriving)) = (demand.pair, self.arriving(session, next)) {
+                        arriving.pair = Some(ArrivingPair { invitations: offer.invitations, is_expected: false });
+                    }
+                    return Ok(Room { way, pair });
+                }
+                Way::Slots | Way::Pair => {}
+            }
+        }
+        Ok(Room { way: Way::Stream, pair })
+    }
+
     /// Opens the source's slots where they can be reached from here, before the session stands still.
-    fn open_slots(&mut self, session: &SessionId, next: u64, slots: Vec<Vec<u8>>) -> Result<bool, Fatal> {
+    fn open_slots(&mut self, session: &SessionId, next: u64, slots: &[Vec<u8>]) -> Result<bool, Fatal> {
         if slots.is_empty() || self.arriving(session, next).is_err() {
             return Ok(false);
         }
-        if let Err(error) = self.executor.open_slots(&slots) {
+        if let Err(error) = self.executor.open_slots(slots) {
             let why = non_fatal(error)?;
             tracing::debug!(session = session.0, why, "the state comes through the connection");
             return Ok(false);
         }
         if let Ok(arriving) = self.arriving(session, next) {
-            arriving.source_slots = Some(slots);
+            arriving.source_slots = Some(slots.to_vec());
         }
         Ok(true)
     }
@@ -121,6 +143,7 @@ impl EngineCore {
                 summary: None,
                 grammar: None,
                 source_slots: None,
+                pair: None,
             })
         });
         let answer = self.drive(session, offer)?;
@@ -147,6 +170,7 @@ impl EngineCore {
     pub(super) fn free_reserved(&mut self, session: &SessionId) -> Result<(), Fatal> {
         let Some(arriving) = self.seats.get_mut(session).and_then(|seat| seat.arriving.take()) else { return Ok(()) };
         self.close_slots(arriving.source_slots)?;
+        self.drop_expected(arriving.pair)?;
         let released = self.scheduler.cancel_reserve(arriving.task)?;
         self.poison(&released.slots, &released.pages)
     }
@@ -198,7 +222,7 @@ impl EngineCore {
     }
 
     /// The session's handoff, if it is still this one.
-    fn arriving(&mut self, session: &SessionId, next: u64) -> Result<&mut Arriving, HandoffRefused> {
+    pub(super) fn arriving(&mut self, session: &SessionId, next: u64) -> Result<&mut Arriving, HandoffRefused> {
         let seat = self.seats.get_mut(session).ok_or(HandoffRefused::Failure(Failure::NotHere))?;
         let known = seat.party.known_epoch();
         let arriving = seat.arriving.as_deref_mut().filter(|arriving| arriving.header.next_epoch == next);
@@ -218,7 +242,10 @@ impl EngineCore {
                     arriving.record = Some(record);
                     arriving.frozen = Some(frozen);
                 }
-                Part::Segments(table) => self.take_table(session, next, table)?,
+                Part::Segments(table) => {
+                    self.take_table(session, next, table)?;
+                    self.expect_pair(session, next).map_err(Stop::Fatal)?;
+                }
                 Part::State(slice) => slices.push(slice),
                 Part::Held(held) => self.take_held(session, next, &held)?,
                 Part::Page(slice) => pages.push(slice),
@@ -305,17 +332,26 @@ impl EngineCore {
         if slices.is_empty() {
             return Ok(());
         }
-        let slot = self.arriving(session, next)?.slots.read;
+        let arriving = self.arriving(session, next)?;
+        let (slot, pair) = (arriving.slots.read, arriving.pair.take());
+        self.drop_expected(pair).map_err(Stop::Fatal)?;
         self.executor.import_state(slot, slices).map_err(stop)
     }
 
-    /// The state is where the source had it: this replica copies it, and takes its digests in the end as over what was sent.
+    /// The state came by a pair, or is where the source had it: this replica copies it, and takes its digests in the end as over
+    /// what was sent.
     fn take_held(&mut self, session: &SessionId, next: u64, held: &HeldState) -> Result<(), Stop> {
         let arriving = self.arriving(session, next)?;
+        let slot = arriving.slots.read;
+        if let Some(pair) = arriving.pair.as_mut() {
+            let invitations = pair.invitations.clone();
+            pairs::take(&mut *self.executor, &invitations, slot).map_err(stop)?;
+            self.arriving(session, next)?.pair = None;
+            return Ok(());
+        }
         let Some(shared) = arriving.source_slots.clone() else {
             return Err(HandoffRefused::Failure(Failure::Handoff).into());
         };
-        let slot = arriving.slots.read;
         self.executor.take_slot(&shared, held.slot, slot).map_err(stop)
     }
 

@@ -1,7 +1,7 @@
 //! A rank's slots and pages as bytes: parked in host memory, exported for a move, overwritten by one, and summed up in
 //! digests. Heads are counted on this rank below the seam and over the whole model above it; the change is made here.
 
-use perigee_backend::{Backend, BackendError, DType, PAGE_TOKENS, StateKind, StatePart};
+use perigee_backend::{Backend, BackendError, DType, PAGE_TOKENS, PairOrder, StateKind, StatePart};
 use perigee_migration::{Digest, Geometry, TensorDigests};
 use perigee_model::ModelError;
 
@@ -136,7 +136,15 @@ impl<B: Backend> Rank<B> {
         Ok(RankReply::Done)
     }
 
-    /// The slots of the rank that has the same heads.
+    pub(super) fn invite_pair(&mut self) -> Result<RankReply, ModelError> {
+        Ok(RankReply::Bytes(self.backend.invite_pair()?.unwrap_or_default()))
+    }
+
+    pub(super) fn pair(&mut self, invitations: &[SharedSlots], order: PairOrder) -> Result<RankReply, ModelError> {
+        Ok(RankReply::Pair(self.backend.pair(self.peer(invitations)?, order)?))
+    }
+
+    /// What was told of the rank that has the same heads.
     fn peer<'a>(&self, shared: &'a [SharedSlots]) -> Result<&'a [u8], BackendError> {
         let peer = shared.get(self.rank).map(|slots| slots.0.as_slice());
         peer.ok_or(BackendError::Range { what: "rank", index: self.rank as u64, limit: shared.len() as u64 })

@@ -1,7 +1,7 @@
 //! Moving sessions over all ranks: parts of a slot gathered and dealt out by heads, pages read from the leader and written
 //! to everybody, digests added up or held against each other.
 
-use perigee_backend::{Backend, StatePart};
+use perigee_backend::{Backend, PairOrder, PairState, StatePart};
 use perigee_migration::{Digest, Geometry, PageSlice, STATE_KINDS, StateSlice, TensorDigests};
 
 use super::{Ranks, local, lost, unexpected};
@@ -83,12 +83,8 @@ impl<B: Backend> Ranks<B> {
 
     /// How each rank's slots are reached; none where one has no way.
     pub(super) fn shared_slots(&mut self) -> Result<Option<Vec<Vec<u8>>>, ExecutorError> {
-        let mut shared = Vec::with_capacity(self.size());
-        for (rank, reply) in self.tell(&RankCommand::ShareSlots)?.into_iter().enumerate() {
-            let RankReply::Bytes(slots) = reply else { return Err(unexpected(rank, &reply)) };
-            shared.push(slots);
-        }
-        Ok(Some(shared).filter(|shared| shared.iter().all(|slots| !slots.is_empty())))
+        let replies = self.tell(&RankCommand::ShareSlots)?;
+        self.all_bytes(replies)
     }
 
     /// Opens slots on every rank, or on none.
@@ -103,6 +99,41 @@ impl<B: Backend> Ranks<B> {
             self.tell(&RankCommand::CloseSlots { shared })?;
         }
         opened.map(drop)
+    }
+
+    /// Invitations of all ranks to pairs; none where one has none.
+    pub(super) fn pair_invitations(&mut self) -> Result<Option<Vec<Vec<u8>>>, ExecutorError> {
+        let replies = self.tell(&RankCommand::InvitePair)?;
+        self.all_bytes(replies)
+    }
+
+    /// An order about the pairs of all ranks, and how far they are together.
+    pub(super) fn order_pairs(
+        &mut self,
+        invitations: &[Vec<u8>],
+        order: PairOrder,
+    ) -> Result<PairState, ExecutorError> {
+        if invitations.len() != self.size() {
+            let (found, expected) = (invitations.len(), self.size());
+            return Err(refused(format!("pairs of {found} ranks, this replica has {expected}")));
+        }
+        let mut state = PairState::Ready;
+        let command = RankCommand::Pair { invitations: by_rank(invitations), order };
+        for (rank, reply) in self.tell(&command)?.into_iter().enumerate() {
+            let RankReply::Pair(of_rank) = reply else { return Err(unexpected(rank, &reply)) };
+            state = state.join(of_rank);
+        }
+        Ok(state)
+    }
+
+    /// What every rank answered; none where one had nothing to answer.
+    fn all_bytes(&self, replies: Vec<RankReply>) -> Result<Option<Vec<Vec<u8>>>, ExecutorError> {
+        let mut told = Vec::with_capacity(self.size());
+        for (rank, reply) in replies.into_iter().enumerate() {
+            let RankReply::Bytes(bytes) = reply else { return Err(unexpected(rank, &reply)) };
+            told.push(bytes);
+        }
+        Ok(Some(told).filter(|told| told.iter().all(|bytes| !bytes.is_empty())))
     }
 
     pub(super) fn page_slices(&mut self, pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {

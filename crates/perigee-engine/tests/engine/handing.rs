@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use perigee_engine::EngineConfig;
 use perigee_engine::homes::HomeDirectory;
-use perigee_engine::moves::{FollowPolicy, HandoffConnector, Incoming, MoveConfig, Outgoing, Prepare, Target};
+use perigee_engine::moves::{
+    FollowPolicy, HandoffConnector, Incoming, MoveConfig, Outgoing, Prepare, Room, Target, Way,
+};
 use perigee_engine::request::SessionId;
 use perigee_engine::testing::{ModelExecutor, ModelSizes, greedy_request};
 use perigee_migration::{AttendShape, Layout, Mode, Place};
@@ -42,6 +44,7 @@ pub(crate) fn moving(name: &str, connector: Arc<Kept>) -> EngineConfig {
         misses: 3,
         shape: AttendShape { layers: 1, heads: 1, latent: 1, rope: 0, tokens: 1 },
         follow: FollowPolicy::Never,
+        ways: vec![Way::Slots],
     };
     EngineConfig { moves: Some(moves), ..config() }
 }
@@ -140,7 +143,7 @@ async fn a_session_stands_still_once_its_target_has_room_and_not_before() {
     let load = target.core.load();
     assert_eq!((load.slots_free, load.pages_free), (1, 1), "a slot and its pages are reserved");
     draws(&mut source, 5);
-    on_room.send(false).expect("it waits for that");
+    on_room.send(Room::default()).expect("it waits for that");
     // The engine hears it when more is asked for.
     let nothing = tokio::time::timeout(Duration::from_millis(1), outgoing.next_chunk()).await;
     assert!(nothing.is_err(), "nothing is out before it stands still");
@@ -165,7 +168,7 @@ async fn bytes_of(prompt: usize) -> (usize, usize) {
     let (mut source, mut outgoing) = source_of(prompt, long(prompt + 128), Mode::Split);
     let on_room = outgoing.on_room().expect("given out once");
     let before = outgoing.next_chunk().await.expect("header and tokens").len();
-    on_room.send(false).expect("it waits for that");
+    on_room.send(Room::default()).expect("it waits for that");
     let mut frozen = 0;
     loop {
         let next = async {

@@ -720,6 +720,9 @@ pub struct MoveReport {
     /// From the source, with ready: what the move came to, which is whole where a split one was not possible.
     #[prost(enumeration = "MoveMode", tag = "13")]
     pub mode: i32,
+    /// From the source, with ready: by which way the state went.
+    #[prost(enumeration = "StateWay", tag = "14")]
+    pub way: i32,
 }
 /// A piece of a handoff, in the format of perigee-migration; pieces join in order.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -747,6 +750,13 @@ pub struct HandoffDemand {
     /// cannot.
     #[prost(bytes = "vec", repeated, tag = "4")]
     pub slots: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    /// Invitations to pairs, by rank, as their backend makes them: ways of two ranks, by which states go beside all steps. Empty
+    /// where the source offers none.
+    #[prost(bytes = "vec", repeated, tag = "5")]
+    pub pair: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    /// Whether these pairs were met, so that this session's state can go by them; else they are to be met, for later ones.
+    #[prost(bool, tag = "6")]
+    pub pair_ready: bool,
 }
 /// How far a handoff is at its target.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -771,9 +781,15 @@ pub mod handoff_answer {
 /// A slot and the pages that were asked for are reserved.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HandoffRoom {
-    /// Whether the target reaches the source's state slots: the number of the slot is sent, then, in place of the state.
+    /// Whether way is that of slots, for sources that do not read it.
     #[prost(bool, tag = "1")]
     pub reaches_slots: bool,
+    /// How the state is to come. In the stream it may come in any case.
+    #[prost(enumeration = "StateWay", tag = "2")]
+    pub way: i32,
+    /// What becomes of the pairs that were offered.
+    #[prost(enumeration = "PairAnswer", tag = "3")]
+    pub pair: i32,
 }
 /// What became of a handoff.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1114,6 +1130,72 @@ impl MoveFailure {
             "MOVE_FAILURE_FULL" => Some(Self::Full),
             "MOVE_FAILURE_HANDOFF" => Some(Self::Handoff),
             "MOVE_FAILURE_ENDED" => Some(Self::Ended),
+            _ => None,
+        }
+    }
+}
+/// By which way a session's state goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum StateWay {
+    /// In the stream of the handoff itself.
+    Unspecified = 0,
+    /// The target copies it out of the source's slots: the number of the slot is sent in place of the state.
+    Slots = 1,
+    /// By pairs of ranks; then, too, the number of the slot is sent in place of the state, once the pairs have carried it.
+    Pair = 2,
+}
+impl StateWay {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "STATE_WAY_UNSPECIFIED",
+            Self::Slots => "STATE_WAY_SLOTS",
+            Self::Pair => "STATE_WAY_PAIR",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "STATE_WAY_UNSPECIFIED" => Some(Self::Unspecified),
+            "STATE_WAY_SLOTS" => Some(Self::Slots),
+            "STATE_WAY_PAIR" => Some(Self::Pair),
+            _ => None,
+        }
+    }
+}
+/// What a target says of pairs that its source offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum PairAnswer {
+    /// It has none and will have none.
+    Unspecified = 0,
+    /// It meets them.
+    Meets = 1,
+    /// They were met.
+    Ready = 2,
+}
+impl PairAnswer {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "PAIR_ANSWER_UNSPECIFIED",
+            Self::Meets => "PAIR_ANSWER_MEETS",
+            Self::Ready => "PAIR_ANSWER_READY",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "PAIR_ANSWER_UNSPECIFIED" => Some(Self::Unspecified),
+            "PAIR_ANSWER_MEETS" => Some(Self::Meets),
+            "PAIR_ANSWER_READY" => Some(Self::Ready),
             _ => None,
         }
     }

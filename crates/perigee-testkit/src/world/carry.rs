@@ -8,7 +8,7 @@ use std::time::Instant;
 use perigee_backend::LatentReader;
 use perigee_engine::EngineHandle;
 use perigee_engine::homes::{AnswerModel, HomeDirectory, Owner};
-use perigee_engine::moves::{Fetching, HandoffConnector, HomeAnswer, HomeNote, Outgoing, Target};
+use perigee_engine::moves::{Fetching, HandoffConnector, HomeAnswer, HomeNote, Outgoing, Room, Target};
 use perigee_engine::remote::{AttentionClient, RemoteHome};
 use perigee_engine::request::SessionId;
 use perigee_migration::{AnswerStatus, Geometry, PAGE_POSITIONS, PageSlice};
@@ -169,7 +169,7 @@ async fn carry(carriage: &Carriage, engine: &EngineHandle, tamper: Tamper, mut o
         // What comes instead of a handoff comes at its end.
         if let Some(on_room) = on_room.take_if(|_| matches!(tamper, Tamper::Replace(_))) {
             // The source may have given up.
-            let _ = on_room.send(false);
+            let _ = on_room.send(Room::default());
         }
         let Some(bytes) = tampered(&tamper, chunk, start, &mut is_broken) else { continue };
         if refused.is_none()
@@ -183,7 +183,7 @@ async fn carry(carriage: &Carriage, engine: &EngineHandle, tamper: Tamper, mut o
             && let Some(on_room) = on_room.take()
         {
             // The source may have given up.
-            let _ = on_room.send(incoming.reaches_slots());
+            let _ = on_room.send(incoming.room());
         }
         if is_broken {
             break;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use perigee_backend::{StateKind, StatePart};
+use perigee_backend::{PairOrder, PairState, StateKind, StatePart};
 use perigee_engine::executor::{
     CacheBytes, Executor, ExecutorError, ExecutorLimits, PageSpan, StateSource, StepOutput, StepPlan,
 };
@@ -249,6 +249,20 @@ impl<E: Executor> Executor for Faulty<E> {
 
     fn digest_slot(&mut self, slot: u32) -> Result<TensorDigests, ExecutorError> {
         self.inner.digest_slot(slot)
+    }
+
+    fn invite_pairs(&mut self) -> Result<Option<Vec<Vec<u8>>>, ExecutorError> {
+        self.inner.invite_pairs()
+    }
+
+    /// What is taken from a pair is written like what was sent.
+    fn pairs(&mut self, invitations: &[Vec<u8>], order: PairOrder) -> Result<PairState, ExecutorError> {
+        let state = self.inner.pairs(invitations, order)?;
+        if let PairOrder::Take { slot } = order {
+            let slices = self.inner.export_slot(StateSource::Slot(slot))?;
+            self.import_state(slot, &slices)?;
+        }
+        Ok(state)
     }
 
     fn export_pages(&mut self, pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {

@@ -4,12 +4,14 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use perigee_backend::StatePart;
+use perigee_backend::{PairOrder, PairState, StatePart};
 use perigee_engine::executor::{
     CacheBytes, Executor, ExecutorError, ExecutorLimits, PageSpan, StateSource, StepOutput, StepPlan,
 };
 use perigee_migration::{Digest, Geometry, PageSlice, StateSlice, TensorDigests};
 use perigee_sampling::Draw;
+
+use super::pairing::Pairing;
 
 /// The memory that replicas share. Clones are the same.
 #[derive(Debug, Clone, Default)]
@@ -38,13 +40,19 @@ impl Neighbours {
 pub(super) struct Sharing<E> {
     inner: E,
     neighbours: Option<Neighbours>,
+    pairing: Pairing,
     /// What its slots are known by, for each rank.
     name: Vec<Vec<u8>>,
 }
 
 impl<E: Executor> Sharing<E> {
-    pub(super) fn new(inner: E, neighbours: Option<Neighbours>, name: &str, degree: usize) -> Self {
-        Self { inner, neighbours, name: vec![name.as_bytes().to_vec(); degree] }
+    pub(super) fn new(
+        inner: E,
+        (neighbours, pairing): (Option<Neighbours>, Pairing),
+        name: &str,
+        degree: usize,
+    ) -> Self {
+        Self { inner, neighbours, pairing, name: vec![name.as_bytes().to_vec(); degree] }
     }
 }
 
@@ -132,6 +140,14 @@ impl<E: Executor> Executor for Sharing<E> {
         let Some(neighbours) = &self.neighbours else { return Err(refused("nobody is near")) };
         neighbours.lock().open -= 1;
         Ok(())
+    }
+
+    fn invite_pairs(&mut self) -> Result<Option<Vec<Vec<u8>>>, ExecutorError> {
+        self.inner.invite_pairs()
+    }
+
+    fn pairs(&mut self, invitations: &[Vec<u8>], order: PairOrder) -> Result<PairState, ExecutorError> {
+        self.pairing.order(&mut self.inner, invitations, order)
     }
 
     fn export_pages(&mut self, pages: &[PageSpan]) -> Result<Vec<PageSlice>, ExecutorError> {

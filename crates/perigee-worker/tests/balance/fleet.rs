@@ -125,6 +125,7 @@ async fn start_replica(
         misses: 20,
         shape: SHAPE,
         follow: FollowPolicy::ByCost,
+        ways: Vec::new(),
     };
     let metrics = Metrics::default();
     let worker_metrics = WorkerMetrics::register(&metrics).expect("registered");

@@ -144,6 +144,7 @@ fn what_is_neither_secure_nor_on_this_machine_is_refused_as_a_usage() {
         ("worker --listen 0.0.0.0:0", Some(&cert), "--tls-key"),
         ("worker --tp 2 --leader 10.0.0.1:7000", None, "--leader"),
         ("worker --tp 2 --leader 10.0.0.1:7000 --device cuda", Some(&cert), "NCCL"),
+        ("worker --internal 10.0.0.1:0 --handoff pair --device cuda", Some(&cert), "--handoff"),
         ("worker --insecure --internal 0.0.0.0:0 --registry etcd://127.0.0.1:1", None, "--advertise"),
         ("worker --etcd-user perigee", None, "--etcd-password-file"),
         ("router --registry etcd://127.0.0.1:1 --tls-ca ca.pem", None, "--tls-cert"),

@@ -162,6 +162,7 @@ async fn random_kills_change_no_stream_and_leak_nothing() {
     println!("PERIGEE_KILL_SEED={first} PERIGEE_KILL_SCHEDULES={count}");
     let fleet = FleetSpec::new(env!("CARGO_BIN_EXE_perigee"), &[1, 2, 1])
         .worker("--move-grace=1")
+        .worker("--handoff=pair")
         .worker("--move-silence-ms=500")
         .router("--lease-ms=1000")
         .start()

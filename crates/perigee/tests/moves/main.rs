@@ -26,6 +26,8 @@ mod known;
 #[cfg(test)]
 mod neighbours;
 #[cfg(test)]
+mod pairs;
+#[cfg(test)]
 mod plan;
 #[cfg(test)]
 mod restarts;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use perigee_model::ModelSpec;
 use perigee_proto::v1::MigrateMode;
-use perigee_testkit::sandbox::{Clients, Fleet, FleetSpec};
+use perigee_testkit::sandbox::{Clients, Fleet, FleetSpec, metric};
 use tokio::task::JoinSet;
 use tonic::Code;
 
@@ -228,10 +228,25 @@ async fn random_schedules_equal_undisturbed_runs() {
         .worker("--token-budget=256")
         .worker("--state-slots=32")
         .worker("--latent-pages=2048")
+        // Between the two of one rank; the others' states go in the stream.
+        .worker("--handoff=pair")
         .start()
         .await
         .unwrap();
     run_groups(&fleet, "random:tiny", groups, (AT_ONCE, sizes.prompt.1 + sizes.output.1)).await;
+    let mut by_way = Vec::new();
+    for way in ["ipc", "pair", "grpc"] {
+        let name = format!("perigee_migration_state_bytes_total{{way=\"{way}\"}}");
+        let mut bytes = 0.0;
+        for replica in &fleet.replicas {
+            bytes += metric(replica.http, &name).await.unwrap();
+        }
+        by_way.push((way, bytes));
+    }
+    println!("bytes of states by way: {by_way:?}");
+    assert_eq!(by_way[0].1, 0.0, "nothing is reached between CPUs");
+    assert!(by_way[2].1 > 0.0, "ranks that do not match have no pairs");
+    assert!(asked < SCHEDULES || by_way[1].1 > 0.0, "no state went by a pair");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
