@@ -21,6 +21,7 @@ fn sample(option: &str) -> &'static str {
         "otlp-endpoint" => "http://collector:4317",
         "otlp-sample" | "memory-fraction" => "0.25",
         "pages-follow" => "never",
+        "handoff" => "pair",
         "balance" => "dry-run",
         "tls-cert" | "tls-key" | "tls-ca" | "etcd-ca" | "etcd-cert" | "etcd-key" | "etcd-password-file"
         | "resume-key-file" => "/file",
