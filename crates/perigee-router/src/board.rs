@@ -106,9 +106,9 @@ impl Board {
     /// The row where a request would have its first token soonest, of none of the streams `tried`.
     pub(crate) fn choose(&self, demand: Demand, tried: &[u64]) -> Option<Chosen> {
         let Rows { ids, reports, chooser } = &mut *self.rows.lock();
-        let untried = |index: usize| tried.is_empty() || !tried.contains(&ids[index]);
-        let open = reports.iter().enumerate().filter_map(|(index, packed)| Some((index, packed.read()?)));
-        let (index, report) = chooser.choose(open.filter(|(index, _)| untried(*index)), demand)?;
+        let untried = |index: &usize| tried.is_empty() || ids.get(*index).is_some_and(|id| !tried.contains(id));
+        let open = |index: usize| reports.get(index).and_then(|packed| packed.read());
+        let (index, report) = chooser.choose(reports.len(), |index| open(index).filter(|_| untried(&index)), demand)?;
         Some(Chosen { index, report })
     }
 }

@@ -9,12 +9,12 @@ use std::time::Duration;
 use perigee_proto::PROTOCOL_VERSION;
 use perigee_proto::ids::RouterId;
 use perigee_proto::internal::{
-    Hello, Renew, ReplicaMessage, RouterMessage, Welcome, replica_client::ReplicaClient as Client, replica_message,
-    router_message,
+    EventBatch, Hello, Renew, ReplicaMessage, RouterMessage, Welcome, replica_client::ReplicaClient as Client,
+    replica_message, router_message,
 };
 use perigee_registry::{BoxFuture, ReplicaRecord};
 use perigee_tls::Dialer;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
@@ -29,6 +29,8 @@ const MAX_MESSAGE_BYTES: usize = 64 << 20;
 /// Pauses between attempts to connect.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Events from which on a batch is a large one.
+const LARGE_BATCH: usize = 16;
 
 /// How to reach an address: TCP in production, something else under a simulated network.
 pub trait Connect: Send + Sync {
@@ -58,6 +60,8 @@ pub(crate) struct ClientContext {
     pub(crate) router: RouterId,
     pub(crate) lease: Duration,
     pub(crate) next_attachment: AtomicU64,
+    /// Who takes in a large batch; one for each thread.
+    pub(crate) turns: Semaphore,
 }
 
 /// Keeps a stream to a replica until `leaving` says that the registry lost it and the stream has ended.
@@ -196,7 +200,10 @@ impl LiveStream {
                         if let Some(replica_message::Body::Batch(batch)) = &message.body {
                             clock = batch.clock;
                         }
-                        let is_batch = self.take(context, message, heard);
+                        let is_batch = match message.body {
+                            Some(replica_message::Body::Batch(batch)) => self.take_batch(context, batch, heard).await,
+                            body => self.take(context, body, heard),
+                        };
                         if is_batch && !known {
                             known = true;
                             context.replicas.attach(&self.attachment.identity.replica, self.attachment.clone());
@@ -217,24 +224,33 @@ impl LiveStream {
         why
     }
 
-    /// Takes in a message; true where it was a batch.
-    fn take(&self, context: &ClientContext, message: ReplicaMessage, now: Instant) -> bool {
+    /// Takes in a batch of events; true where it has a load. A large one waits for its turn, which lasts until those that it
+    /// woke have run: of batches that came together, the first leaves before the last is taken in, not all after that.
+    async fn take_batch(&self, context: &ClientContext, batch: EventBatch, now: Instant) -> bool {
+        let load = batch.load;
+        let is_large = batch.events.len() >= LARGE_BATCH;
+        // It is never closed.
+        let _turn = if is_large { context.turns.acquire().await.ok() } else { None };
+        context.relay.deliver(&self.attachment, batch, now);
+        if load.is_some_and(|load| self.attachment.set_load(load)) {
+            context.replicas.reconsider();
+        }
+        if is_large {
+            tokio::task::yield_now().await;
+        }
+        load.is_some()
+    }
+
+    /// Takes in any other message.
+    fn take(&self, context: &ClientContext, body: Option<replica_message::Body>, now: Instant) -> bool {
         use replica_message::Body;
-        match message.body {
-            Some(Body::Batch(batch)) => {
-                let load = batch.load;
-                context.relay.deliver(&self.attachment, batch, now);
-                if load.is_some_and(|load| self.attachment.set_load(load)) {
-                    context.replicas.reconsider();
-                }
-                return load.is_some();
-            }
+        match body {
             Some(Body::Refused(refused)) => context.relay.refused(&self.attachment, &refused),
             Some(Body::Sessions(sessions)) => self.attachment.answer_sessions(sessions.call, sessions.sessions),
             Some(Body::Flushed(flushed)) => self.attachment.answer_flush(flushed.call),
             Some(Body::MoveReport(report)) => context.relay.reported(&self.attachment, &report, now),
             Some(Body::Links(links)) => self.attachment.set_links(links.links),
-            Some(Body::Welcome(_)) | None => {
+            Some(Body::Batch(_) | Body::Welcome(_)) | None => {
                 tracing::debug!(replica = &*self.attachment.identity.replica, "message that nothing waits for");
             }
         }

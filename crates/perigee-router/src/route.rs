@@ -59,18 +59,30 @@ impl Demand {
     }
 }
 
+/// A count, none of which has its highest bit set: processors convert signed numbers in one step.
+fn float(count: u64) -> f64 {
+    count as i64 as f64
+}
+
 /// Milliseconds until the first token: decode steps until there is room, then the prompts queued before and this one, whose
 /// chunks share their steps with the rows that decode. What steps took on the whole says little: a replica that has just
 /// read a long prompt is not slow, and one that has only decoded has not shown how fast it reads.
+#[inline]
 pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
     let decode_ms = if report.decode_ms > 0.0 { report.decode_ms } else { UNKNOWN_STEP_MS };
     let token_ms = if report.prompt_token_ms > 0.0 { report.prompt_token_ms } else { UNKNOWN_TOKEN_MS };
-    let tokens = (report.queued_tokens + demand.prompt_tokens) as f64;
-    let chunks = (tokens / report.step_tokens.max(1) as f64).max(1.0);
-    let shared_ms = if report.running > 0 { chunks * decode_ms } else { 0.0 };
+    let queued = report.queued_tokens + demand.prompt_tokens;
+    let tokens = float(queued);
+    let shared_ms = if report.running == 0 {
+        0.0
+    } else if queued <= report.step_tokens {
+        decode_ms
+    } else {
+        tokens / float(report.step_tokens.max(1)) * decode_ms
+    };
     let first_ms = tokens * token_ms + shared_ms;
     let (slots_short, pages_short) = (report.slots_short(demand), report.pages_short(demand));
-    // With room, which most of a thousand replicas have, the rest need not be divided out.
+    // With room, which most of a thousand replicas have, nothing need be divided.
     if slots_short == 0 && pages_short == 0 {
         return first_ms;
     }
@@ -88,41 +100,73 @@ pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
 /// Chooses among reports, in memory that it keeps.
 #[derive(Debug, Default)]
 pub(crate) struct Chooser {
-    times: Vec<f64>,
+    rows: Vec<Row>,
+}
+
+/// What a choice looks at.
+#[derive(Debug, Clone, Copy)]
+struct Row {
+    index: u32,
+    sessions: u32,
+    /// Expected time; of those that take the best that others show, not a number at first.
+    ms: f64,
+}
+
+impl Row {
+    fn is_before(&self, other: &Self) -> bool {
+        self.sessions < other.sessions || self.sessions == other.sessions && self.ms < other.ms
+    }
 }
 
 impl Chooser {
-    /// One with nearly the least expected time: that with fewest sessions, then the least time, then the first.
-    pub(crate) fn choose<K>(
+    /// Of `count` replicas, those with a report, one with nearly the least expected time: that with fewest sessions, then the
+    /// least time, then the first.
+    pub(crate) fn choose(
         &mut self,
-        reports: impl Iterator<Item = (K, Report)> + Clone,
+        count: usize,
+        report: impl Fn(usize) -> Option<Report>,
         demand: Demand,
-    ) -> Option<(K, Report)> {
+    ) -> Option<(usize, Report)> {
         // An idle replica's times are those of its last load, whatever that was, and one that has done nothing yet has none:
         // both take the best that anybody shows, so that they are tried and measured again.
         let (mut best_decode, mut best_token) = (f64::INFINITY, f64::INFINITY);
         let less = |best: f64, time: f64| if time > 0.0 && time < best { time } else { best };
-        for (_, report) in reports.clone() {
+        let mut least = f64::INFINITY;
+        let mut is_all = true;
+        self.rows.clear();
+        for index in 0..count {
+            let Some(report) = report(index) else { continue };
             best_decode = less(best_decode, report.decode_ms);
             best_token = less(best_token, report.prompt_token_ms);
+            let sessions = report.running + report.waiting;
+            let has_own = sessions > 0 && report.decode_ms > 0.0 && report.prompt_token_ms > 0.0;
+            let ms = if has_own { expected_ms(&report, demand) } else { f64::NAN };
+            is_all &= has_own;
+            least = if ms < least { ms } else { least };
+            let sessions = u32::try_from(sessions).unwrap_or(u32::MAX);
+            self.rows.push(Row { index: index as u32, sessions, ms });
         }
-        let or_unknown = |best: f64| if best.is_finite() { best } else { 0.0 };
-        let (best_decode, best_token) = (or_unknown(best_decode), or_unknown(best_token));
-        let time = |report: &Report| {
-            let is_idle = report.running + report.waiting == 0;
-            let or_best = |own: f64, best: f64| if is_idle || own <= 0.0 { best } else { own };
-            let decode_ms = or_best(report.decode_ms, best_decode);
-            let prompt_token_ms = or_best(report.prompt_token_ms, best_token);
-            expected_ms(&Report { decode_ms, prompt_token_ms, ..*report }, demand)
-        };
-        self.times.clear();
-        self.times.extend(reports.clone().map(|(_, report)| time(&report)));
-        let near = self.times.iter().copied().fold(f64::INFINITY, f64::min) * NEARLY;
-        let timed = reports.zip(&self.times).filter(|(_, time)| **time <= near);
-        let rank = |report: &Report, time: f64| (report.running + report.waiting, time);
-        let better = |a: (u64, f64), b: (u64, f64)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1));
-        let ranked = timed.map(|((key, report), time)| (rank(&report, *time), (key, report)));
-        ranked.min_by(|(a, _), (b, _)| better(*a, *b)).map(|(_, chosen)| chosen)
+        if !is_all {
+            let or_unknown = |best: f64| if best.is_finite() { best } else { 0.0 };
+            let (best_decode, best_token) = (or_unknown(best_decode), or_unknown(best_token));
+            for row in self.rows.iter_mut().filter(|row| row.ms.is_nan()) {
+                let Some(report) = report(row.index as usize) else { continue };
+                let or_best = |own: f64, best: f64| if row.sessions == 0 || own <= 0.0 { best } else { own };
+                let decode_ms = or_best(report.decode_ms, best_decode);
+                let prompt_token_ms = or_best(report.prompt_token_ms, best_token);
+                row.ms = expected_ms(&Report { decode_ms, prompt_token_ms, ..report }, demand);
+                least = if row.ms < least { row.ms } else { least };
+            }
+        }
+        let near = least * NEARLY;
+        let mut best: Option<&Row> = None;
+        for row in self.rows.iter().filter(|row| row.ms <= near) {
+            if best.is_none_or(|best| row.is_before(best)) {
+                best = Some(row);
+            }
+        }
+        let index = best?.index as usize;
+        Some((index, report(index)?))
     }
 }
 
@@ -146,7 +190,8 @@ mod tests {
     const BUSY: Report = Report { running: 1, ..IDLE };
 
     fn choose(reports: &[Report], demand: Demand) -> Option<usize> {
-        Chooser::default().choose(reports.iter().copied().enumerate(), demand).map(|(index, _)| index)
+        let report = |index: usize| reports.get(index).copied();
+        Chooser::default().choose(reports.len(), report, demand).map(|(index, _)| index)
     }
 
     #[test]

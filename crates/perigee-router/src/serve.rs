@@ -15,6 +15,8 @@ use perigee_text::{ChatTemplate, Tokenizer};
 use perigee_tls::{Dialer, Listening, Purpose, Tls, require_certificate};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_stream::{Stream, StreamExt};
@@ -142,6 +144,7 @@ impl Router {
             router: RouterId(router),
             lease: config.lease,
             next_attachment: AtomicU64::new(0),
+            turns: Semaphore::new(Handle::current().metrics().num_workers()),
         };
         let resume_key = match parts.resume_key {
             Some(key) => key,

@@ -338,7 +338,7 @@ mod tests {
         perigee_step_seconds{phase}, perigee_requests_running, perigee_requests_waiting, perigee_tokens_total{kind},
         perigee_state_slots{kind}, perigee_latent_pages{kind}, perigee_preemptions_total,
         perigee_migrations_total{mode,result}, perigee_migration_stall_seconds, perigee_migration_bytes_total{kind},
-        perigee_remote_attention_seconds, perigee_prefix_tokens_total{result}";
+        perigee_migration_state_bytes_total{way}, perigee_remote_attention_seconds, perigee_prefix_tokens_total{result}";
 
     #[test]
     fn the_table_holds_what_was_promised() {

@@ -8,6 +8,8 @@ pub(crate) mod router;
 pub(crate) mod score;
 pub(crate) mod up;
 
+use tokio::runtime::{Builder, Runtime};
+
 /// Options that contradict each other, one fault a line: exit code 2, as for options that do not exist.
 #[derive(Debug)]
 pub(crate) struct UsageError(String);
@@ -28,6 +30,18 @@ pub(crate) fn without_faults(faults: &[String]) -> anyhow::Result<()> {
 /// A count that 0 makes no sense for.
 pub(crate) fn at_least_one() -> clap::builder::RangedU64ValueParser<usize> {
     clap::builder::RangedU64ValueParser::new().range(1..)
+}
+
+/// One for every two processors that this process may have.
+pub(crate) fn half_of_processors() -> usize {
+    (std::thread::available_parallelism().map_or(1, usize::from) / 2).max(1)
+}
+
+/// A runtime of so many threads. One thread alone takes its tasks in the order in which they became ready; that of several
+/// has a queue of 256 for each, and what no longer fits waits until the others have found it, which a batch's tokens would do.
+pub(crate) fn runtime(threads: usize) -> std::io::Result<Runtime> {
+    let mut builder = if threads == 1 { Builder::new_current_thread() } else { Builder::new_multi_thread() };
+    builder.worker_threads(threads).enable_all().build()
 }
 
 /// Completes on Ctrl-C or SIGTERM.

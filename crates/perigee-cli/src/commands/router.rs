@@ -11,7 +11,7 @@ use perigee_telemetry::TelemetryOptions;
 use perigee_tls::ServerTlsOptions;
 use tokio::net::TcpListener;
 
-use crate::commands::{UsageError, at_least_one, interrupted, without_faults};
+use crate::commands::{UsageError, at_least_one, half_of_processors, interrupted, runtime, without_faults};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
 /// What a router does with requests, wherever it runs.
@@ -126,9 +126,7 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
         None => (None, None, None),
     };
     let config = args.options.config(model_digest);
-    let threads =
-        args.threads.unwrap_or_else(|| (std::thread::available_parallelism().map_or(1, usize::from) / 2).max(1));
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
+    let runtime = runtime(args.threads.unwrap_or_else(half_of_processors))?;
     runtime.block_on(async {
         let bind = async |option: &str, address: SocketAddr| {
             TcpListener::bind(address).await.with_context(|| format!("{option}: listening at {address}"))

@@ -1,14 +1,15 @@
 //! One router's stream to a stub replica: requests come in, and every step sends a token of each session that runs.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use perigee_proto::internal::{
     Counts, EventBatch, Finish, Flushed, Load, ReplicaMessage, RouterMessage, SessionEvent, Sessions, Submit,
     replica_message, router_message,
 };
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 use tonic::{Status, Streaming};
 
 use super::StubReplica;
@@ -26,6 +27,7 @@ pub(super) struct Attached {
     /// Prompt tokens that the next step reads.
     unread: u64,
     steps: u64,
+    random: ChaCha8Rng,
     started: Instant,
 }
 
@@ -42,7 +44,8 @@ impl Attached {
     pub(super) fn new(replica: StubReplica, to_router: mpsc::UnboundedSender<Result<ReplicaMessage, Status>>) -> Self {
         let started = Instant::now();
         let (running, waiting) = (Vec::new(), VecDeque::new());
-        Self { replica, to_router, running, waiting, unread: 0, steps: 0, started }
+        let random = ChaCha8Rng::seed_from_u64(replica.seed);
+        Self { replica, to_router, running, waiting, unread: 0, steps: 0, random, started }
     }
 
     /// Steps until the router goes away.
@@ -50,13 +53,16 @@ impl Attached {
         let welcome = replica_message::Body::Welcome(self.replica.welcome());
         let mut alive = self.send(welcome) && self.step();
         let mut due = Instant::now() + IDLE;
+        let mut rings = self.replica.pacer.at(due);
         while alive {
             tokio::select! {
                 // A step that is due comes first: a router with much to say must not hold it up.
                 biased;
-                () = tokio::time::sleep_until(due) => {
+                _ = &mut rings => {
                     alive = self.step();
-                    due = Instant::now() + self.pause();
+                    // A step that was late, because this process had no processor, makes no later one late.
+                    due = (due + self.pause()).max(Instant::now());
+                    rings = self.replica.pacer.at(due);
                 }
                 message = from_router.message() => match message {
                     Ok(Some(RouterMessage { body: Some(body) })) => {
@@ -64,6 +70,7 @@ impl Attached {
                         alive = self.take(body);
                         if was_idle && !self.running.is_empty() {
                             due = Instant::now() + self.replica.phase + self.pause();
+                            rings = self.replica.pacer.at(due);
                         }
                     }
                     Ok(Some(RouterMessage { body: None })) => {}
@@ -74,8 +81,12 @@ impl Attached {
     }
 
     /// Time until the next batch.
-    fn pause(&self) -> Duration {
-        if self.running.is_empty() { IDLE } else { self.replica.steps.time(self.running.len(), self.unread) }
+    fn pause(&mut self) -> Duration {
+        if self.running.is_empty() {
+            return IDLE;
+        }
+        let steps = &self.replica.steps;
+        steps.draw(steps.time(self.running.len(), self.unread), &mut self.random)
     }
 
     fn send(&self, body: replica_message::Body) -> bool {

@@ -4,7 +4,9 @@
 mod attached;
 mod clock;
 mod direct;
-mod probe;
+mod flow;
+mod pacer;
+mod relayed;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -17,6 +19,8 @@ use perigee_proto::internal::{
     ModelInfo, PageChunk, ReplicaMessage, RouterMessage, Welcome, router_message,
 };
 use perigee_tls::{Listening, Purpose, Tls};
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -26,7 +30,9 @@ use tonic::{Request, Response, Status, Streaming};
 use attached::Attached;
 pub use clock::Clock;
 pub use direct::DirectTarget;
-pub use probe::{Probe, Transit};
+pub use flow::{Flow, Flowed};
+pub use pacer::Pacer;
+pub use relayed::RelayedTarget;
 
 /// Number of token ids that a stub says it has: prompts are drawn below it. What it generates are times.
 const VOCABULARY: u32 = 100_000;
@@ -42,15 +48,22 @@ pub struct Steps {
     pub per_session: Duration,
     /// More for each prompt token that it reads.
     pub per_prompt_token: Duration,
+    /// By which share of its time a step may be longer or shorter, evenly drawn: replicas do not step at one beat.
+    pub jitter: f64,
 }
 
 impl Steps {
-    /// A step's time.
+    /// A step's time on the whole.
     pub fn time(&self, sessions: usize, prompt_tokens: u64) -> Duration {
         let count = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
         self.base
             + self.per_session.saturating_mul(count(sessions as u64))
             + self.per_prompt_token.saturating_mul(count(prompt_tokens))
+    }
+
+    /// One step's time, of `time` on the whole.
+    fn draw(&self, time: Duration, random: &mut ChaCha8Rng) -> Duration {
+        time.mul_f64((1.0 + self.jitter * random.random_range(-1.0..1.0)).max(0.0))
     }
 }
 
@@ -65,8 +78,12 @@ pub struct StubReplica {
     pub steps: Steps,
     /// How much later than otherwise it begins to step when it has been idle: replicas do not step at the same moments.
     pub phase: Duration,
+    /// Draws the times of its steps.
+    pub seed: u64,
     /// The clock of the ids.
     pub clock: Clock,
+    /// Wakes it for its steps.
+    pub pacer: Pacer,
 }
 
 impl StubReplica {

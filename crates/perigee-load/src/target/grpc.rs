@@ -83,7 +83,8 @@ impl Target for GrpcTarget {
     }
 }
 
-fn failure(status: Status) -> Failure {
+/// A status that is not OK.
+pub(crate) fn failure(status: Status) -> Failure {
     let code = match status.code() {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",

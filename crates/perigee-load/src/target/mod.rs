@@ -10,6 +10,7 @@ use std::ops::ControlFlow;
 use std::pin::Pin;
 
 pub use grpc::GrpcTarget;
+pub(crate) use grpc::failure;
 pub use openai::{OpenAiApi, OpenAiOptions, OpenAiTarget};
 
 use crate::Dialogue;

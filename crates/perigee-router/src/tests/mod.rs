@@ -14,4 +14,5 @@ mod orphans;
 mod replays;
 mod scene;
 mod streams;
+mod turns;
 mod walks;

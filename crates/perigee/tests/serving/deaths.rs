@@ -30,7 +30,7 @@ const UNDERWAY: usize = 5;
 /// How much further the others must come afterwards.
 const FURTHER: usize = 40;
 /// More than any scene lets them generate.
-const ENDLESS: u32 = 8000;
+const ENDLESS: u32 = 30_000;
 
 /// One stream that goes on until it is told that it is enough.
 struct Open {

@@ -18,7 +18,7 @@ use crate::{PATIENCE, greedy, up};
 /// By when what an ended request held is free.
 const FREED: Duration = Duration::from_secs(1);
 const SLOTS: u32 = 4;
-const ENDLESS: u32 = 8000;
+const ENDLESS: u32 = 30_000;
 
 async fn cluster() -> (Sandbox, Clients) {
     let sandbox = up(1, 2).option(format!("--state-slots={SLOTS}")).option("--latent-pages=1024").start().unwrap();

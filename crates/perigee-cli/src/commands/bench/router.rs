@@ -1,15 +1,14 @@
 //! `perigee bench router`: the shipped router as a process of its own, between stub replicas and a load client that live in
 //! this process. The stubs' steps take modelled time, so what is measured is the router alone: its processor time from
 //! /proc, its choices of replicas by its own metric, and how much longer tokens are on their way from a stub's send to the
-//! client's receipt than where the same client attaches to the same stubs itself.
+//! client's receipt than where a client attaches to the same stubs itself.
 
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use perigee_load::report::Summary;
-use perigee_load::stub::{Clock, DirectTarget, Probe};
-use perigee_load::target::{GrpcTarget, Target};
-use perigee_load::{Arrivals, Length, Pace, Plan, Report, Scenario};
+use perigee_load::stub::{Clock, DirectTarget, Flow, Flowed, RelayedTarget, Steps};
+use perigee_load::target::Target;
 use perigee_tls::{Dialer, ServerTlsOptions};
 use serde::Serialize;
 
@@ -17,7 +16,7 @@ use super::child::{Placement, RouterProcess};
 use super::raise_file_limit;
 use super::stubs::{Stubs, milliseconds};
 use crate::client::{ClientArgs, print_json};
-use crate::commands::{at_least_one, without_faults};
+use crate::commands::{at_least_one, half_of_processors, runtime, without_faults};
 
 /// Calls at once that a router allows on one connection, with some room left.
 const STREAMS_PER_CONNECTION: usize = 500;
@@ -31,7 +30,7 @@ pub(super) struct RouterBenchArgs {
     /// Streams at once.
     #[arg(long, default_value_t = 1000, value_parser = at_least_one())]
     streams: usize,
-    /// Requests to measure, after one of each stream to warm up.
+    /// Requests to measure, after one of each stream to warm up and before another one of each.
     #[arg(long, default_value_t = 5000, value_parser = at_least_one())]
     requests: usize,
     /// Prompt tokens of a request.
@@ -40,9 +39,12 @@ pub(super) struct RouterBenchArgs {
     /// Tokens that a request generates.
     #[arg(long, default_value_t = 256)]
     output: u32,
-    /// Milliseconds of a stub's step.
-    #[arg(long, default_value_t = 20.0)]
+    /// Milliseconds of a stub's step: 1,000 streams and 8 ms are 125,000 tokens/s.
+    #[arg(long, default_value_t = 8.0)]
     step_ms: f64,
+    /// By which share of that a step may be longer or shorter, evenly drawn: replicas do not step at one beat.
+    #[arg(long, default_value_t = 0.1)]
+    jitter: f64,
     /// Microseconds more for each session in a step.
     #[arg(long, default_value_t = 0.0)]
     session_us: f64,
@@ -72,8 +74,8 @@ struct Row {
     replicas: usize,
     streams: usize,
     tls: bool,
-    requests: u64,
-    failed: u64,
+    requests: usize,
+    failed: usize,
     seconds: f64,
     tokens_s: f64,
     /// Processor time of the router process.
@@ -97,12 +99,16 @@ pub(super) fn run(args: RouterBenchArgs) -> anyhow::Result<()> {
     if milliseconds(args.step_ms).is_none() {
         faults.push("--step-ms: expected a time above 0".to_owned());
     }
+    if !(0.0..1.0).contains(&args.jitter) {
+        faults.push("--jitter: expected a share from 0 to below 1".to_owned());
+    }
     if args.prompt == 0 || args.output == 0 {
         faults.push("--prompt and --output: expected at least 1".to_owned());
     }
     without_faults(&faults)?;
     raise_file_limit();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // As many threads as the router has: where all share the processors, neither is in the other's way.
+    let runtime = runtime(half_of_processors())?;
     let mut rows = Vec::new();
     for &replicas in &args.replicas {
         rows.push(runtime.block_on(measure(&args, replicas, &ServerTlsOptions::default()))?);
@@ -121,39 +127,38 @@ pub(super) fn run(args: RouterBenchArgs) -> anyhow::Result<()> {
 async fn measure(args: &RouterBenchArgs, replicas: usize, tls: &ServerTlsOptions) -> anyhow::Result<Row> {
     let clock = Clock::start();
     let stubs = Stubs::start(args.modelled(replicas), replicas, clock, tls.load()?).await?;
-    let direct = stubs.channels(&dialer(tls)?).await?;
-    let direct = args.load(Arc::new(DirectTarget::attach(direct).await?), clock, || Ok(())).await?;
+    let direct = DirectTarget::attach(stubs.channels(&dialer(tls)?).await?).await?;
+    // Its times alone are wanted, for which fewer tokens do.
+    let requests = args.requests.min(args.streams);
+    let direct = args.ask(Arc::new(direct), clock, requests, || ()).await?;
 
     let mut arguments = tls.to_arguments();
     arguments.extend(args.router_threads.map(|threads| format!("--threads={threads}")));
-    let router = RouterProcess::start(&stubs.registry(), &arguments, args.router_cpus.as_deref()).await?;
+    let router = Arc::new(RouterProcess::start(&stubs.registry(), &arguments, args.router_cpus.as_deref()).await?);
     let client = ClientArgs { router: router.grpc.clone(), json: false, tls: tls.as_client() };
     stubs.wait_until_attached(&client).await?;
     let mut channels = Vec::new();
     for _ in 0..args.streams.div_ceil(STREAMS_PER_CONNECTION) {
         channels.push(client.channel().await?);
     }
-    let mut before = None;
-    let begin = || {
-        before = Some(router.cpu()?);
-        Ok(())
-    };
-    let routed = args.load(Arc::new(GrpcTarget::new(channels).await?), clock, begin).await?;
-    let before = before.context("the measured part did not begin")?;
-    let router_cpu_s = (router.cpu()? - before).as_secs_f64();
+    let measured = router.clone();
+    let target = Arc::new(RelayedTarget::new(channels));
+    let routed = args.ask(target, clock, args.requests, move || measured.cpu()).await?;
+    let (before, after) = routed.meter;
+    let router_cpu_s = (after? - before?).as_secs_f64();
+    let tokens_per_core_s = routed.tokens as f64 / router_cpu_s;
     let has_tls = tls.tls_cert.is_some();
-    let counted = &routed.report.counted;
     Ok(Row {
         replicas,
         streams: args.streams,
         tls: has_tls,
-        requests: counted.requests,
-        failed: counted.failed,
-        seconds: routed.report.seconds,
-        tokens_s: routed.report.output_tok_s,
+        requests: routed.completed + routed.failed,
+        failed: routed.failed,
+        seconds: routed.seconds,
+        tokens_s: routed.tokens as f64 / routed.seconds,
         router_cpu_s,
-        tokens_per_core_s: counted.output_tokens as f64 / router_cpu_s,
-        cpu_ms_per_request: router_cpu_s * 1e3 / counted.requests.max(1) as f64,
+        tokens_per_core_s,
+        cpu_ms_per_request: f64::from(args.output) * 1e3 / tokens_per_core_s,
         placement_us: if has_tls { None } else { Some(router.placement().await?) },
         added_p50_ms: routed.transit.p50 - direct.transit.p50,
         added_p99_ms: routed.transit.p99 - direct.transit.p99,
@@ -167,71 +172,37 @@ fn dialer(tls: &ServerTlsOptions) -> anyhow::Result<Dialer> {
     Ok(if tls.tls_cert.is_some() { Dialer::new(Some(tls.as_client().load()?)) } else { Dialer::plain() })
 }
 
-/// What came of a load.
-struct Loaded {
-    report: Report,
-    /// From a stub's send to the client's receipt.
-    transit: Summary,
-}
-
 impl RouterBenchArgs {
     /// How the stubs behave.
     fn modelled(&self, replicas: usize) -> super::stubs::Modelled {
         let microseconds = |time: f64| milliseconds(time / 1e3).unwrap_or_default();
         super::stubs::Modelled {
-            steps: perigee_load::stub::Steps {
+            steps: Steps {
                 base: milliseconds(self.step_ms).unwrap_or_default(),
                 per_session: microseconds(self.session_us),
                 per_prompt_token: microseconds(self.prompt_token_us),
+                jitter: self.jitter,
             },
             // Twice what falls to each, so that none has to wait where placement is uneven.
             slots: (2 * self.streams.div_ceil(replicas)).max(8) as u32,
         }
     }
 
-    /// Asks once for each stream to warm up, begins to measure, and asks for as many requests as are to be measured.
-    async fn load(
+    /// Asks for as many requests as are to be measured, and reads a meter before and after.
+    async fn ask<T: Send + 'static>(
         &self,
         target: Arc<dyn Target>,
         clock: Clock,
-        begin: impl FnOnce() -> anyhow::Result<()>,
-    ) -> anyhow::Result<Loaded> {
-        let probe = Arc::new(Probe::new(target, clock));
-        let transit = probe.transit();
-        self.ask(self.streams, probe.clone()).await?;
-        transit.clear();
-        begin()?;
-        let report = self.ask(self.requests, probe).await?;
-        Ok(Loaded { report, transit: transit.summary() })
-    }
-
-    /// As many requests, from clients that each wait for their answer.
-    async fn ask(&self, requests: usize, target: Arc<Probe>) -> anyhow::Result<Report> {
-        let scenario = Scenario {
-            name: "router".to_owned(),
-            seed: 1,
-            arrivals: Arrivals::Closed { concurrency: self.streams },
-            conversations: Some(requests),
-            duration_s: None,
-            warmup_s: 0.0,
-            prompt: Length::Fixed { tokens: self.prompt },
-            output: Length::Fixed { tokens: self.output },
-            prefixes: None,
-            turns: None,
-            cancel: None,
-            timeout_s: None,
-            temperature: Some(0.0),
-            ignore_eos: true,
-            slo: Default::default(),
-            thresholds: Default::default(),
-        };
-        let plan = Plan::new(&scenario)?;
-        let tally = perigee_load::run(&scenario, plan, target, Arc::default(), Pace::Thread).await;
-        let report = tally.report("stub replicas".to_owned());
-        if report.counted.completed == 0 {
-            bail!("no request completed: {:?}", report.messages);
+        requests: usize,
+        meter: impl Fn() -> T + Send + Sync + 'static,
+    ) -> anyhow::Result<Flowed<T>> {
+        let rise = milliseconds(self.step_ms * f64::from(self.output)).unwrap_or_default();
+        let flow = Flow { clients: self.streams, requests, prompt: self.prompt, output: self.output, rise, clock };
+        let flowed = flow.run(target, meter).await.context("a client stopped: nothing was measured")?;
+        if flowed.completed == 0 {
+            bail!("no request completed: {:?}", flowed.why);
         }
-        Ok(report)
+        Ok(flowed)
     }
 }
 

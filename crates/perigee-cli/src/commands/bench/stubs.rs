@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use perigee_load::stub::{Clock, Steps, StubReplica};
+use perigee_load::stub::{Clock, Pacer, Steps, StubReplica};
 use perigee_proto::v1::ListReplicasRequest;
 use perigee_tls::{Dialer, Tls};
 use tokio::net::TcpListener;
@@ -39,12 +39,14 @@ impl Stubs {
     ) -> anyhow::Result<Self> {
         let (mut addresses, mut serving) = (Vec::new(), JoinSet::new());
         let Modelled { steps, slots } = modelled;
+        let pacer = Pacer::start().context("starting the thread that paces stub replicas")?;
         for number in 0..count {
             let listener = TcpListener::bind("127.0.0.1:0").await.context("listening for a stub replica")?;
             addresses.push(listener.local_addr()?.to_string());
             // Replicas do not step at the same moments.
             let phase = steps.base.mul_f64(number as f64 / count as f64);
-            let stub = StubReplica { name: name(number), slots, steps, phase, clock };
+            let (name, seed, pacer) = (name(number), number as u64, pacer.clone());
+            let stub = StubReplica { name, slots, steps, phase, seed, clock, pacer };
             let tls = tls.clone();
             serving.spawn(async move {
                 if let Err(error) = stub.serve(listener, tls).await {
