@@ -21,6 +21,9 @@ pub enum ModelError {
         /// The operating system's reason.
         source: std::io::Error,
     },
+    /// The demo model that is part of this program.
+    #[error(transparent)]
+    Demo(#[from] perigee_demo::Damaged),
     /// config.json is not JSON.
     #[error("config.json: not valid JSON: {0}")]
     ConfigSyntax(serde_json::Error),

@@ -26,9 +26,10 @@ const CHUNK: u64 = 1 << 16;
 /// The name is a directory's; otherwise as there.
 pub fn init_model(directory: &Path, spec: &ModelSpec, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
     if *spec == ModelSpec::Demo {
+        let weights = perigee_demo::weights()?;
+        let bytes = weights.len() as u64;
         claim(directory)?;
-        let bytes = perigee_demo::WEIGHTS.len() as u64;
-        write_file(directory, WEIGHTS_FILE, perigee_demo::WEIGHTS)?;
+        write_file(directory, WEIGHTS_FILE, &weights)?;
         write_file(directory, CONFIG_FILE, perigee_demo::CONFIG.as_bytes())?;
         progress(bytes, bytes);
         return Ok(());

@@ -40,7 +40,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 enum Contents {
     Mapped(FileMap),
-    Embedded(&'static [u8]),
+    Unpacked(Vec<u8>),
 }
 
 impl Deref for Contents {
@@ -49,7 +49,7 @@ impl Deref for Contents {
     fn deref(&self) -> &[u8] {
         match self {
             Self::Mapped(map) => map,
-            Self::Embedded(bytes) => bytes,
+            Self::Unpacked(bytes) => bytes,
         }
     }
 }
@@ -83,10 +83,10 @@ impl Checkpoint {
     /// The demo model.
     ///
     /// # Errors
-    /// None in practice: its files are part of this program.
+    /// This program's file is damaged.
     pub fn demo() -> Result<Self> {
         let mut files = Files::default();
-        files.add(perigee_demo::NAME.into(), Contents::Embedded(perigee_demo::WEIGHTS), None)?;
+        files.add(perigee_demo::NAME.into(), Contents::Unpacked(perigee_demo::weights()?), None)?;
         Self::validate(perigee_demo::CONFIG.to_owned(), files.contents, files.found)
     }
 
