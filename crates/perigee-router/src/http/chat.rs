@@ -13,6 +13,7 @@ use super::answers::{Answers, Started, finish_reason};
 use super::body::Body;
 use super::error::HttpError;
 use super::logprobs::Shower;
+use super::messages::conversation;
 use super::sampling::Shared;
 use super::tools::{self, Tool, ToolChoice};
 use super::{events, now, response_format};
@@ -88,16 +89,10 @@ impl ChatRequest {
     }
 
     fn input(&self, uses_tools: bool) -> Result<ChatInput, HttpError> {
-        if self.messages.is_empty() {
-            return Err(HttpError::invalid("messages", "there must be at least one"));
-        }
-        if let Some(at) = self.messages.iter().position(|message| !message.get("role").is_some_and(Value::is_string)) {
-            return Err(HttpError::invalid("messages", format!("messages[{at}] has no role")));
-        }
         let tools = self.tools.iter().flatten().filter(|_| uses_tools).map(|tool| tool.object());
         let tools: Vec<Value> = tools.collect();
         Ok(ChatInput {
-            messages: self.messages.iter().cloned().map(Value::Object).collect(),
+            messages: conversation(self.messages.clone())?,
             tools: if tools.is_empty() { Value::Null } else { tools.into() },
             add_generation_prompt: self.add_generation_prompt.unwrap_or(true),
             variables: self.chat_template_kwargs.clone().unwrap_or_default(),

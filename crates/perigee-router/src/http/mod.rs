@@ -12,6 +12,7 @@ mod completions;
 mod error;
 mod events;
 mod logprobs;
+mod messages;
 mod models;
 mod response_format;
 mod sampling;

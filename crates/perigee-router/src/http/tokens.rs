@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::body::Body;
 use super::error::HttpError;
+use super::messages::conversation;
 use crate::service::InferenceService;
 use crate::validate;
 
@@ -15,7 +16,7 @@ use crate::validate;
 #[derive(Debug, Deserialize)]
 pub(crate) struct TokenizeRequest {
     prompt: Option<String>,
-    messages: Option<Vec<Value>>,
+    messages: Option<Vec<Map<String, Value>>>,
     tools: Option<Vec<Value>>,
     add_generation_prompt: Option<bool>,
     chat_template_kwargs: Option<Map<String, Value>>,
@@ -44,7 +45,7 @@ pub(crate) async fn tokenize(
         }
         (None, Some(messages)) => {
             let input = ChatInput {
-                messages: messages.into(),
+                messages: conversation(messages)?,
                 tools: request.tools.into(),
                 add_generation_prompt: request.add_generation_prompt.unwrap_or(true),
                 variables: request.chat_template_kwargs.unwrap_or_default(),
