@@ -41,6 +41,12 @@ async fn ways(
     course.moves.into_iter().map(|(_, result)| way(result)).collect()
 }
 
+/// Has a session go from the first replica to another one, beside which their pair is met.
+async fn meet(relay: &mut Relay<'_>, undisturbed: &mut Undisturbed, to: usize) {
+    let gone = ways(relay, undisturbed, &session(&format!("meets-{to}")), &[order(5, to)]).await;
+    assert_eq!(gone, [Ok(Way::Stream)]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_first_state_goes_in_the_stream_and_later_ones_by_the_pair_that_was_met_meanwhile() {
     let mut undisturbed = undisturbed();
@@ -114,8 +120,7 @@ async fn a_pair_that_one_side_has_lost_is_made_anew() {
     let (spec, pairing) = paired(&[1, 1]);
     let world = World::start(&spec).unwrap();
     let mut relay = Relay::attach(&world);
-    let gone = ways(&mut relay, &mut undisturbed, &session("meets"), &[order(5, 1)]).await;
-    assert_eq!(gone, [Ok(Way::Stream)]);
+    meet(&mut relay, &mut undisturbed, 1).await;
     pairing.trouble(PairTrouble::NotTaken);
     let gone = ways(&mut relay, &mut undisturbed, &session("stays"), &[order(5, 1)]).await;
     assert!(matches!(&gone[..], [Err(why)] if why.contains("not to be taken")), "{gone:?}");
@@ -136,8 +141,7 @@ async fn a_target_that_dies_with_a_state_on_its_way_takes_neither_the_session_no
     let world = World::start(&spec).unwrap();
     let mut relay = Relay::attach(&world);
     for to in [1, 2] {
-        let gone = ways(&mut relay, &mut undisturbed, &session(&format!("meets-{to}")), &[order(5, to)]).await;
-        assert_eq!(gone, [Ok(Way::Stream)]);
+        meet(&mut relay, &mut undisturbed, to).await;
     }
     pairing.trouble(PairTrouble::Silent);
     let killed = async {
@@ -162,8 +166,7 @@ async fn a_source_that_dies_with_a_state_on_its_way_leaves_nothing_behind() {
     let (spec, pairing) = paired(&[1, 1]);
     let world = World::start(&spec).unwrap();
     let mut relay = Relay::attach(&world);
-    let gone = ways(&mut relay, &mut undisturbed, &session("meets"), &[order(5, 1)]).await;
-    assert_eq!(gone, [Ok(Way::Stream)]);
+    meet(&mut relay, &mut undisturbed, 1).await;
     pairing.trouble(PairTrouble::Silent);
     let killed = async {
         pairing.sending().await;
