@@ -37,7 +37,7 @@ fn all_end(mut process: Child, count: usize, end: impl FnOnce(&mut Child)) {
 #[test]
 fn a_benchmark_that_is_killed_leaves_no_router_and_no_cluster() {
     let kill = |process: &mut Child| process.kill().unwrap();
-    all_end(start(&["bench", "router", "--replicas=1", "--requests=1000000"]), 1, kill);
+    all_end(start(&["bench", "router", "--replicas=1", "--requests=20000"]), 1, kill);
     // The cluster and the leaders of its replicas.
     all_end(start(&["bench", "migrate", "--context=1024"]), 3, kill);
 }
