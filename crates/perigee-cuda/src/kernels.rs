@@ -116,7 +116,7 @@ impl KdaFast {
             ("kda_chunk", 3 * column + 64 * 64 * 4 + 3 * 64 * 4 + 4 * head_dim * 4)
         };
         let stage = (3 * 64 * (head_dim + 8) + 64 * 72) * 2 + 64 * 40 * 4 + head_dim * 4;
-        let scan_shared = if is_bf16 { 3 * stage + (head_dim + 64) * 40 * 2 + 48 } else { 0 };
+        let scan_shared = if is_bf16 { 3 * stage + (head_dim + 64) * 40 * 2 + 24 } else { 0 };
         let kernels = Self {
             head_dim,
             chunk: modules.overlapping(module, &format!("kda_chunk_{suffix}_{head_dim}{chunk_fault}"))?,
