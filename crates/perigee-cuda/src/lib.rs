@@ -54,6 +54,8 @@ mod tensor;
 mod tensor_map;
 #[cfg(feature = "cuda")]
 mod transfer;
+#[cfg(feature = "cuda")]
+mod tuning;
 
 #[cfg(feature = "cuda")]
 pub use backend::{CudaBackend, Options};

@@ -3,14 +3,15 @@
 #include "gemm/skinny.cuh"
 #include "moe/params.h"
 
-template <int kTokens, int kRowWarps>
-using Form = Skinny<kTokens, kRowWarps, 2, kTokens == 32 ? 3 : 4>;
+// kDeep: tokens are asked for two buffers ahead, not one.
+template <int kTokens, int kRowWarps, bool kDeep>
+using Form = Skinny<kTokens, kRowWarps, kDeep ? 3 : 2, kTokens == 48 ? 2 : kTokens == 32 ? 3 : 4>;
 
-template <int kTokens, int kRowWarps, bool kGated>
+template <int kTokens, int kRowWarps, bool kDeep, bool kGated>
 __device__ __forceinline__ void product(const MoeProductParams& p, const MoeTile& tile) {
   extern __shared__ uint4 dynamic[];
   __shared__ uint32_t rows[kTokens];  // of `in`
-  using F = Form<kTokens, kRowWarps>;
+  using F = Form<kTokens, kRowWarps, kDeep>;
   auto* buffers = reinterpret_cast<typename F::Buffer*>(dynamic);
   const uint32_t weight_rows = kGated ? 2 * p.width : p.width;
   const uint32_t first_row = blockIdx.x * F::kRows;
@@ -49,38 +50,62 @@ __device__ __forceinline__ void product(const MoeProductParams& p, const MoeTile
   }
 }
 
-template <int kRowWarps, bool kGated>
+// Asks for the last `ahead` experts' weights in the second-level cache, a piece a block: the device memory is idle while tokens choose
+// their experts, and a shared expert, the last, is chosen by all.
+__device__ __forceinline__ void ask_ahead(const MoeProductParams& p) {
+  constexpr uint32_t kPiece = 16 << 10;
+  const uint32_t block = blockIdx.y * gridDim.x + blockIdx.x;
+  if (block >= p.ahead_blocks || threadIdx.x > 0) return;
+  const uint64_t expert = 2ull * p.width * p.depth * sizeof(bf16), bytes = p.ahead * expert;
+  const uint64_t share = (bytes / p.ahead_blocks + 15) / 16 * 16, end = min((block + 1) * share, bytes);
+  const uint8_t* from = static_cast<const uint8_t*>(p.weight) + (p.experts - p.ahead) * expert;
+  for (uint64_t at = block * share; at < end; at += kPiece) {
+    const uint32_t size = static_cast<uint32_t>(min(static_cast<uint64_t>(kPiece), end - at));
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at), "r"(size) : "memory");
+  }
+}
+
+template <int kRowWarps, int kMostTokens, bool kDeep, bool kGated>
 __device__ __forceinline__ void grouped(const MoeProductParams& p) {
+  if (kGated && p.ahead > 0) ask_ahead(p);
   // Gate and up let the product down begin only once the list of tiles is there, so that it may read the list before it waits.
   if (kGated) grid_wait();
   grid_trigger();
   // The list has room for as many tiles as the grid has; beyond the count, what is read is not used.
   const uint32_t count = __ldcg(p.tile_count);
+  uint32_t at = blockIdx.y;
+  if (kGated && p.ahead > 0 && at < count) at = count - 1 - at;
   MoeTile tile;
-  tile.expert = __ldcg(&p.tiles[blockIdx.y].expert);
-  tile.first = __ldcg(&p.tiles[blockIdx.y].first);
-  tile.rows = __ldcg(&p.tiles[blockIdx.y].rows);
+  tile.expert = __ldcg(&p.tiles[at].expert);
+  tile.first = __ldcg(&p.tiles[at].first);
+  tile.rows = __ldcg(&p.tiles[at].rows);
   if (blockIdx.y >= count) {
     if (!kGated) grid_wait();
     return;
   }
-  if (tile.rows <= 8) {
-    product<8, kRowWarps, kGated>(p, tile);
+  // With a fourth form the compiler runs out of registers.
+  if (kMostTokens == 32 && tile.rows <= 8) {
+    product<8, kRowWarps, kDeep, kGated>(p, tile);
   } else if (tile.rows <= 16) {
-    product<16, kRowWarps, kGated>(p, tile);
+    product<16, kRowWarps, kDeep, kGated>(p, tile);
+  } else if (kMostTokens == 32 || tile.rows <= 32) {
+    product<32, kRowWarps, kDeep, kGated>(p, tile);
   } else {
-    product<32, kRowWarps, kGated>(p, tile);
+    product<kMostTokens, kRowWarps, kDeep, kGated>(p, tile);
   }
 }
 
-#define MOE_SKINNY(row_warps)                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(kSkinnyThreads, 2) moe_gate_up_skinny_##row_warps(const __grid_constant__ MoeProductParams p) { \
-    grouped<row_warps, true>(p);                                                                                                      \
+#define MOE_SKINNY(name, row_warps, tokens, deep)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(kSkinnyThreads, 2) moe_gate_up_skinny_##name(const __grid_constant__ MoeProductParams p) { \
+    grouped<row_warps, tokens, deep, true>(p);                                                                                        \
   }                                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(kSkinnyThreads, 2) moe_down_skinny_##row_warps(const __grid_constant__ MoeProductParams p) { \
-    grouped<row_warps, false>(p);                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(kSkinnyThreads, 2) moe_down_skinny_##name(const __grid_constant__ MoeProductParams p) { \
+    grouped<row_warps, tokens, deep, false>(p);                                                                                       \
   }                                                                                                                                   \
-  static_assert(Form<32, row_warps>::kShared == 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2, "launcher's size");                     \
-  static_assert(Form<16, row_warps>::kShared <= Form<32, row_warps>::kShared, "the same launch");
-MOE_SKINNY(4)
-MOE_SKINNY(8)
+  static_assert(Form<32, row_warps, deep>::kShared == (deep ? 3 : 2) * 32 * (64 * 3 * (8 / row_warps) + 32) * 2, "launcher's size");  \
+  static_assert(Form<16, row_warps, deep>::kShared <= Form<32, row_warps, deep>::kShared, "the same launch");                         \
+  static_assert(tokens == 32 || Form<48, row_warps, deep>::kShared == 2 * 48 * (64 * 2 * (8 / row_warps) + 32) * 2, "launcher's size");
+MOE_SKINNY(4, 4, 32, false)
+MOE_SKINNY(8, 8, 32, false)
+MOE_SKINNY(8_deep, 8, 32, true)
+MOE_SKINNY(8_tall, 8, 48, false)
