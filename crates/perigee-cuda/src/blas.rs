@@ -102,6 +102,12 @@ impl Blas {
         self.run_plan(stream, product, plan, operands)
     }
 
+    /// Forgets which algorithms were chosen.
+    #[cfg(feature = "tuning")]
+    pub(crate) fn forget_plans(&mut self) {
+        self.plans.clear();
+    }
+
     /// The library's proposals for a product, in its order.
     pub(crate) fn proposals(&self, product: &Product, operands: Operands) -> Result<Vec<Plan>> {
         let mut plans: Vec<Plan> = Vec::new();

@@ -11,11 +11,11 @@ use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::dense::{RING_BYTES, ring_bytes};
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
-    ElementParams, FeedParams, GatherParams, KdaGatesParams, KdaParams, LoadParams, MlaAbsorbParams, MlaAttendParams, MlaDecodeParams,
-    MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MlaValuesParams, MoeCombineNormParams,
-    MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams, MoeSelectParams,
-    MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams, SampleParams,
-    SkinnyParams, StateSumParams,
+    ElementParams, FeedParams, GatherParams, KdaGatesParams, KdaParams, LoadParams, MlaAbsorbParams, MlaAttendParams,
+    MlaDecodeParams, MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MlaValuesParams,
+    MoeCombineNormParams, MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams,
+    MoeSelectParams, MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams,
+    SampleParams, SkinnyParams, StateSumParams,
 };
 
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
@@ -64,6 +64,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_tensor: Option<MoeTensor>,
     /// For experts of few rows each, by ascending weight rows of a block; with bfloat16 activations only.
     pub(crate) moe_skinny: Vec<MoeTensor>,
+    /// The same with blocks that stay for several tiles, by ascending weight rows too.
+    pub(crate) moe_stay: Vec<MoeTensor>,
     /// The same with tokens asked for further ahead, and with more rows of a tile.
     pub(crate) moe_deep: Vec<MoeTensor>,
     pub(crate) moe_tall: Vec<MoeTensor>,
@@ -291,12 +293,16 @@ pub(crate) struct MoeTensor {
     pub(crate) gate_up: Kernel<MoeProductParams>,
     pub(crate) down: Kernel<MoeProductParams>,
     pub(crate) shared: usize,
+    /// Whether blocks stay for several tiles.
+    pub(crate) stays: bool,
 }
 
 /// Forms of the kernels for experts of few rows each.
 #[derive(Debug, Clone, Copy)]
 enum SkinnyForm {
     Plain,
+    /// Blocks stay for several tiles.
+    Stay,
     /// Tokens are asked for two buffers ahead.
     Deep,
     /// Tiles of up to 48 rows.
@@ -400,6 +406,7 @@ impl MoeTensor {
         // The sizes of the buffers of gemm/skinny.cuh for 32 and 48 tokens, which moe_product_skinny.cu asserts.
         let (suffix, rows, shared) = match form {
             SkinnyForm::Plain => ("", 32, 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2),
+            SkinnyForm::Stay => ("_stay", 32, 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2),
             SkinnyForm::Deep => ("_deep", 32, 3 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2),
             SkinnyForm::Tall => ("_tall", 48, 2 * 48 * (64 * 2 * (8 / row_warps) + 32) * 2),
         };
@@ -408,7 +415,8 @@ impl MoeTensor {
         let (gate_up, down) = (kernel("gate_up")?, kernel("down")?);
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
-        Ok(Self { rows, columns: 16 * row_warps, gate_up, down, shared })
+        let stays = matches!(form, SkinnyForm::Stay);
+        Ok(Self { rows, columns: 16 * row_warps, gate_up, down, shared, stays })
     }
 
     fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
@@ -418,7 +426,7 @@ impl MoeTensor {
         let down = modules.overlapping("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
-        Ok(Self { rows, columns: 128, gate_up, down, shared })
+        Ok(Self { rows, columns: 128, gate_up, down, shared, stays: false })
     }
 }
 
@@ -536,6 +544,13 @@ impl Kernels {
                 DType::Bf16 => vec![
                     MoeTensor::skinny(&modules, 4, SkinnyForm::Plain)?,
                     MoeTensor::skinny(&modules, 8, SkinnyForm::Plain)?,
+                ],
+                DType::Fp32 => Vec::new(),
+            },
+            moe_stay: match precision {
+                DType::Bf16 => vec![
+                    MoeTensor::skinny(&modules, 4, SkinnyForm::Stay)?,
+                    MoeTensor::skinny(&modules, 8, SkinnyForm::Stay)?,
                 ],
                 DType::Fp32 => Vec::new(),
             },

@@ -81,6 +81,8 @@ pub use ops::moe::Moe;
 pub use ops::norm::Norm;
 #[cfg(feature = "cuda")]
 pub use tensor::Tensor;
+#[cfg(feature = "tuning")]
+pub use tuning::{choose_variant, variants};
 
 use perigee_backend::Result;
 

@@ -50,9 +50,8 @@ impl CudaBackend {
         let mut all = Vec::new();
         for plan in self.blas.proposals(&product, operands(0))? {
             let once = |backend: &mut Self| {
-                backend.timed(|b| {
-                    (0..count).try_for_each(|at| b.blas.run_plan(&b.stream, &product, &plan, operands(at)))
-                })
+                backend
+                    .timed(|b| (0..count).try_for_each(|at| b.blas.run_plan(&b.stream, &product, &plan, operands(at))))
             };
             once(self)?;
             let mut times = (0..COPIES).map(|_| once(self)).collect::<Result<Vec<_>>>()?;

@@ -1,6 +1,7 @@
 //! Which kernel a step takes where several could: every threshold between kernels that the step's size decides, in one place. With the
 //! cargo feature `tuning`, which no shipped program has, PERIGEE_TUNING gives others, for measurements of one against the other in one
-//! run: words `name=number`, by the fields' names, and `plan=ROWSxDEPTHxOUT:INDEX` for a library product.
+//! process, where the weights lie in the same memory: variants behind each other, with `;` between them, each of words `name=number`, by
+//! the fields' names, and `plan=ROWSxDEPTHxOUT:INDEX` for a library product. An empty variant is what is shipped.
 
 /// A library product whose algorithm is not the first that the library proposes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub(crate) struct Tuning {
     pub(crate) router: usize,
     /// Tokens from which selection and sort are one kernel, a block a token.
     pub(crate) select: usize,
+    /// Tokens from which blocks of experts with few rows stay for several tiles.
+    pub(crate) stay: usize,
     /// Tokens from which tiles of experts with few rows ask for tokens two buffers ahead.
     pub(crate) deep: usize,
     /// Tokens from which such tiles have up to 48 rows.
@@ -51,6 +54,7 @@ static SHIPPED: Tuning = Tuning {
     shared: 256,
     router: 33,
     select: NEVER,
+    stay: NEVER,
     deep: NEVER,
     tall: NEVER,
     ahead: 0,
@@ -68,23 +72,55 @@ pub(crate) fn tuning() -> &'static Tuning {
     &SHIPPED
 }
 
-/// The thresholds of this process.
 #[cfg(feature = "tuning")]
-pub(crate) fn tuning() -> &'static Tuning {
-    use std::sync::OnceLock;
+pub use variants::{choose_variant, variants};
+#[cfg(feature = "tuning")]
+pub(crate) use variants::{chosen, tuning};
 
-    static TUNING: OnceLock<Tuning> = OnceLock::new();
-    TUNING.get_or_init(|| match std::env::var("PERIGEE_TUNING") {
-        // A measurement of something else than was asked for is worse than none.
-        Ok(text) => match parse(&text) {
-            Ok(tuning) => tuning,
-            Err(word) => {
-                eprintln!("PERIGEE_TUNING: {word:?} is not a threshold and its number");
-                std::process::exit(2)
-            }
-        },
-        Err(_) => SHIPPED.clone(),
-    })
+#[cfg(feature = "tuning")]
+mod variants {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::{Tuning, parse};
+
+    static VARIANTS: OnceLock<Vec<(String, Tuning)>> = OnceLock::new();
+    static CHOSEN: AtomicUsize = AtomicUsize::new(0);
+
+    /// The thresholds of this moment.
+    pub(crate) fn tuning() -> &'static Tuning {
+        &all()[chosen()].1
+    }
+
+    /// Which of the variants applies.
+    pub(crate) fn chosen() -> usize {
+        CHOSEN.load(Ordering::Relaxed) % all().len()
+    }
+
+    /// The variants that PERIGEE_TUNING gives, as it gives them.
+    pub fn variants() -> Vec<String> {
+        all().iter().map(|(text, _)| text.clone()).collect()
+    }
+
+    /// Lets one of them apply to all backends, from their next step on.
+    pub fn choose_variant(index: usize) {
+        CHOSEN.store(index, Ordering::Relaxed);
+    }
+
+    fn all() -> &'static [(String, Tuning)] {
+        VARIANTS.get_or_init(|| {
+            let text = std::env::var("PERIGEE_TUNING").unwrap_or_default();
+            let read = |variant: &str| {
+                let tuning = parse(variant).unwrap_or_else(|word| {
+                    // A measurement of something else than was asked for is worse than none.
+                    eprintln!("PERIGEE_TUNING: {word:?} is not a threshold and its number");
+                    std::process::exit(2)
+                });
+                (variant.trim().to_owned(), tuning)
+            };
+            text.split(';').map(read).collect()
+        })
+    }
 }
 
 /// The shipped thresholds with those that the text gives; the word that gives none, else.
@@ -102,6 +138,7 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "shared" => &mut tuning.shared,
             "router" => &mut tuning.router,
             "select" => &mut tuning.select,
+            "stay" => &mut tuning.stay,
             "deep" => &mut tuning.deep,
             "tall" => &mut tuning.tall,
             "ahead" => &mut tuning.ahead,

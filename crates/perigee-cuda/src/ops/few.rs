@@ -158,7 +158,8 @@ impl CudaBackend {
             stages: single_stages(group * layer.width, inner) as u32,
             ..up
         };
-        let ring = |params: &MoeSingleParams, rows: usize| ring_bytes(params.stages as usize, rows * params.depth as usize);
+        let ring =
+            |params: &MoeSingleParams, rows: usize| ring_bytes(params.stages as usize, rows * params.depth as usize);
         self.stream.launch(&kernels.gate_up, self.single_grid().shared(ring(&up, 1)), &up)?;
         self.stream.launch(&kernels.down[group - 1], self.single_grid().shared(ring(&down, group) + inner), &down)
     }

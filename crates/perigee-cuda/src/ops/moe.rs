@@ -255,6 +255,7 @@ impl CudaBackend {
         let is_deep = hidden.is_multiple_of(SKINNY_DEPTH) && width.is_multiple_of(SKINNY_DEPTH);
         let most = if self.tokens() <= FEW_TOKENS { SKINNY_COLUMNS / 2 } else { SKINNY_COLUMNS };
         let kernels = match (self.tokens(), tuning()) {
+            (tokens, tuning) if tokens >= tuning.stay => &self.kernels.moe_stay,
             (tokens, tuning) if tokens > FEW_TOKENS && tokens >= tuning.tall => &self.kernels.moe_tall,
             (tokens, tuning) if tokens > FEW_TOKENS && tokens >= tuning.deep => &self.kernels.moe_deep,
             _ => &self.kernels.moe_skinny,
@@ -314,8 +315,11 @@ impl CudaBackend {
             return self.moe_wide_products(layer, kernels, weights, x.address(), work);
         }
         if let Some(tensor) = self.moe_tensor(layer) {
+            let room = SKINNY_RESIDENT * self.stream.device().multiprocessors() as usize;
             let grid = |weight_rows: usize| {
-                Grid::new(weight_rows.div_ceil(tensor.columns), tiles(tensor.rows), 256).shared(tensor.shared)
+                let columns = weight_rows.div_ceil(tensor.columns);
+                let most = if tensor.stays { (room / columns).max(1) } else { usize::MAX };
+                Grid::new(columns, tiles(tensor.rows).min(most), 256).shared(tensor.shared)
             };
             self.stream.launch(&tensor.gate_up, grid(2 * layer.width), &up)?;
             return self.stream.launch(&tensor.down, grid(shape.hidden), &down);
