@@ -33,6 +33,8 @@ pub(crate) struct Tuning {
     pub(crate) ahead: usize,
     /// Neighbouring channels of one token's product down that are one piece for the copy engine.
     pub(crate) down: usize,
+    /// Whether latents' pages are dealt out to blocks that stay, where all rows are of one token: 1, else 0.
+    pub(crate) deal: usize,
     /// Rows of one token up to which their kernel computes KDA's gates too; beyond, each row's reading of their weights costs more than
     /// a product of its own.
     pub(crate) gates_within: usize,
@@ -59,6 +61,7 @@ static SHIPPED: Tuning = Tuning {
     tall: NEVER,
     ahead: 0,
     down: 1,
+    deal: 1,
     gates_within: 8,
     gates: NEVER,
     bulk: 24,
@@ -143,6 +146,7 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "tall" => &mut tuning.tall,
             "ahead" => &mut tuning.ahead,
             "down" => &mut tuning.down,
+            "deal" => &mut tuning.deal,
             "gates_within" => &mut tuning.gates_within,
             "gates" => &mut tuning.gates,
             "bulk" => &mut tuning.bulk,

@@ -7,6 +7,7 @@ use crate::kernels::{AttentionKernels, MlaTensor};
 use crate::params::{MlaAttendParams, MlaDecodeParams};
 use crate::stream::{Grid, Stream};
 use crate::tensor_map::{Rows, TensorMap};
+use crate::tuning::tuning;
 
 /// Warps of a block of the general kernel, one query row each.
 const WARPS: usize = 4;
@@ -102,7 +103,7 @@ impl AttentionKernels {
     /// Blocks that items of single tokens are dealt out to, 0 where no kernel takes them so.
     pub(crate) fn decode_blocks(&self, heads: usize, latent: usize, device: &Device) -> usize {
         let fits = self.decode.as_ref().is_some_and(|decode| heads <= decode.heads && latent == decode.latent);
-        if fits { device.multiprocessors() as usize } else { 0 }
+        if fits && tuning().deal > 0 { device.multiprocessors() as usize } else { 0 }
     }
 
     /// The smallest block on tensor cores that holds an item's rows, else the largest; none for other shapes.

@@ -155,7 +155,8 @@ impl CudaBackend {
             out,
             depth: layer.width as u32,
             width: shape.hidden as u32,
-            stages: single_stages(group * layer.width, inner) as u32,
+            // Pieces of several rows: two of them are as much under way as four rows, and leave room for the next kernel's block.
+            stages: if group > 1 { 2 } else { single_stages(layer.width, inner) as u32 },
             ..up
         };
         let ring =

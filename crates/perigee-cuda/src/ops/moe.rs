@@ -255,9 +255,9 @@ impl CudaBackend {
         let is_deep = hidden.is_multiple_of(SKINNY_DEPTH) && width.is_multiple_of(SKINNY_DEPTH);
         let most = if self.tokens() <= FEW_TOKENS { SKINNY_COLUMNS / 2 } else { SKINNY_COLUMNS };
         let kernels = match (self.tokens(), tuning()) {
-            (tokens, tuning) if tokens >= tuning.stay => &self.kernels.moe_stay,
             (tokens, tuning) if tokens > FEW_TOKENS && tokens >= tuning.tall => &self.kernels.moe_tall,
             (tokens, tuning) if tokens > FEW_TOKENS && tokens >= tuning.deep => &self.kernels.moe_deep,
+            (tokens, tuning) if tokens >= tuning.stay => &self.kernels.moe_stay,
             _ => &self.kernels.moe_skinny,
         };
         let skinny = kernels.iter().rfind(|kernel| kernel.columns <= most.min(hidden).min(2 * width));
