@@ -177,8 +177,9 @@ pub(crate) struct AttentionKernels {
     /// Of single tokens, with bfloat16 activations.
     pub(crate) decode: Option<MlaDecode>,
     pub(crate) merge_splits: Kernel<MlaAttendParams>,
-    /// The same for few tokens of which each has many parts.
+    /// The same for few tokens of which each has many parts, by warps and by blocks.
     pub(crate) merge_many: Kernel<MlaAttendParams>,
+    pub(crate) merge_far: Kernel<MlaAttendParams>,
 }
 
 impl AttentionKernels {
@@ -195,6 +196,7 @@ impl AttentionKernels {
             },
             merge_splits: modules.overlapping("mla_merge", "mla_merge_splits")?,
             merge_many: modules.overlapping("mla_merge", "mla_merge_many")?,
+            merge_far: modules.overlapping("mla_merge", "mla_merge_far")?,
         })
     }
 }

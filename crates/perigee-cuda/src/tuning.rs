@@ -33,6 +33,8 @@ pub(crate) struct Tuning {
     pub(crate) ahead: usize,
     /// Neighbouring channels of one token's product down that are one piece for the copy engine.
     pub(crate) down: usize,
+    /// Whether the parts of few tokens' attention are merged by blocks that read all weights at once: 1, else 0.
+    pub(crate) merge: usize,
     /// Whether latents' pages are dealt out to blocks that stay, where all rows are of one token: 1, else 0.
     pub(crate) deal: usize,
     /// Rows of one token up to which their kernel computes KDA's gates too; beyond, each row's reading of their weights costs more than
@@ -61,6 +63,7 @@ static SHIPPED: Tuning = Tuning {
     tall: NEVER,
     ahead: 0,
     down: 1,
+    merge: 0,
     deal: 1,
     gates_within: 8,
     gates: NEVER,
@@ -146,6 +149,7 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "tall" => &mut tuning.tall,
             "ahead" => &mut tuning.ahead,
             "down" => &mut tuning.down,
+            "merge" => &mut tuning.merge,
             "deal" => &mut tuning.deal,
             "gates_within" => &mut tuning.gates_within,
             "gates" => &mut tuning.gates,

@@ -52,7 +52,8 @@ impl AttentionKernels {
         let units = rows * (params.latent as usize).div_ceil(MERGE_CHANNELS);
         let threads = 32 * MERGE_WARPS as u32;
         if plan.merges <= FEW_MERGES {
-            return stream.launch(&self.merge_many, Grid::new(plan.merges, units, threads), params);
+            let kernel = if tuning().merge > 0 { &self.merge_far } else { &self.merge_many };
+            return stream.launch(kernel, Grid::new(plan.merges, units, threads), params);
         }
         stream.launch(&self.merge_splits, Grid::new(plan.merges, units.div_ceil(MERGE_WARPS), threads), params)
     }
