@@ -509,6 +509,11 @@ pub(crate) struct MoeCombineParams {
 pub(crate) struct MoeCombineNormParams {
     pub(crate) combine: MoeCombineParams,
     pub(crate) norm: NormParams,
+    pub(crate) ahead: u64,
+    pub(crate) ahead_rows: u32,
+    pub(crate) ahead_pitch: u32,
+    pub(crate) ahead_bytes: u32,
+    pub(crate) reserved: u32,
 }
 
 /// `sample/params.h`

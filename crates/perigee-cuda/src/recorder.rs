@@ -116,6 +116,7 @@ impl CudaBackend {
         }
         let fed = std::mem::take(&mut self.feed).len();
         self.feed_run(fed)?;
+        self.followers.begin();
         self.reserve_scratch(rows)?;
         self.reserve_gather(rows)?;
         #[cfg(feature = "tuning")]

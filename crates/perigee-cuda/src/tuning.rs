@@ -21,6 +21,8 @@ pub(crate) struct Tuning {
     pub(crate) shared: usize,
     /// Tokens from which the router goes through tensor cores, where its weights are bfloat16 as stored.
     pub(crate) router: usize,
+    /// Blocks of the router that fill a device: with more of them the depth is cut into more parts, which the selection adds.
+    pub(crate) router_blocks: usize,
     /// Tokens from which selection and sort are one kernel, a block a token.
     pub(crate) select: usize,
     /// Tokens from which blocks of experts with few rows stay for several tiles.
@@ -31,6 +33,8 @@ pub(crate) struct Tuning {
     pub(crate) tall: usize,
     /// Experts whose weights are asked for in the second-level cache while tokens choose theirs, the shared one first.
     pub(crate) ahead: usize,
+    /// Bytes of every row of the next layer's projection that the sum of experts asks for in the second-level cache.
+    pub(crate) next: usize,
     /// Neighbouring channels of one token's product down that are one piece for the copy engine.
     pub(crate) down: usize,
     /// Whether the parts of few tokens' attention are merged by blocks that read all weights at once: 1, else 0.
@@ -57,11 +61,13 @@ const NEVER: usize = usize::MAX;
 static SHIPPED: Tuning = Tuning {
     shared: 256,
     router: 33,
+    router_blocks: 144,
     select: NEVER,
     stay: NEVER,
     deep: NEVER,
     tall: NEVER,
     ahead: 0,
+    next: 0,
     down: 1,
     merge: 0,
     deal: 1,
@@ -143,11 +149,13 @@ fn parse(text: &str) -> Result<Tuning, String> {
         let field = match name {
             "shared" => &mut tuning.shared,
             "router" => &mut tuning.router,
+            "router_blocks" => &mut tuning.router_blocks,
             "select" => &mut tuning.select,
             "stay" => &mut tuning.stay,
             "deep" => &mut tuning.deep,
             "tall" => &mut tuning.tall,
             "ahead" => &mut tuning.ahead,
+            "next" => &mut tuning.next,
             "down" => &mut tuning.down,
             "merge" => &mut tuning.merge,
             "deal" => &mut tuning.deal,

@@ -102,6 +102,7 @@ impl CudaBackend {
         let [projected, gates, mixed] = self.kda_places(layer)?;
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
         let operands = Operands { input: x.address(), weight: layer.projection.address(), out: projected };
+        self.followers.note_projection(&layer.projection);
         self.dense_after_norm(&product, operands)?;
         if self.kda_gates_kernel(layer).is_none() {
             let product = Product {

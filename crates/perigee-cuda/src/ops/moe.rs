@@ -35,6 +35,8 @@ const SKINNY_COLUMNS: usize = 128;
 const FEW_TOKENS: usize = 32;
 /// Blocks of it that a multiprocessor holds.
 const SKINNY_RESIDENT: usize = 2;
+/// Tokens from which the sum of experts asks for the next layer's weights.
+const LEAST_AHEAD: usize = 17;
 /// Rows of the smallest tile.
 const LEAST_TILE: usize = 16;
 /// Tokens from which the router's depth is cut into parts, and the least depth of a part.
@@ -217,6 +219,7 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             top_k: layer.choices(tokens) as u32,
         };
+        self.followers.note_mixture(layer.gate_up.address());
         if self.may_defer_sum() && shape.hidden.is_multiple_of(4) && shape.hidden <= MOST_FUSED {
             self.deferred_sum = Some(params);
             return Ok(());
@@ -242,7 +245,18 @@ impl CudaBackend {
     /// Queues a weighted sum of experts and the norm whose delta it is.
     pub(crate) fn moe_combine_norm(&self, combine: MoeCombineParams, norm: NormParams) -> Result<()> {
         let grid = Grid::new(self.tokens(), 1, sum_threads(&combine)).shared(sum_shared(&combine));
-        self.stream.launch(&self.kernels.moe_combine_norm, grid, &MoeCombineNormParams { combine, norm })
+        let is_some = self.tokens() >= LEAST_AHEAD;
+        let ahead = self.followers.ahead().filter(|_| is_some).unwrap_or_default();
+        let params = MoeCombineNormParams {
+            combine,
+            norm,
+            ahead: ahead.address,
+            ahead_rows: ahead.rows,
+            ahead_pitch: ahead.pitch,
+            ahead_bytes: (tuning().next as u32 / 16 * 16).min(ahead.pitch),
+            reserved: 0,
+        };
+        self.stream.launch(&self.kernels.moe_combine_norm, grid, &params)
     }
 
     /// The tensor-core kernels for this layer and a step of few rows an expert, if there are any.
@@ -511,7 +525,7 @@ fn router_parts(shape: &MoeShape, tokens: usize) -> usize {
         return 1;
     }
     let tiles = tokens.div_ceil(ROUTER_TILE) * shape.experts.div_ceil(ROUTER_TILE);
-    (ROUTER_BLOCKS / tiles).min(shape.hidden / ROUTER_PART).max(1)
+    (ROUTER_BLOCKS.min(tuning().router_blocks) / tiles).min(shape.hidden / ROUTER_PART).max(1)
 }
 
 /// Threads of a block that sums a token's experts, four numbers each.

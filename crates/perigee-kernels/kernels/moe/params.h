@@ -151,4 +151,9 @@ struct MoeCombineParams {
 struct MoeCombineNormParams {
   MoeCombineParams combine;
   NormParams norm;
+  const void* ahead;        // a matrix of which the first bytes of every row are asked for in the second-level cache
+  uint32_t ahead_rows;
+  uint32_t ahead_pitch;     // bytes from row to row
+  uint32_t ahead_bytes;     // a multiple of 16
+  uint32_t reserved;
 };
