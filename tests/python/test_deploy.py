@@ -4,7 +4,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,21 +17,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "helm"))
 
 import capacity  # noqa: E402  (the paths above come first)
 import render  # noqa: E402
+from test_local_cluster import free_ports  # noqa: E402
 from test_serving import ROOT, binary  # noqa: E402
 
 RANKS = ROOT / "deploy" / "images" / "perigee-ranks"
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def replica(tmp_path):
     """Two ranks as the chart starts them, ready; with their HTTP port."""
-    ports = [free_port() for _ in range(2)]
+    first = free_ports()
+    ports = [first, first + 1]
     command = [RANKS, "2", "0", "--replica=one", "--tp=2", f"--leader=127.0.0.1:{ports[0]}", "--threads=1", "--grace=60",
                "--", "--internal=127.0.0.1:0", "--listen=127.0.0.1:0", f"--http=127.0.0.1:{ports[1]}"]
     with open(tmp_path / "log", "w", encoding="utf-8") as log:

@@ -95,6 +95,12 @@ class Container:
                 self.process.wait()
 
 
+async def streams_until(over, stub, pb, number, begun):
+    """Streams one behind the other, however fast they are, until an event is set."""
+    while not over.is_set():
+        await stream(stub, pb, number, begun)
+
+
 async def stream(stub, pb, number, begun):
     """Reads a stream to its end: every index once and in order."""
     request = pb.GenerateRequest(token_ids=[1 + number, 2, 3], max_tokens=TOKENS,
@@ -140,19 +146,20 @@ async def roll(folder, started):
         await container.is_ready()
 
     async with grpc.aio.insecure_channel(grpc_place) as channel:
-        begun = asyncio.Semaphore(0)
+        begun, over = asyncio.Semaphore(0), asyncio.Event()
         stub = stubs.InferenceStub(channel)
-        streams = [asyncio.create_task(stream(stub, pb, number, begun)) for number in range(STREAMS)]
+        streams = [asyncio.create_task(streams_until(over, stub, pb, number, begun)) for number in range(STREAMS)]
         try:
             for _ in range(STREAMS):
                 await asyncio.wait_for(begun.acquire(), PATIENCE)
             for number in range(REPLICAS):
-                running = sum(not task.done() for task in streams)
-                assert running > 0, "no stream is left to judge with"
+                # One that has failed is told at once.
+                assert not any(task.done() for task in streams), [task.exception() for task in streams if task.done()]
                 status = await replicas[number].end()
                 assert status == 0, (number, status)
                 replicas[number] = replica(number)
                 await replicas[number].is_ready()
+            over.set()
             await asyncio.gather(*streams)
         finally:
             for task in streams:

@@ -239,9 +239,15 @@ impl<B: Backend> Rank<B> {
                 break;
             }
             let reply = self.execute(&command);
-            link.reply(&reply)?;
+            let sent = link.reply(&reply);
+            // What went wrong here says more than that nobody hears of it.
             if let RankReply::Failed { fatal: true, message } = reply {
                 return Err(LinkError::Lost(message));
+            }
+            match sent {
+                // A leader that needs no more answers has said goodbye; else the next look tells that it is lost.
+                Ok(()) | Err(LinkError::Lost(_)) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())

@@ -49,6 +49,8 @@ pub struct ScoreRun {
     pub experts: Option<PathBuf>,
     /// Also give hidden states and experts.
     pub trace: bool,
+    /// First positions of every prompt that are filled in, not computed.
+    pub filled: Option<u64>,
     /// A fault to plant in every rank.
     pub fault: Option<Fault>,
 }
@@ -69,6 +71,7 @@ impl ScoreRun {
             feed: None,
             experts: None,
             trace: false,
+            filled: None,
             fault: None,
         }
     }
@@ -170,6 +173,7 @@ impl ScoreRun {
         let line = Line::try_parse_from(arguments).map_err(|error| TestkitError::Options(error.to_string()))?;
         let mut config = line.worker;
         config.engine.dtype = Some(self.precision);
+        config.engine.fill_prompts = self.filled;
         Ok(config)
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::conformance::conform;
 use perigee_collectives::{Collective, CollectiveError, SocketCollective, SocketConfig};
+use perigee_testkit::sandbox::free_port;
 
 const RANK: &str = "PERIGEE_TEST_RANK";
 const LEADER: &str = "PERIGEE_TEST_LEADER";
@@ -60,8 +61,7 @@ fn processes_conform() {
         return conform(&mut SocketCollective::join(config(rank, size, leader)).unwrap());
     }
     // The followers start while nobody listens and must try again until the leader does.
-    let (listener, leader) = bound();
-    drop(listener);
+    let leader = free_port().unwrap();
     let children = followers("processes_conform", size, leader);
     conform(&mut SocketCollective::join(config(0, size, leader)).unwrap());
     let statuses: Vec<ExitStatus> = children.into_iter().map(|mut child| child.wait().unwrap()).collect();

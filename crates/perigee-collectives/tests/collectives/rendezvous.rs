@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::conformance::on_threads;
 use crate::sockets::{bound, config};
 use perigee_collectives::{Collective, CollectiveError, Refusal, SocketCollective, SocketConfig};
+use perigee_testkit::sandbox::free_port;
 
 /// Forms a group of 3 while `intrude` runs against the leader's address, before rank 2 has come.
 fn with_intruder<T>(intrude: impl FnOnce(SocketAddr) -> T) -> T {
@@ -143,7 +144,7 @@ fn ranks_that_do_not_come_are_named() {
     let error = SocketCollective::join_with_listener(alone, listener).unwrap_err();
     assert!(matches!(&error, CollectiveError::JoinTimeout { missing, .. } if *missing == [1, 2]), "{error}");
 
-    let mut alone = config(1, 3, leader);
+    let mut alone = config(1, 3, free_port().unwrap());
     alone.join_timeout = Duration::from_millis(100);
     let error = SocketCollective::join(alone).unwrap_err();
     assert!(matches!(error, CollectiveError::Unreachable { rank: 0, .. }), "{error}");

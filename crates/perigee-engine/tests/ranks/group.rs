@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use perigee_backend::{DType, Row, Segment, StepBatch};
-use perigee_collectives::thread_group;
+use perigee_collectives::{ThreadCollective, thread_group};
 use perigee_cpu::{CpuBackend, CpuOptions};
 use perigee_engine::executor::{Executor, ExecutorLimits, PageSpan, StepOutput, StepPlan};
 use perigee_engine::link::{LeaderLink, channel_link};
@@ -55,6 +55,15 @@ fn weights() -> &'static WeightSource {
     })
 }
 
+/// One of `tp` ranks.
+pub(crate) fn load((rank, tp): (usize, usize), seat: ThreadCollective, dtype: DType) -> Rank<CpuBackend> {
+    let mut backend = CpuBackend::new(CpuOptions { activation: dtype, threads: 1 }, Box::new(seat)).running_ahead();
+    let limits = StepLimits { tokens: LIMITS.step_tokens, logits: LIMITS.step_tokens };
+    let model = Model::load(&mut backend, weights(), (rank, tp), limits, &mut |_, _| {}).unwrap();
+    let cache = weights().config().cache_shape(tp, LIMITS.slots, LIMITS.pages);
+    Rank::new(backend, model, RankShape { rank, cache, limits: LIMITS }).unwrap()
+}
+
 impl Group {
     pub(crate) fn new(tp: usize) -> Self {
         Self::open(&Options { tp, ..Options::default() })
@@ -62,13 +71,8 @@ impl Group {
 
     pub(crate) fn open(options: &Options<'_>) -> Self {
         let (tp, fills) = (options.tp, options.fills);
-        let load = move |rank: usize, seat, dtype, client: Option<Box<dyn AttentionClient>>| {
-            let mut backend =
-                CpuBackend::new(CpuOptions { activation: dtype, threads: 1 }, Box::new(seat)).running_ahead();
-            let limits = StepLimits { tokens: LIMITS.step_tokens, logits: LIMITS.step_tokens };
-            let model = Model::load(&mut backend, weights(), (rank, tp), limits, &mut |_, _| {}).unwrap();
-            let cache = weights().config().cache_shape(tp, LIMITS.slots, LIMITS.pages);
-            let mut rank = Rank::new(backend, model, RankShape { rank, cache, limits: LIMITS }).unwrap();
+        let open = move |rank: usize, seat, dtype, client: Option<Box<dyn AttentionClient>>| {
+            let mut rank = load((rank, tp), seat, dtype);
             if let Some(client) = client {
                 let shape = rank.answer_model().shape;
                 rank.set_attention(client, shape);
@@ -85,9 +89,9 @@ impl Group {
             let (link, mut follower) = channel_link();
             links.push((options.link)(Box::new(link)));
             let (dtype, client) = (options.dtype, (options.client)(rank));
-            threads.push(std::thread::spawn(move || load(rank, seat, dtype, client).follow(&mut follower).unwrap()));
+            threads.push(std::thread::spawn(move || open(rank, seat, dtype, client).follow(&mut follower).unwrap()));
         }
-        let own = load(0, leader, options.dtype, (options.client)(0));
+        let own = open(0, leader, options.dtype, (options.client)(0));
         Self { ranks: Ranks::new(own, links, Duration::from_secs(60)).unwrap(), threads }
     }
 

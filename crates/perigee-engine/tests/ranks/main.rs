@@ -7,6 +7,8 @@ mod ahead;
 mod costs;
 mod filling;
 #[cfg(test)]
+mod goodbyes;
+#[cfg(test)]
 mod group;
 #[cfg(test)]
 mod misses;

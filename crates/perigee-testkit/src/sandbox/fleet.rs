@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use perigee_proto::v1::ReplicaInfo;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -115,7 +116,7 @@ impl Fleet {
         for (replica, &degree) in replicas.iter_mut().zip(&spec.degrees) {
             replica.ranks = start_ranks(&spec, replica, degree, (&registry, folder.path()), &mut started)?;
         }
-        let (grpc, router) = start_router(&spec, (&registry, folder.path()), 0, None)?;
+        let (grpc, router) = start_router(&spec, (&registry, folder.path()), 0, free_port()?)?;
         let fleet = Self { grpc, router, replicas, spec, registry, folder, started };
         fleet.ready(&fleet.connect().await?).await?;
         Ok(fleet)
@@ -129,14 +130,18 @@ impl Fleet {
         Clients::connect(self.grpc).await
     }
 
-    /// Waits until every replica is ready.
+    /// Waits until every replica is ready, as the processes that it has now.
     ///
     /// # Errors
     /// One is not.
     pub async fn ready(&self, clients: &Clients) -> Result<()> {
         let all = async || {
             let seen = clients.replicas().await?;
-            let is_ready = |one: &FleetReplica| seen.get(&one.name).is_some_and(|info| info.status == "ready");
+            // A router may not have noticed yet that those of before are gone.
+            let is_ready = |one: &FleetReplica| {
+                let is_it = |info: &ReplicaInfo| info.pids.iter().copied().eq(one.ranks.iter().map(Started::pid));
+                seen.get(&one.name).is_some_and(|info| info.status == "ready" && is_it(info))
+            };
             Ok(self.replicas.iter().all(is_ready).then_some(()))
         };
         eventually("every replica ready", START, all).await.map(|_| ())
@@ -175,7 +180,7 @@ impl Fleet {
     pub fn another_router(&mut self) -> Result<(SocketAddr, Started)> {
         self.started += 1;
         let places = (self.registry.as_str(), self.folder.path());
-        start_router(&self.spec, places, self.started, None)
+        start_router(&self.spec, places, self.started, free_port()?)
     }
 
     /// Kills the router and starts another one at the same address.
@@ -186,7 +191,7 @@ impl Fleet {
         self.router.kill();
         self.started += 1;
         let places = (self.registry.as_str(), self.folder.path());
-        (self.grpc, self.router) = start_router(&self.spec, places, self.started, Some(self.grpc))?;
+        (self.grpc, self.router) = start_router(&self.spec, places, self.started, self.grpc)?;
         Ok(())
     }
 }
@@ -226,9 +231,9 @@ fn start_router(
     spec: &FleetSpec,
     (registry, folder): (&str, &Path),
     number: usize,
-    address: Option<SocketAddr>,
+    // Its own even while it does not run, which one of the system's choice would not be.
+    listen: SocketAddr,
 ) -> Result<(SocketAddr, Started)> {
-    let listen = address.map_or_else(|| "127.0.0.1:0".to_owned(), |address| address.to_string());
     let mut command = Command::new(&spec.program);
     command.args(["router", "--http=127.0.0.1:0", &format!("--listen={listen}"), registry]);
     command.arg(format!("--model={}", spec.model)).args(&spec.router);

@@ -1,10 +1,11 @@
 //! A cluster of single processes: a router and every rank started by hand, which find each other by addresses and a
 //! registry file, as under an operator's own supervisor.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::json;
 use tempfile::TempDir;
@@ -97,20 +98,39 @@ pub fn router_address(line: &str) -> Result<SocketAddr> {
     })
 }
 
-/// An address that nobody listens at; each is given out once by this process, and processes begin at different ones.
+/// An address that nobody listens at and that no other test is given: this process keeps the UDP port of the same number to
+/// its end, by which processes know which ones are taken. They begin to look at different ones.
 ///
 /// # Errors
 /// All are taken.
 pub fn free_port() -> Result<SocketAddr> {
-    static GIVEN: AtomicU16 = AtomicU16::new(0);
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    static GIVEN: Mutex<Vec<UdpSocket>> = Mutex::new(Vec::new());
     let own = (std::process::id() as usize).wrapping_mul(97);
     for _ in PORTS {
-        let offset = own + usize::from(GIVEN.fetch_add(1, Ordering::Relaxed));
+        let offset = own + usize::from(NEXT.fetch_add(1, Ordering::Relaxed));
         let port = PORTS.start + (offset % PORTS.len()) as u16;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let Ok(given) = UdpSocket::bind(address) else { continue };
         if TcpListener::bind(address).is_ok() {
+            GIVEN.lock().unwrap_or_else(PoisonError::into_inner).push(given);
             return Ok(address);
         }
     }
     Err(TestkitError::Process { what: "free port".into(), message: format!("every port of {PORTS:?} is taken") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_given_to_one_test_only() {
+        let given = [free_port().unwrap(), free_port().unwrap()];
+        assert_ne!(given[0], given[1]);
+        for address in given {
+            assert!(UdpSocket::bind(address).is_err(), "another process could be given it too");
+            assert!(TcpListener::bind(address).is_ok(), "a program under test can open it");
+        }
+    }
 }

@@ -31,17 +31,29 @@ struct Track {
 struct Piece<'a> {
     track: &'a Track,
     tokens: &'a [u32],
-    all_logits: bool,
 }
 
 /// What kind of step, which decides the names of what it writes.
 #[derive(Clone, Copy, PartialEq)]
 enum Phase {
+    /// The part of the prompts that is filled in: nothing is computed, so nothing is written.
+    Filled,
     Prompt,
     /// The continuation whose traces are written.
     Continuation,
     /// A greedy run whose traces are not.
     Silent,
+}
+
+impl Phase {
+    /// Of how many of a piece's tokens, the last ones, logits are wanted.
+    fn logits(self, tokens: usize) -> usize {
+        match self {
+            Self::Filled => 0,
+            Self::Prompt => tokens,
+            Self::Continuation | Self::Silent => 1,
+        }
+    }
 }
 
 /// Runs a job's prompts.
@@ -50,6 +62,8 @@ pub(crate) struct Scorer<'a, B: Backend> {
     opened: &'a Opened,
     job: &'a ScoreJob,
     inputs: &'a Inputs,
+    /// First positions of every prompt that are filled in, not computed: logits, traces and forced experts begin behind them.
+    filled: usize,
 }
 
 impl<'a, B: Backend> Scorer<'a, B> {
@@ -69,7 +83,12 @@ impl<'a, B: Backend> Scorer<'a, B> {
                 return Err(WorkerError::Score(message));
             }
         }
-        Ok(Self { ranks, opened, job, inputs })
+        let filled = usize::try_from(opened.fill_prompts.unwrap_or(0)).unwrap_or(usize::MAX);
+        if let Some((number, tokens)) = inputs.prompts.iter().find(|(_, tokens)| tokens.len() <= filled) {
+            let message = format!("prompt_{number}: all of its {} tokens would be filled in", tokens.len());
+            return Err(WorkerError::Score(format!("{message}; --fill-prompts=POSITIONS must leave some to score")));
+        }
+        Ok(Self { ranks, opened, job, inputs, filled })
     }
 
     /// Scores a group of prompts and their continuations.
@@ -144,20 +163,23 @@ impl<'a, B: Backend> Scorer<'a, B> {
 
     fn run_prompts(&mut self, tracks: &mut [Track], outputs: &mut Outputs) -> Result<()> {
         loop {
+            // All tracks come to the end of what is filled in with the same step.
+            let left = tracks.first().map_or(0, |track| self.filled.saturating_sub(track.done));
+            let (phase, most) = if left > 0 { (Phase::Filled, left) } else { (Phase::Prompt, usize::MAX) };
             let mut advances = Vec::new();
             let mut pieces = Vec::new();
             for track in tracks.iter() {
                 let rest = &self.tokens(track.prompt)[track.done..];
                 if !rest.is_empty() {
-                    let tokens = &rest[..self.job.chunk.min(rest.len())];
+                    let tokens = &rest[..self.job.chunk.min(rest.len()).min(most)];
                     advances.push((track.prompt, tokens.len()));
-                    pieces.push(Piece { track, tokens, all_logits: true });
+                    pieces.push(Piece { track, tokens });
                 }
             }
             if pieces.is_empty() {
                 return Ok(());
             }
-            self.step(&pieces, Phase::Prompt, outputs)?;
+            self.step(&pieces, phase, outputs)?;
             for track in tracks.iter_mut() {
                 track.done += advances.iter().find(|(prompt, _)| *prompt == track.prompt).map_or(0, |(_, n)| *n);
             }
@@ -177,7 +199,7 @@ impl<'a, B: Backend> Scorer<'a, B> {
             }
             let tokens: Vec<[u32; 1]> = chosen.iter().map(|chosen| [chosen[step]]).collect();
             let pieces: Vec<Piece<'_>> =
-                tracks.iter().zip(&tokens).map(|(track, tokens)| Piece { track, tokens, all_logits: false }).collect();
+                tracks.iter().zip(&tokens).map(|(track, tokens)| Piece { track, tokens }).collect();
             let logits = self.step(&pieces, phase, outputs)?;
             for ((track, chosen), row) in tracks.iter_mut().zip(&mut chosen).zip(logits) {
                 track.done += 1;
@@ -199,7 +221,7 @@ impl<'a, B: Backend> Scorer<'a, B> {
                 .iter()
                 .filter_map(|track| {
                     let tokens = feed[track.prompt].get(step..=step)?;
-                    Some(Piece { track, tokens, all_logits: false })
+                    Some(Piece { track, tokens })
                 })
                 .collect();
             let logits = self.step(&pieces, Phase::Continuation, outputs)?;
@@ -218,14 +240,13 @@ impl<'a, B: Backend> Scorer<'a, B> {
     fn step(&mut self, pieces: &[Piece<'_>], phase: Phase, outputs: &mut Outputs) -> Result<Vec<Vec<f32>>> {
         let mut batch = StepBatch::default();
         for piece in pieces {
-            let first = batch.tokens.len() as u32;
             batch.tokens.extend_from_slice(piece.tokens);
             batch.rows.push(piece.row());
-            let wanted = if piece.all_logits { first } else { batch.tokens.len() as u32 - 1 };
-            batch.logits.extend(wanted..batch.tokens.len() as u32);
+            let (end, wanted) = (batch.tokens.len() as u32, phase.logits(piece.tokens.len()) as u32);
+            batch.logits.extend(end - wanted..end);
         }
         let forced = self.forced(pieces, phase)?;
-        let traced = self.job.trace && phase != Phase::Silent;
+        let traced = self.job.trace && matches!(phase, Phase::Prompt | Phase::Continuation);
         let mut trace = traced.then(Trace::default);
         let plan = StepPlan { batch, ..StepPlan::default() };
         let logits = self.ranks.forward(&plan, &forced, trace.as_mut())?;
@@ -233,8 +254,7 @@ impl<'a, B: Backend> Scorer<'a, B> {
         let mut rows = logits.chunks_exact(vocab);
         let mut last = Vec::with_capacity(pieces.len());
         for piece in pieces {
-            let count = if piece.all_logits { piece.tokens.len() } else { 1 };
-            let mine: Vec<&[f32]> = rows.by_ref().take(count).collect();
+            let mine: Vec<&[f32]> = rows.by_ref().take(phase.logits(piece.tokens.len())).collect();
             if phase == Phase::Prompt {
                 let name = format!("logits_{}", self.number(piece.track.prompt));
                 mine.iter().for_each(|row| outputs.append(name.clone(), vocab, row));
@@ -249,7 +269,9 @@ impl<'a, B: Backend> Scorer<'a, B> {
 
     /// Experts for this step from the job's file, layer by layer in the order of the batch.
     fn forced(&self, pieces: &[Piece<'_>], phase: Phase) -> Result<ForcedExperts> {
-        let Some(table) = &self.inputs.experts else { return Ok(ForcedExperts::new()) };
+        let Some(table) = self.inputs.experts.as_ref().filter(|_| phase != Phase::Filled) else {
+            return Ok(ForcedExperts::new());
+        };
         let config = self.opened.source.config();
         let top_k = config.moe.top_k;
         let mut forced = ForcedExperts::new();
@@ -258,7 +280,7 @@ impl<'a, B: Backend> Scorer<'a, B> {
             for piece in pieces {
                 let number = self.number(piece.track.prompt);
                 let (name, first) = match phase {
-                    Phase::Prompt => (format!("experts_{number}_{layer}"), piece.track.done),
+                    Phase::Prompt => (format!("experts_{number}_{layer}"), piece.track.done - self.filled),
                     _ => {
                         let prompt = self.tokens(piece.track.prompt).len();
                         (format!("greedy_experts_{number}_{layer}"), piece.track.done - prompt)

@@ -5,6 +5,8 @@
 #[cfg(test)]
 mod faults;
 #[cfg(test)]
+mod filled;
+#[cfg(test)]
 mod golden;
 #[cfg(test)]
 mod shapes;

@@ -17,6 +17,7 @@ use perigee_proto::internal::replica_server::{Replica as ReplicaRpc, ReplicaServ
 use perigee_proto::internal::{
     AttendAnswer, AttendQuery, HandoffChunk, MoveMode, MovePhase, ReplicaMessage, RouterMessage, router_message,
 };
+use perigee_testkit::sandbox::free_port;
 use perigee_worker::attend::HomeParts;
 use perigee_worker::attention::GrpcAttention;
 use perigee_worker::peers::Peers;
@@ -311,8 +312,9 @@ async fn a_late_answer_ends_what_is_overdue_and_is_nobody_elses() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_home_fails_its_questions_at_once_and_no_others() {
-    let (listener, address) = bind().await;
-    let mut lost = FakeHome::start(listener);
+    // Nobody else's while its home is gone.
+    let address = free_port().expect("a free port");
+    let mut lost = FakeHome::start(TcpListener::bind(address).await.expect("it is free"));
     let mut other = FakeHome::start(bind().await.0);
     let mut client = GrpcAttention::start(Peers::default()).expect("a thread");
     client.ask(&lost.home, b"lost".to_vec());
@@ -340,9 +342,7 @@ async fn a_lost_home_fails_its_questions_at_once_and_no_others() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_address_where_nobody_listens_fails_at_once() {
-    let (listener, address) = bind().await;
-    drop(listener);
-    let endpoint = address.to_string();
+    let endpoint = free_port().expect("a free port").to_string();
     let home = RemoteHome { replica: "nobody".to_owned(), incarnation: "1".to_owned(), endpoint };
     let mut client = GrpcAttention::start(Peers::default()).expect("a thread");
     client.ask(&home, b"hello".to_vec());

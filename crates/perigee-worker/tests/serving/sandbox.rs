@@ -211,6 +211,17 @@ impl HandMade {
         }
     }
 
+    /// The first events of a session.
+    pub(crate) async fn first_events(&mut self) -> Vec<internal::SessionEvent> {
+        loop {
+            if let Some(replica_message::Body::Batch(batch)) = self.next().await.expect("no error")
+                && !batch.events.is_empty()
+            {
+                return batch.events;
+            }
+        }
+    }
+
     /// Events up to the first end of a session.
     pub(crate) async fn events_to_end(&mut self) -> Vec<internal::SessionEvent> {
         let mut events = Vec::new();

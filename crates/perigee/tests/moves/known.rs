@@ -65,6 +65,12 @@ impl Known {
         &self.asked[number % self.asked.len()].0
     }
 
+    /// The one of that name.
+    pub(crate) fn named(&self, name: &str) -> &GenerateRequest {
+        let found = self.asked.iter().find(|(request, _)| request.request_id == name);
+        &found.unwrap_or_else(|| panic!("nobody asked {name}")).0
+    }
+
     /// Asks one of them again.
     pub(crate) async fn again(&self, clients: &Clients, number: usize) -> Answer {
         answer(clients, self.request(number).clone()).await

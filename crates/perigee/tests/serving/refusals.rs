@@ -186,7 +186,8 @@ async fn a_full_queue_says_when_to_come_back() {
     const TOO_MANY: usize = 40;
     let sandbox = up(1, 1).option("--state-slots=1").start().unwrap();
     let clients = [sandbox.connect().await.unwrap(), sandbox.connect().await.unwrap()];
-    let request = greedy(vec![5, 6], 1000);
+    // It runs until all others have come.
+    let request = greedy(vec![5, 6], 30_000);
     let mut first = clients[0].inference.clone().generate(request.clone()).await.unwrap().into_inner();
     assert!(first.message().await.unwrap().is_some());
     let (told, mut refusals) = tokio::sync::mpsc::unbounded_channel::<Answer>();
