@@ -11,11 +11,11 @@ use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::dense::{RING_BYTES, ring_bytes};
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
-    ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAbsorbParams, MlaAttendParams, MlaDecodeParams,
-    MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MlaValuesParams, MoeCombineNormParams,
-    MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams, MoeSelectParams,
-    MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams, SampleParams,
-    SkinnyParams, StateSumParams,
+    ElementParams, FeedParams, GatherParams, KdaGatesParams, KdaParams, LoadParams, MlaAbsorbParams, MlaAttendParams,
+    MlaDecodeParams, MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MlaValuesParams,
+    MoeCombineNormParams, MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams,
+    MoeSelectParams, MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams,
+    SampleParams, SkinnyParams, StateSumParams,
 };
 
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
@@ -38,6 +38,8 @@ pub(crate) struct Kernels {
     pub(crate) kda_tails: Kernel<KdaParams>,
     pub(crate) kda_gate: Kernel<KdaParams>,
     pub(crate) kda_fast: Vec<KdaFast>,
+    /// The gates' second halves of some dozen tokens, for heads of [`GATES_DIM`]; with bfloat16 activations only.
+    pub(crate) kda_gates: Option<Kernel<KdaGatesParams>>,
     pub(crate) mla_store: Kernel<MlaStoreParams>,
     pub(crate) mla_attention: AttentionKernels,
     /// With bfloat16 activations only.
@@ -50,6 +52,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_router_tensor: Option<Kernel<MoeRouterParams>>,
     pub(crate) moe_select: Kernel<MoeSelectParams>,
     pub(crate) moe_sort: Kernel<MoeSortParams>,
+    /// Selection and sort of some dozen tokens.
+    pub(crate) moe_select_many: Kernel<MoeRouteParams>,
     /// Router, selection and sort of a few tokens.
     pub(crate) moe_route: Kernel<MoeRouteParams>,
     /// The same with the norm ahead of them; with bfloat16 activations only.
@@ -60,6 +64,11 @@ pub(crate) struct Kernels {
     pub(crate) moe_tensor: Option<MoeTensor>,
     /// For experts of few rows each, by ascending weight rows of a block; with bfloat16 activations only.
     pub(crate) moe_skinny: Vec<MoeTensor>,
+    /// The same with blocks that stay for several tiles, by ascending weight rows too.
+    pub(crate) moe_stay: Vec<MoeTensor>,
+    /// The same with tokens asked for further ahead, and with more rows of a tile.
+    pub(crate) moe_deep: Vec<MoeTensor>,
+    pub(crate) moe_tall: Vec<MoeTensor>,
     /// For steps of many rows an expert; with bfloat16 activations only.
     pub(crate) moe_wide: Option<MoeWide>,
     pub(crate) moe_combine: Kernel<MoeCombineParams>,
@@ -94,6 +103,8 @@ pub(crate) struct KdaFast {
     pub(crate) decode: Kernel<KdaParams>,
     /// The fused step for many rows.
     pub(crate) decode_bulk: Option<Kernel<KdaParams>>,
+    /// The same that keeps states longest in the second-level cache, by what it keeps (kda_decode_bulk.cu).
+    pub(crate) decode_keep: Vec<(usize, Kernel<KdaParams>)>,
     /// The fused step for few rows, with the gates' product in it.
     pub(crate) decode_gates: Option<Kernel<KdaParams>>,
     /// Shared memory of `decode_bulk`: the state of a head.
@@ -129,6 +140,16 @@ impl KdaFast {
                 (128, true) => Some(modules.overlapping("kda_decode_bulk", &format!("kda_decode_bulk_{suffix}_128"))?),
                 _ => None,
             },
+            decode_keep: match (head_dim, is_bf16 && decode_fault.is_empty()) {
+                (128, true) => {
+                    let load = |&keep: &usize| {
+                        let name = format!("kda_decode_bulk_bf16_128_keep_{keep}");
+                        Ok((keep, modules.overlapping("kda_decode_bulk", &name)?))
+                    };
+                    [1, 3, 7].iter().map(load).collect::<Result<_>>()?
+                }
+                _ => Vec::new(),
+            },
             decode_gates: match (head_dim, is_bf16 && decode_fault.is_empty()) {
                 (128, true) => Some(modules.overlapping("kda_decode", "kda_decode_gates_bf16_128")?),
                 _ => None,
@@ -137,6 +158,9 @@ impl KdaFast {
         };
         if let Some(bulk) = &kernels.decode_bulk {
             bulk.allow_shared(kernels.state_shared)?;
+        }
+        for (_, keep) in &kernels.decode_keep {
+            keep.allow_shared(kernels.state_shared)?;
         }
         kernels.chunk.allow_shared(chunk_shared)?;
         kernels.scan.allow_shared(scan_shared)?;
@@ -153,8 +177,9 @@ pub(crate) struct AttentionKernels {
     /// Of single tokens, with bfloat16 activations.
     pub(crate) decode: Option<MlaDecode>,
     pub(crate) merge_splits: Kernel<MlaAttendParams>,
-    /// The same for few tokens of which each has many parts.
+    /// The same for few tokens of which each has many parts, by warps and by blocks.
     pub(crate) merge_many: Kernel<MlaAttendParams>,
+    pub(crate) merge_far: Kernel<MlaAttendParams>,
 }
 
 impl AttentionKernels {
@@ -171,6 +196,7 @@ impl AttentionKernels {
             },
             merge_splits: modules.overlapping("mla_merge", "mla_merge_splits")?,
             merge_many: modules.overlapping("mla_merge", "mla_merge_many")?,
+            merge_far: modules.overlapping("mla_merge", "mla_merge_far")?,
         })
     }
 }
@@ -269,7 +295,27 @@ pub(crate) struct MoeTensor {
     pub(crate) gate_up: Kernel<MoeProductParams>,
     pub(crate) down: Kernel<MoeProductParams>,
     pub(crate) shared: usize,
+    /// Whether blocks stay for several tiles.
+    pub(crate) stays: bool,
 }
+
+/// Forms of the kernels for experts of few rows each.
+#[derive(Debug, Clone, Copy)]
+enum SkinnyForm {
+    Plain,
+    /// Blocks stay for several tiles.
+    Stay,
+    /// Tokens are asked for two buffers ahead.
+    Deep,
+    /// Tiles of up to 48 rows.
+    Tall,
+}
+
+/// Most shared memory of a block.
+const MOST_SHARED: usize = 227 << 10;
+
+/// Channels of the heads whose gates have a kernel for some dozen tokens.
+pub(crate) const GATES_DIM: usize = 128;
 
 /// Warps of a block that multiplies one token, each with a ring of rows; and the least and the most rows of a ring (gemm/single.cuh).
 pub(crate) const RING_WARPS: usize = 8;
@@ -301,7 +347,8 @@ impl Single {
 #[derive(Debug)]
 pub(crate) struct MoeSingle {
     pub(crate) gate_up: Kernel<MoeSingleParams>,
-    pub(crate) down: Kernel<MoeSingleParams>,
+    /// By channels of a piece, from 1 on.
+    pub(crate) down: [Kernel<MoeSingleParams>; Self::MOST_GROUP],
 }
 
 impl MoeSingle {
@@ -310,12 +357,19 @@ impl MoeSingle {
     /// Most experts of a token, and most products of a block of down.
     pub(crate) const MOST_CHOICES: usize = 32;
     pub(crate) const MOST_DOTS: usize = 512;
+    /// Most channels of a piece of down.
+    pub(crate) const MOST_GROUP: usize = 3;
 
     fn load(modules: &Modules) -> Result<Self> {
         let gate_up = modules.overlapping("moe_product_single", "moe_gate_up_single")?;
-        let down = modules.overlapping("moe_product_single", "moe_down_single")?;
+        let names = ["moe_down_single", "moe_down_single_2", "moe_down_single_3"];
+        let [one, two, three] = names.map(|name| modules.overlapping("moe_product_single", name));
+        let down = [one?, two?, three?];
         gate_up.allow_shared(most_ring(Self::MOST.0))?;
-        down.allow_shared(most_ring(Self::MOST.1) + Self::MOST_CHOICES * Self::MOST.1 * 2)?;
+        for (group, kernel) in (1..).zip(&down) {
+            let rings = most_ring(group * Self::MOST.1);
+            kernel.allow_shared((rings + Self::MOST_CHOICES * Self::MOST.1 * 2).min(MOST_SHARED))?;
+        }
         Ok(Self { gate_up, down })
     }
 }
@@ -350,14 +404,21 @@ impl Skinny {
 
 impl MoeTensor {
     /// For experts of few rows each.
-    fn skinny(modules: &Modules, row_warps: usize) -> Result<Self> {
-        // The size of the buffers of gemm/skinny.cuh for 32 tokens, which moe_product_skinny.cu asserts.
-        let shared = 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2;
-        let gate_up = modules.overlapping("moe_product_skinny", &format!("moe_gate_up_skinny_{row_warps}"))?;
-        let down = modules.overlapping("moe_product_skinny", &format!("moe_down_skinny_{row_warps}"))?;
+    fn skinny(modules: &Modules, row_warps: usize, form: SkinnyForm) -> Result<Self> {
+        // The sizes of the buffers of gemm/skinny.cuh for 32 and 48 tokens, which moe_product_skinny.cu asserts.
+        let (suffix, rows, shared) = match form {
+            SkinnyForm::Plain => ("", 32, 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2),
+            SkinnyForm::Stay => ("_stay", 32, 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2),
+            SkinnyForm::Deep => ("_deep", 32, 3 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2),
+            SkinnyForm::Tall => ("_tall", 48, 2 * 48 * (64 * 2 * (8 / row_warps) + 32) * 2),
+        };
+        let kernel =
+            |what| modules.overlapping("moe_product_skinny", &format!("moe_{what}_skinny_{row_warps}{suffix}"));
+        let (gate_up, down) = (kernel("gate_up")?, kernel("down")?);
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
-        Ok(Self { rows: 32, columns: 16 * row_warps, gate_up, down, shared })
+        let stays = matches!(form, SkinnyForm::Stay);
+        Ok(Self { rows, columns: 16 * row_warps, gate_up, down, shared, stays })
     }
 
     fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
@@ -367,7 +428,7 @@ impl MoeTensor {
         let down = modules.overlapping("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
-        Ok(Self { rows, columns: 128, gate_up, down, shared })
+        Ok(Self { rows, columns: 128, gate_up, down, shared, stays: false })
     }
 }
 
@@ -443,6 +504,10 @@ impl Kernels {
                 .iter()
                 .map(|&dim| KdaFast::load(&modules, suffix, dim, formula))
                 .collect::<Result<_>>()?,
+            kda_gates: match precision {
+                DType::Bf16 => Some(modules.overlapping("kda_gates", "kda_gates")?),
+                DType::Fp32 => None,
+            },
             mla_store: modules.overlapping("mla_store", &(typed("mla_store") + store_fault))?,
             mla_attention: AttentionKernels::load(&modules, suffix, precision)?,
             mla_expanded: match precision {
@@ -465,6 +530,7 @@ impl Kernels {
             },
             moe_select: modules.overlapping("moe_select", &format!("moe_select{select_fault}"))?,
             moe_sort: modules.overlapping("moe_select", "moe_sort")?,
+            moe_select_many: modules.overlapping("moe_select_many", "moe_select_many")?,
             moe_route: modules.overlapping("moe_route", &typed("moe_route"))?,
             moe_norm_route: match precision {
                 DType::Bf16 => Some(modules.overlapping("moe_route", "moe_norm_route_bf16")?),
@@ -477,7 +543,25 @@ impl Kernels {
                 DType::Fp32 => None,
             },
             moe_skinny: match precision {
-                DType::Bf16 => vec![MoeTensor::skinny(&modules, 4)?, MoeTensor::skinny(&modules, 8)?],
+                DType::Bf16 => vec![
+                    MoeTensor::skinny(&modules, 4, SkinnyForm::Plain)?,
+                    MoeTensor::skinny(&modules, 8, SkinnyForm::Plain)?,
+                ],
+                DType::Fp32 => Vec::new(),
+            },
+            moe_stay: match precision {
+                DType::Bf16 => vec![
+                    MoeTensor::skinny(&modules, 4, SkinnyForm::Stay)?,
+                    MoeTensor::skinny(&modules, 8, SkinnyForm::Stay)?,
+                ],
+                DType::Fp32 => Vec::new(),
+            },
+            moe_deep: match precision {
+                DType::Bf16 => vec![MoeTensor::skinny(&modules, 8, SkinnyForm::Deep)?],
+                DType::Fp32 => Vec::new(),
+            },
+            moe_tall: match precision {
+                DType::Bf16 => vec![MoeTensor::skinny(&modules, 8, SkinnyForm::Tall)?],
                 DType::Fp32 => Vec::new(),
             },
             moe_wide: match precision {

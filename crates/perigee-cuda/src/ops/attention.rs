@@ -7,6 +7,7 @@ use crate::kernels::{AttentionKernels, MlaTensor};
 use crate::params::{MlaAttendParams, MlaDecodeParams};
 use crate::stream::{Grid, Stream};
 use crate::tensor_map::{Rows, TensorMap};
+use crate::tuning::tuning;
 
 /// Warps of a block of the general kernel, one query row each.
 const WARPS: usize = 4;
@@ -51,7 +52,8 @@ impl AttentionKernels {
         let units = rows * (params.latent as usize).div_ceil(MERGE_CHANNELS);
         let threads = 32 * MERGE_WARPS as u32;
         if plan.merges <= FEW_MERGES {
-            return stream.launch(&self.merge_many, Grid::new(plan.merges, units, threads), params);
+            let kernel = if tuning().merge > 0 { &self.merge_far } else { &self.merge_many };
+            return stream.launch(kernel, Grid::new(plan.merges, units, threads), params);
         }
         stream.launch(&self.merge_splits, Grid::new(plan.merges, units.div_ceil(MERGE_WARPS), threads), params)
     }
@@ -102,7 +104,7 @@ impl AttentionKernels {
     /// Blocks that items of single tokens are dealt out to, 0 where no kernel takes them so.
     pub(crate) fn decode_blocks(&self, heads: usize, latent: usize, device: &Device) -> usize {
         let fits = self.decode.as_ref().is_some_and(|decode| heads <= decode.heads && latent == decode.latent);
-        if fits { device.multiprocessors() as usize } else { 0 }
+        if fits && tuning().deal > 0 { device.multiprocessors() as usize } else { 0 }
     }
 
     /// The smallest block on tensor cores that holds an item's rows, else the largest; none for other shapes.

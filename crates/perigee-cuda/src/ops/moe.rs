@@ -21,27 +21,28 @@ use crate::params::{
 };
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
+use crate::tuning::tuning;
 
 /// Rows of a grouped product's tile.
 const TILE_ROWS: usize = 64;
 /// Columns of a grouped product's tile.
 const TILE_COLUMNS: usize = 64;
-/// Tokens up to which a shared expert is computed like a routed one: three launches fewer. Beyond, its many rows fill many tiles
-/// that each read its weights, and a dense product is faster.
-const MOST_SHARED: usize = 256;
 /// Rows an expert, on average, up to which the product is one of reading weights.
 const FEW_ROWS: usize = 16;
 /// Depth of a step of that product, and weight rows of a block: half as many where blocks would be too few otherwise.
 const SKINNY_DEPTH: usize = 64;
 const SKINNY_COLUMNS: usize = 128;
 const FEW_TOKENS: usize = 32;
+/// Blocks of it that a multiprocessor holds.
+const SKINNY_RESIDENT: usize = 2;
+/// Tokens from which the sum of experts asks for the next layer's weights.
+const LEAST_AHEAD: usize = 17;
 /// Rows of the smallest tile.
 const LEAST_TILE: usize = 16;
 /// Tokens from which the router's depth is cut into parts, and the least depth of a part.
 const ROUTER_MANY: usize = 16;
 const ROUTER_PART: usize = 128;
-/// Tokens from which it goes through tensor cores, where its weights are bfloat16 as stored, and the depth of a step of it.
-const ROUTER_TENSOR: usize = 33;
+/// Depth of a step of it on tensor cores.
 const ROUTER_DEPTH: usize = 64;
 /// Tokens from which the router is a dense product, where its weights are bfloat16 as stored.
 const ROUTER_PRODUCT: usize = 512;
@@ -76,7 +77,7 @@ pub struct Moe {
 impl Moe {
     /// 1 where a step of `tokens` tokens has the shared expert computed like the routed ones, which every token has then; else 0.
     fn shared_choices(&self, tokens: usize) -> usize {
-        if tokens <= MOST_SHARED { self.extra } else { 0 }
+        if tokens <= tuning().shared { self.extra } else { 0 }
     }
 
     /// Experts of a token.
@@ -218,6 +219,7 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             top_k: layer.choices(tokens) as u32,
         };
+        self.followers.note_mixture(layer.gate_up.address());
         if self.may_defer_sum() && shape.hidden.is_multiple_of(4) && shape.hidden <= MOST_FUSED {
             self.deferred_sum = Some(params);
             return Ok(());
@@ -243,7 +245,18 @@ impl CudaBackend {
     /// Queues a weighted sum of experts and the norm whose delta it is.
     pub(crate) fn moe_combine_norm(&self, combine: MoeCombineParams, norm: NormParams) -> Result<()> {
         let grid = Grid::new(self.tokens(), 1, sum_threads(&combine)).shared(sum_shared(&combine));
-        self.stream.launch(&self.kernels.moe_combine_norm, grid, &MoeCombineNormParams { combine, norm })
+        let is_some = self.tokens() >= LEAST_AHEAD;
+        let ahead = self.followers.ahead().filter(|_| is_some).unwrap_or_default();
+        let params = MoeCombineNormParams {
+            combine,
+            norm,
+            ahead: ahead.address,
+            ahead_rows: ahead.rows,
+            ahead_pitch: ahead.pitch,
+            ahead_bytes: (tuning().next as u32 / 16 * 16).min(ahead.pitch),
+            reserved: 0,
+        };
+        self.stream.launch(&self.kernels.moe_combine_norm, grid, &params)
     }
 
     /// The tensor-core kernels for this layer and a step of few rows an expert, if there are any.
@@ -255,7 +268,13 @@ impl CudaBackend {
         let (hidden, width) = (layer.shape.hidden, layer.width);
         let is_deep = hidden.is_multiple_of(SKINNY_DEPTH) && width.is_multiple_of(SKINNY_DEPTH);
         let most = if self.tokens() <= FEW_TOKENS { SKINNY_COLUMNS / 2 } else { SKINNY_COLUMNS };
-        let skinny = self.kernels.moe_skinny.iter().rfind(|kernel| kernel.columns <= most.min(hidden).min(2 * width));
+        let kernels = match (self.tokens(), tuning()) {
+            (tokens, tuning) if tokens > FEW_TOKENS && tokens >= tuning.tall => &self.kernels.moe_tall,
+            (tokens, tuning) if tokens > FEW_TOKENS && tokens >= tuning.deep => &self.kernels.moe_deep,
+            (tokens, tuning) if tokens >= tuning.stay => &self.kernels.moe_stay,
+            _ => &self.kernels.moe_skinny,
+        };
+        let skinny = kernels.iter().rfind(|kernel| kernel.columns <= most.min(hidden).min(2 * width));
         if rows <= FEW_ROWS && is_deep && skinny.is_some() {
             return skinny;
         }
@@ -292,7 +311,9 @@ impl CudaBackend {
             depth: shape.hidden as u32,
             width: layer.width as u32,
             top_k: layer.choices(tokens) as u32,
-            reserved: 0,
+            experts: layer.experts(tokens) as u32,
+            ahead: self.moe_ahead(layer) as u32,
+            ahead_blocks: (SKINNY_RESIDENT * self.stream.device().multiprocessors() as usize) as u32,
         };
         let down = MoeProductParams {
             input: work.inner,
@@ -300,6 +321,7 @@ impl CudaBackend {
             out: work.rows,
             depth: layer.width as u32,
             width: shape.hidden as u32,
+            ahead: 0,
             ..up
         };
         let tiles = |rows| entries.div_ceil(rows) + layer.experts(tokens).min(entries);
@@ -307,8 +329,11 @@ impl CudaBackend {
             return self.moe_wide_products(layer, kernels, weights, x.address(), work);
         }
         if let Some(tensor) = self.moe_tensor(layer) {
+            let room = SKINNY_RESIDENT * self.stream.device().multiprocessors() as usize;
             let grid = |weight_rows: usize| {
-                Grid::new(weight_rows.div_ceil(tensor.columns), tiles(tensor.rows), 256).shared(tensor.shared)
+                let columns = weight_rows.div_ceil(tensor.columns);
+                let most = if tensor.stays { (room / columns).max(1) } else { usize::MAX };
+                Grid::new(columns, tiles(tensor.rows).min(most), 256).shared(tensor.shared)
             };
             self.stream.launch(&tensor.gate_up, grid(2 * layer.width), &up)?;
             return self.stream.launch(&tensor.down, grid(shape.hidden), &down);
@@ -316,6 +341,12 @@ impl CudaBackend {
         let grid = |columns: usize| Grid::new(columns.div_ceil(TILE_COLUMNS), tiles(TILE_ROWS), 256);
         self.stream.launch(&self.kernels.moe_gate_up, grid(layer.width), &up)?;
         self.stream.launch(&self.kernels.moe_down, grid(shape.hidden), &down)
+    }
+
+    /// Experts whose weights gate and up ask for ahead: the shared one, which every token has, and some before it.
+    fn moe_ahead(&self, layer: &Moe) -> usize {
+        let is_chosen = layer.shared_choices(self.tokens()) > 0 && self.tokens() > FEW_TOKENS;
+        if is_chosen { tuning().ahead.min(layer.shape.experts) } else { 0 }
     }
 
     /// Forced choices on the device, or 0.
@@ -430,6 +461,9 @@ impl CudaBackend {
             self.stream.launch(&self.kernels.moe_select, grid, &select)?;
             return self.moe_wide_sort(layer, kernels, work);
         }
+        if self.moe_selects_many(layer, forced) {
+            return self.moe_select_many((params, select, sort));
+        }
         let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
         self.stream.launch(&self.kernels.moe_select, grid, &select)?;
         self.stream.launch(&self.kernels.moe_sort, Grid::new(1, 1, 1024).shared(layer.experts(tokens) * 4), &sort)
@@ -441,7 +475,7 @@ impl CudaBackend {
         layer: &'a Moe,
         tokens: usize,
     ) -> Option<(&'a Kernel<MoeRouterParams>, &'a Matrix)> {
-        let fits = tokens >= ROUTER_TENSOR && layer.shape.hidden.is_multiple_of(ROUTER_DEPTH);
+        let fits = tokens >= tuning().router && layer.shape.hidden.is_multiple_of(ROUTER_DEPTH);
         self.kernels.moe_router_tensor.as_ref().zip(layer.narrow_router.as_ref()).filter(|_| fits)
     }
 
@@ -491,7 +525,7 @@ fn router_parts(shape: &MoeShape, tokens: usize) -> usize {
         return 1;
     }
     let tiles = tokens.div_ceil(ROUTER_TILE) * shape.experts.div_ceil(ROUTER_TILE);
-    (ROUTER_BLOCKS / tiles).min(shape.hidden / ROUTER_PART).max(1)
+    (ROUTER_BLOCKS.min(tuning().router_blocks) / tiles).min(shape.hidden / ROUTER_PART).max(1)
 }
 
 /// Threads of a block that sums a token's experts, four numbers each.
