@@ -2,7 +2,6 @@
 //! of a batch; and draws from logits. Medians of several runs, each run one op with all its products. It judges nothing.
 //!
 //! usage: bench_ops [PREFIX of the op's name [SHAPE, part of its name, e.g. "x 8192" [RUNS]]]
-//!        bench_ops products ROWS...   dense products by every algorithm that the library proposes
 
 use perigee_backend::random::{Distribution, RandomFill};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, QueryWeights};
@@ -130,9 +129,6 @@ fn main() -> Result<()> {
     let shape = std::env::args().nth(2).unwrap_or_default();
     let mut backend = CudaBackend::open(Options { device: 0, precision: DType::Bf16 }, Box::new(Solo))?;
     println!("{:?}", backend.device()?);
-    if prefix == "products" {
-        return times_of_products(&mut backend);
-    }
     let kda = backend.load_kda(&KDA, &kda_weights())?;
     let mla = backend.load_mla(&MLA, &mla_weights())?;
     let moe = backend.load_moe(&MOE, &moe_weights())?;
@@ -245,32 +241,6 @@ fn variants() -> usize {
 
 #[cfg(not(feature = "tuning"))]
 fn apply_variant(_index: usize) {}
-
-/// The model's dense products, for as many rows as the arguments say; behind them the quickest of each as a word of PERIGEE_TUNING.
-fn times_of_products(backend: &mut CudaBackend) -> Result<()> {
-    let (kda, mla) = (KDA.heads * KDA.head_dim, MLA.heads * MLA.value);
-    let products = [
-        ("kda input", HIDDEN, 3 * kda + 2 * KDA.head_dim + KDA.heads, DType::Bf16),
-        ("outputs", kda.max(mla), HIDDEN, DType::Bf16),
-        ("mla input", HIDDEN, MLA.heads * (MLA.nope + MLA.rope) + MLA.cache_width(), DType::Bf16),
-        ("head", HIDDEN, 163_840, DType::Fp32),
-    ];
-    let mut words = Vec::new();
-    for rows in std::env::args().skip(2).filter_map(|text| text.parse().ok()) {
-        for (name, depth, out, result) in products {
-            let times = backend.product_times(rows, depth, out, result)?;
-            let floor = depth as f32 * out as f32 * 2.0 / 4.26e9;
-            let texts: Vec<String> = times.iter().map(|ms| format!("{:.1}", ms * 1e3)).collect();
-            println!("{name:10} {rows:4} x {depth} x {out}: floor {:.1} us; {}", floor * 1e3, texts.join(" "));
-            let best = (0..times.len()).min_by(|&a, &b| times[a].total_cmp(&times[b])).unwrap_or(0);
-            if best > 0 && times[best] < 0.97 * times[0] {
-                words.push(format!("plan={rows}x{depth}x{out}:{best}"));
-            }
-        }
-    }
-    println!("TUNING {}", words.join(" "));
-    Ok(())
-}
 
 /// Draws from flat logits over the published vocabulary, one set of parameters for all rows.
 fn times_of_draws(backend: &mut CudaBackend) -> Result<()> {

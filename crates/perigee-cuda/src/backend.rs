@@ -26,7 +26,6 @@ use crate::loader::Loader;
 use crate::module::Program;
 use crate::nccl::pair::{NcclPairs, Parcel};
 use crate::needs;
-use crate::ops::ahead::Followers;
 use crate::ops::embed::Embedding;
 use crate::ops::few::ROUTE_COUNTS;
 use crate::ops::kda::Kda;
@@ -65,8 +64,6 @@ pub struct CudaBackend {
     pub(crate) scratch: Scratch,
     pub(crate) step: Step,
     pub(crate) selected: Option<Selected>,
-    /// What follows each mixture of experts.
-    pub(crate) followers: Followers,
     /// A sum of experts that the norm behind it computes; while a step is recorded only.
     pub(crate) deferred_sum: Option<MoeCombineParams>,
     /// A norm of the residual stream that the op behind it may compute; while a step is recorded only.
@@ -134,7 +131,6 @@ impl CudaBackend {
             scratch: Scratch::default(),
             step: Step::default(),
             selected: None,
-            followers: Followers::default(),
             deferred_sum: None,
             deferred_norm: None,
             moved_stream: None,
@@ -293,7 +289,6 @@ impl Backend for CudaBackend {
         self.abandon_recording();
         let feed = std::mem::take(&mut self.feed);
         self.step.begin(&self.stream, batch, &feed, self.planning(), self.formula)?;
-        self.followers.begin();
         self.reserve_scratch(batch.tokens.len())?;
         self.feed_run(feed.len())?;
         self.recorder.note_run();

@@ -3,18 +3,14 @@
 
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
-use std::mem::MaybeUninit;
 
 use cudarc::cublaslt::{result, sys};
 use perigee_backend::{BackendError, DType, Result};
 
 use crate::buffer::Buffer;
 use crate::stream::Stream;
-use crate::tuning::{ChosenPlan, tuning};
 
 const WORKSPACE_BYTES: usize = 32 << 20;
-/// Most proposals that the library is asked for.
-const MOST_PROPOSALS: usize = 16;
 
 /// out [rows, out] = in [rows, depth] . weight, for each of `batch` problems. Pitches and strides count elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,35 +91,10 @@ impl Blas {
         let alignments = alignments(product, operands);
         let key = (*product, alignments);
         if !self.plans.contains_key(&key) {
-            let plan = Plan::new(self.handle, product, alignments, chosen_plan(product))?;
+            let plan = Plan::new(self.handle, product, alignments)?;
             self.plans.insert(key, plan);
         }
         let Some(plan) = self.plans.get(&key) else { return Ok(()) };
-        self.run_plan(stream, product, plan, operands)
-    }
-
-    /// Forgets which algorithms were chosen.
-    #[cfg(feature = "tuning")]
-    pub(crate) fn forget_plans(&mut self) {
-        self.plans.clear();
-    }
-
-    /// The library's proposals for a product, in its order.
-    pub(crate) fn proposals(&self, product: &Product, operands: Operands) -> Result<Vec<Plan>> {
-        let mut plans: Vec<Plan> = Vec::new();
-        for index in 0..MOST_PROPOSALS {
-            let plan = Plan::new(self.handle, product, alignments(product, operands), index)?;
-            // Where there are fewer, the last comes again.
-            if plans.last().is_some_and(|last| last.algorithm.data == plan.algorithm.data) {
-                break;
-            }
-            plans.push(plan);
-        }
-        Ok(plans)
-    }
-
-    /// Queues a product by a plan that was made for it.
-    pub(crate) fn run_plan(&self, stream: &Stream, product: &Product, plan: &Plan, operands: Operands) -> Result<()> {
         stream.device().bind()?;
         let (one, zero) = (1.0f32, 0.0f32);
         // SAFETY: handle, descriptors and algorithm are alive (owned by self and the plan); the addresses are device
@@ -167,7 +138,7 @@ impl Drop for Blas {
 
 /// Descriptors of one product, in the library's column-major words: the weight is its A, the input its B.
 #[derive(Debug)]
-pub(crate) struct Plan {
+struct Plan {
     operation: sys::cublasLtMatmulDesc_t,
     weight: sys::cublasLtMatrixLayout_t,
     input: sys::cublasLtMatrixLayout_t,
@@ -176,8 +147,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// With the proposal of this place in the library's order, the last where there are fewer.
-    fn new(handle: sys::cublasLtHandle_t, product: &Product, alignments: [u32; 3], index: usize) -> Result<Self> {
+    fn new(handle: sys::cublasLtHandle_t, product: &Product, alignments: [u32; 3]) -> Result<Self> {
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let operation = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)
             .map_err(fault("describing a product"))?;
@@ -206,7 +176,7 @@ impl Plan {
             }
             .map_err(fault("describing a product"))?;
         }
-        plan.algorithm = plan.choose(handle, alignments, product, index)?;
+        plan.algorithm = plan.choose(handle, alignments, product)?;
         Ok(plan)
     }
 
@@ -215,7 +185,6 @@ impl Plan {
         handle: sys::cublasLtHandle_t,
         alignments: [u32; 3],
         product: &Product,
-        index: usize,
     ) -> Result<sys::cublasLtMatmulAlgo_t> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = result::create_matmul_pref().map_err(fault("choosing an algorithm"))?;
@@ -230,12 +199,9 @@ impl Plan {
             .and_then(|()| set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &out.to_ne_bytes()))
             .and_then(|()| set(Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &out.to_ne_bytes()))
             .and_then(|()| {
-                let wanted = (index + 1).min(MOST_PROPOSALS);
-                let mut proposals = [MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit(); MOST_PROPOSALS];
-                let mut count = 0;
-                // SAFETY: all descriptors are alive; there is room for as many proposals as are asked for.
+                // SAFETY: all descriptors are alive.
                 unsafe {
-                    sys::cublasLtMatmulAlgoGetHeuristic(
+                    result::get_matmul_algo_heuristic(
                         handle,
                         self.operation,
                         self.weight,
@@ -243,18 +209,8 @@ impl Plan {
                         self.out,
                         self.out,
                         preference,
-                        wanted as i32,
-                        proposals.as_mut_ptr().cast(),
-                        &mut count,
                     )
                 }
-                .result()?;
-                let none = result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
-                let found = proposals[..wanted.min(count.max(0) as usize)].last().ok_or(none)?;
-                // SAFETY: the library has written as many proposals as it counted.
-                let found = unsafe { found.assume_init() };
-                found.state.result()?;
-                Ok(found)
             });
         // SAFETY: created above, destroyed once.
         let _ = unsafe { result::destroy_matmul_pref(preference) };
@@ -308,12 +264,6 @@ fn layout(
         .map_err(fault("describing a batch of matrices"))?;
     }
     Ok(layout)
-}
-
-/// Place among the library's proposals of the algorithm that a product takes.
-fn chosen_plan(product: &Product) -> usize {
-    let is_same = |plan: &&ChosenPlan| (plan.rows, plan.depth, plan.out) == (product.rows, product.depth, product.out);
-    tuning().plans.iter().find(is_same).map_or(0, |plan| plan.index)
 }
 
 fn data_type(dtype: DType) -> sys::cudaDataType_t {

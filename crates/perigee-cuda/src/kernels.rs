@@ -11,11 +11,11 @@ use crate::needs::KDA_HEAD_DIMS;
 use crate::ops::dense::{RING_BYTES, ring_bytes};
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
-    ElementParams, FeedParams, GatherParams, KdaGatesParams, KdaParams, LoadParams, MlaAbsorbParams, MlaAttendParams,
-    MlaDecodeParams, MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MlaValuesParams,
-    MoeCombineNormParams, MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams,
-    MoeSelectParams, MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams,
-    SampleParams, SkinnyParams, StateSumParams,
+    ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAbsorbParams, MlaAttendParams, MlaDecodeParams,
+    MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MlaValuesParams, MoeCombineNormParams,
+    MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams, MoeSelectParams,
+    MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams, SampleParams,
+    SkinnyParams, StateSumParams,
 };
 
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
@@ -38,8 +38,6 @@ pub(crate) struct Kernels {
     pub(crate) kda_tails: Kernel<KdaParams>,
     pub(crate) kda_gate: Kernel<KdaParams>,
     pub(crate) kda_fast: Vec<KdaFast>,
-    /// The gates' second halves of some dozen tokens, for heads of [`GATES_DIM`]; with bfloat16 activations only.
-    pub(crate) kda_gates: Option<Kernel<KdaGatesParams>>,
     pub(crate) mla_store: Kernel<MlaStoreParams>,
     pub(crate) mla_attention: AttentionKernels,
     /// With bfloat16 activations only.
@@ -64,11 +62,6 @@ pub(crate) struct Kernels {
     pub(crate) moe_tensor: Option<MoeTensor>,
     /// For experts of few rows each, by ascending weight rows of a block; with bfloat16 activations only.
     pub(crate) moe_skinny: Vec<MoeTensor>,
-    /// The same with blocks that stay for several tiles, by ascending weight rows too.
-    pub(crate) moe_stay: Vec<MoeTensor>,
-    /// The same with tokens asked for further ahead, and with more rows of a tile.
-    pub(crate) moe_deep: Vec<MoeTensor>,
-    pub(crate) moe_tall: Vec<MoeTensor>,
     /// For steps of many rows an expert; with bfloat16 activations only.
     pub(crate) moe_wide: Option<MoeWide>,
     pub(crate) moe_combine: Kernel<MoeCombineParams>,
@@ -103,8 +96,6 @@ pub(crate) struct KdaFast {
     pub(crate) decode: Kernel<KdaParams>,
     /// The fused step for many rows.
     pub(crate) decode_bulk: Option<Kernel<KdaParams>>,
-    /// The same that keeps states longest in the second-level cache, by what it keeps (kda_decode_bulk.cu).
-    pub(crate) decode_keep: Vec<(usize, Kernel<KdaParams>)>,
     /// The fused step for few rows, with the gates' product in it.
     pub(crate) decode_gates: Option<Kernel<KdaParams>>,
     /// Shared memory of `decode_bulk`: the state of a head.
@@ -140,16 +131,6 @@ impl KdaFast {
                 (128, true) => Some(modules.overlapping("kda_decode_bulk", &format!("kda_decode_bulk_{suffix}_128"))?),
                 _ => None,
             },
-            decode_keep: match (head_dim, is_bf16 && decode_fault.is_empty()) {
-                (128, true) => {
-                    let load = |&keep: &usize| {
-                        let name = format!("kda_decode_bulk_bf16_128_keep_{keep}");
-                        Ok((keep, modules.overlapping("kda_decode_bulk", &name)?))
-                    };
-                    [1, 3, 7].iter().map(load).collect::<Result<_>>()?
-                }
-                _ => Vec::new(),
-            },
             decode_gates: match (head_dim, is_bf16 && decode_fault.is_empty()) {
                 (128, true) => Some(modules.overlapping("kda_decode", "kda_decode_gates_bf16_128")?),
                 _ => None,
@@ -158,9 +139,6 @@ impl KdaFast {
         };
         if let Some(bulk) = &kernels.decode_bulk {
             bulk.allow_shared(kernels.state_shared)?;
-        }
-        for (_, keep) in &kernels.decode_keep {
-            keep.allow_shared(kernels.state_shared)?;
         }
         kernels.chunk.allow_shared(chunk_shared)?;
         kernels.scan.allow_shared(scan_shared)?;
@@ -295,27 +273,7 @@ pub(crate) struct MoeTensor {
     pub(crate) gate_up: Kernel<MoeProductParams>,
     pub(crate) down: Kernel<MoeProductParams>,
     pub(crate) shared: usize,
-    /// Whether blocks stay for several tiles.
-    pub(crate) stays: bool,
 }
-
-/// Forms of the kernels for experts of few rows each.
-#[derive(Debug, Clone, Copy)]
-enum SkinnyForm {
-    Plain,
-    /// Blocks stay for several tiles.
-    Stay,
-    /// Tokens are asked for two buffers ahead.
-    Deep,
-    /// Tiles of up to 48 rows.
-    Tall,
-}
-
-/// Most shared memory of a block.
-const MOST_SHARED: usize = 227 << 10;
-
-/// Channels of the heads whose gates have a kernel for some dozen tokens.
-pub(crate) const GATES_DIM: usize = 128;
 
 /// Warps of a block that multiplies one token, each with a ring of rows; and the least and the most rows of a ring (gemm/single.cuh).
 pub(crate) const RING_WARPS: usize = 8;
@@ -347,8 +305,9 @@ impl Single {
 #[derive(Debug)]
 pub(crate) struct MoeSingle {
     pub(crate) gate_up: Kernel<MoeSingleParams>,
-    /// By channels of a piece, from 1 on.
-    pub(crate) down: [Kernel<MoeSingleParams>; Self::MOST_GROUP],
+    pub(crate) down: Kernel<MoeSingleParams>,
+    /// The same by pieces of [`Self::GROUP`] neighbouring channels.
+    pub(crate) down_grouped: Kernel<MoeSingleParams>,
 }
 
 impl MoeSingle {
@@ -357,20 +316,20 @@ impl MoeSingle {
     /// Most experts of a token, and most products of a block of down.
     pub(crate) const MOST_CHOICES: usize = 32;
     pub(crate) const MOST_DOTS: usize = 512;
-    /// Most channels of a piece of down.
-    pub(crate) const MOST_GROUP: usize = 3;
+    /// Channels of a piece of `down_grouped`, and the pieces of a warp that are under way: as much as four rows, which leaves room for the
+    /// next kernel's block.
+    pub(crate) const GROUP: usize = 3;
+    pub(crate) const GROUP_STAGES: usize = 2;
 
     fn load(modules: &Modules) -> Result<Self> {
         let gate_up = modules.overlapping("moe_product_single", "moe_gate_up_single")?;
-        let names = ["moe_down_single", "moe_down_single_2", "moe_down_single_3"];
-        let [one, two, three] = names.map(|name| modules.overlapping("moe_product_single", name));
-        let down = [one?, two?, three?];
+        let down = modules.overlapping("moe_product_single", "moe_down_single")?;
+        let down_grouped = modules.overlapping("moe_product_single", "moe_down_single_3")?;
         gate_up.allow_shared(most_ring(Self::MOST.0))?;
-        for (group, kernel) in (1..).zip(&down) {
-            let rings = most_ring(group * Self::MOST.1);
-            kernel.allow_shared((rings + Self::MOST_CHOICES * Self::MOST.1 * 2).min(MOST_SHARED))?;
-        }
-        Ok(Self { gate_up, down })
+        let inner = Self::MOST_CHOICES * Self::MOST.1 * 2;
+        down.allow_shared(most_ring(Self::MOST.1) + inner)?;
+        down_grouped.allow_shared(ring_bytes(Self::GROUP_STAGES, Self::GROUP * Self::MOST.1) + inner)?;
+        Ok(Self { gate_up, down, down_grouped })
     }
 }
 
@@ -404,21 +363,14 @@ impl Skinny {
 
 impl MoeTensor {
     /// For experts of few rows each.
-    fn skinny(modules: &Modules, row_warps: usize, form: SkinnyForm) -> Result<Self> {
-        // The sizes of the buffers of gemm/skinny.cuh for 32 and 48 tokens, which moe_product_skinny.cu asserts.
-        let (suffix, rows, shared) = match form {
-            SkinnyForm::Plain => ("", 32, 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2),
-            SkinnyForm::Stay => ("_stay", 32, 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2),
-            SkinnyForm::Deep => ("_deep", 32, 3 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2),
-            SkinnyForm::Tall => ("_tall", 48, 2 * 48 * (64 * 2 * (8 / row_warps) + 32) * 2),
-        };
-        let kernel =
-            |what| modules.overlapping("moe_product_skinny", &format!("moe_{what}_skinny_{row_warps}{suffix}"));
-        let (gate_up, down) = (kernel("gate_up")?, kernel("down")?);
+    fn skinny(modules: &Modules, row_warps: usize) -> Result<Self> {
+        // The size of the buffers of gemm/skinny.cuh for 32 tokens, which moe_product_skinny.cu asserts.
+        let shared = 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2;
+        let gate_up = modules.overlapping("moe_product_skinny", &format!("moe_gate_up_skinny_{row_warps}"))?;
+        let down = modules.overlapping("moe_product_skinny", &format!("moe_down_skinny_{row_warps}"))?;
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
-        let stays = matches!(form, SkinnyForm::Stay);
-        Ok(Self { rows, columns: 16 * row_warps, gate_up, down, shared, stays })
+        Ok(Self { rows: 32, columns: 16 * row_warps, gate_up, down, shared })
     }
 
     fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
@@ -428,7 +380,7 @@ impl MoeTensor {
         let down = modules.overlapping("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
-        Ok(Self { rows, columns: 128, gate_up, down, shared, stays: false })
+        Ok(Self { rows, columns: 128, gate_up, down, shared })
     }
 }
 
@@ -504,10 +456,6 @@ impl Kernels {
                 .iter()
                 .map(|&dim| KdaFast::load(&modules, suffix, dim, formula))
                 .collect::<Result<_>>()?,
-            kda_gates: match precision {
-                DType::Bf16 => Some(modules.overlapping("kda_gates", "kda_gates")?),
-                DType::Fp32 => None,
-            },
             mla_store: modules.overlapping("mla_store", &(typed("mla_store") + store_fault))?,
             mla_attention: AttentionKernels::load(&modules, suffix, precision)?,
             mla_expanded: match precision {
@@ -543,25 +491,7 @@ impl Kernels {
                 DType::Fp32 => None,
             },
             moe_skinny: match precision {
-                DType::Bf16 => vec![
-                    MoeTensor::skinny(&modules, 4, SkinnyForm::Plain)?,
-                    MoeTensor::skinny(&modules, 8, SkinnyForm::Plain)?,
-                ],
-                DType::Fp32 => Vec::new(),
-            },
-            moe_stay: match precision {
-                DType::Bf16 => vec![
-                    MoeTensor::skinny(&modules, 4, SkinnyForm::Stay)?,
-                    MoeTensor::skinny(&modules, 8, SkinnyForm::Stay)?,
-                ],
-                DType::Fp32 => Vec::new(),
-            },
-            moe_deep: match precision {
-                DType::Bf16 => vec![MoeTensor::skinny(&modules, 8, SkinnyForm::Deep)?],
-                DType::Fp32 => Vec::new(),
-            },
-            moe_tall: match precision {
-                DType::Bf16 => vec![MoeTensor::skinny(&modules, 8, SkinnyForm::Tall)?],
+                DType::Bf16 => vec![MoeTensor::skinny(&modules, 4)?, MoeTensor::skinny(&modules, 8)?],
                 DType::Fp32 => Vec::new(),
             },
             moe_wide: match precision {

@@ -1,9 +1,8 @@
 //! Times on the device, for benchmarks: of any work that a backend queues, and of the copy that floors are held against.
 
-use perigee_backend::{DType, Result};
+use perigee_backend::Result;
 
 use crate::backend::CudaBackend;
-use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
 use crate::stream::Event;
 
@@ -24,41 +23,6 @@ impl CudaBackend {
         end.record(&self.stream)?;
         end.wait()?;
         end.since(&start)
-    }
-
-    /// Milliseconds of a dense product of `rows` tokens by each algorithm that the library proposes, in its order: the median of some
-    /// runs of several products whose weights lie one behind the other, so that none is in the second-level cache.
-    ///
-    /// # Errors
-    /// [`perigee_backend::BackendError::Memory`] without room for a gigabyte of weights; a fault of the device.
-    pub fn product_times(&mut self, rows: usize, depth: usize, out: usize, result: DType) -> Result<Vec<f32>> {
-        let product = Product { result, ..Product::dense(rows, depth, out, DType::Bf16) };
-        let weight = depth * out * 2;
-        let count = (COPY_BYTES / weight).max(1);
-        let device = self.stream.device().clone();
-        let weights = Buffer::new(&device, count * weight, "weights of a timed product")?;
-        let input = Buffer::new(&device, rows * depth * 2, "input of a timed product")?;
-        let results = Buffer::new(&device, rows * out * 4, "result of a timed product")?;
-        // Not zeros, which take less power.
-        self.stream.fill(&weights, 0, count * weight, 0x3c91)?;
-        self.stream.fill(&input, 0, input.bytes(), 0x3f17)?;
-        let operands = |at: usize| Operands {
-            input: input.address(),
-            weight: weights.address() + (at * weight) as u64,
-            out: results.address(),
-        };
-        let mut all = Vec::new();
-        for plan in self.blas.proposals(&product, operands(0))? {
-            let once = |backend: &mut Self| {
-                backend
-                    .timed(|b| (0..count).try_for_each(|at| b.blas.run_plan(&b.stream, &product, &plan, operands(at))))
-            };
-            once(self)?;
-            let mut times = (0..COPIES).map(|_| once(self)).collect::<Result<Vec<_>>>()?;
-            times.sort_by(f32::total_cmp);
-            all.push(times[COPIES / 2] / count as f32);
-        }
-        Ok(all)
     }
 
     /// Bytes a second that a copy within the device reads and writes, the median of several.

@@ -156,19 +156,6 @@ pub(crate) struct KdaParams {
     pub(crate) first_chunk: u32,
 }
 
-/// `kda/params.h`
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(crate) struct KdaGatesParams {
-    pub(crate) input: u64,
-    pub(crate) weight: u64,
-    pub(crate) out: u64,
-    pub(crate) tokens: u32,
-    pub(crate) channels: u32,
-    pub(crate) in_pitch: u32,
-    pub(crate) reserved: u32,
-}
-
 /// `mla/params.h`: query tokens against key ranges.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
@@ -442,9 +429,7 @@ pub(crate) struct MoeProductParams {
     pub(crate) depth: u32,
     pub(crate) width: u32,
     pub(crate) top_k: u32,
-    pub(crate) experts: u32,
-    pub(crate) ahead: u32,
-    pub(crate) ahead_blocks: u32,
+    pub(crate) reserved: u32,
 }
 
 /// `moe/params.h`
@@ -509,11 +494,6 @@ pub(crate) struct MoeCombineParams {
 pub(crate) struct MoeCombineNormParams {
     pub(crate) combine: MoeCombineParams,
     pub(crate) norm: NormParams,
-    pub(crate) ahead: u64,
-    pub(crate) ahead_rows: u32,
-    pub(crate) ahead_pitch: u32,
-    pub(crate) ahead_bytes: u32,
-    pub(crate) reserved: u32,
 }
 
 /// `sample/params.h`

@@ -116,7 +116,6 @@ impl CudaBackend {
         }
         let fed = std::mem::take(&mut self.feed).len();
         self.feed_run(fed)?;
-        self.followers.begin();
         self.reserve_scratch(rows)?;
         self.reserve_gather(rows)?;
         #[cfg(feature = "tuning")]
@@ -131,14 +130,13 @@ impl CudaBackend {
         Ok(Some(rows))
     }
 
-    /// Forgets what was recorded and planned with other thresholds.
+    /// Forgets what was recorded with other thresholds.
     #[cfg(feature = "tuning")]
     fn follow_tuning(&mut self) -> Result<()> {
         let chosen = crate::tuning::chosen();
         if self.recorder.variant != chosen {
             self.stream.wait()?;
             self.recorder.graphs.clear();
-            self.blas.forget_plans();
             self.recorder.variant = chosen;
         }
         Ok(())

@@ -104,7 +104,7 @@ impl AttentionKernels {
     /// Blocks that items of single tokens are dealt out to, 0 where no kernel takes them so.
     pub(crate) fn decode_blocks(&self, heads: usize, latent: usize, device: &Device) -> usize {
         let fits = self.decode.as_ref().is_some_and(|decode| heads <= decode.heads && latent == decode.latent);
-        if fits && tuning().deal > 0 { device.multiprocessors() as usize } else { 0 }
+        if fits { device.multiprocessors() as usize } else { 0 }
     }
 
     /// The smallest block on tensor cores that holds an item's rows, else the largest; none for other shapes.

@@ -105,7 +105,7 @@ impl CudaBackend {
     pub(crate) fn moe_single(&self, layer: &Moe) -> Option<&MoeSingle> {
         let (hidden, width) = (layer.shape.hidden, layer.width);
         let choices = layer.choices(1);
-        let group = self.down_group(hidden);
+        let group = down_group(hidden);
         let blocks = self.stream.device().multiprocessors().max(1) as usize;
         let dots = (hidden / group).div_ceil(blocks) * group * choices;
         let fits = self.tokens() == 1
@@ -117,11 +117,6 @@ impl CudaBackend {
             && choices <= MoeSingle::MOST_CHOICES
             && dots <= MoeSingle::MOST_DOTS;
         self.kernels.moe_single.as_ref().filter(|_| fits)
-    }
-
-    /// Channels of a piece of the product down.
-    fn down_group(&self, hidden: usize) -> usize {
-        if hidden.is_multiple_of(tuning().down) { tuning().down.clamp(1, MoeSingle::MOST_GROUP) } else { 1 }
     }
 
     /// The experts' products of one token and their weighted sum, between two device addresses.
@@ -148,20 +143,27 @@ impl CudaBackend {
             stages: single_stages(shape.hidden, 0) as u32,
         };
         let inner = choices * layer.width * 2;
-        let group = self.down_group(shape.hidden);
+        let group = down_group(shape.hidden);
+        let (kernel, stages) = match group {
+            1 => (&kernels.down, single_stages(layer.width, inner)),
+            _ => (&kernels.down_grouped, MoeSingle::GROUP_STAGES),
+        };
         let down = MoeSingleParams {
             input: work.inner,
             weight: weights.down,
             out,
             depth: layer.width as u32,
             width: shape.hidden as u32,
-            // Pieces of several rows: two of them are as much under way as four rows, and leave room for the next kernel's block.
-            stages: if group > 1 { 2 } else { single_stages(layer.width, inner) as u32 },
+            stages: stages as u32,
             ..up
         };
-        let ring =
-            |params: &MoeSingleParams, rows: usize| ring_bytes(params.stages as usize, rows * params.depth as usize);
-        self.stream.launch(&kernels.gate_up, self.single_grid().shared(ring(&up, 1)), &up)?;
-        self.stream.launch(&kernels.down[group - 1], self.single_grid().shared(ring(&down, group) + inner), &down)
+        let rings = |params: &MoeSingleParams| ring_bytes(params.stages as usize, params.depth as usize);
+        self.stream.launch(&kernels.gate_up, self.single_grid().shared(rings(&up)), &up)?;
+        self.stream.launch(kernel, self.single_grid().shared(group * rings(&down) + inner), &down)
     }
+}
+
+/// Neighbouring channels of one token's product down that are one piece for the copy engine.
+fn down_group(hidden: usize) -> usize {
+    if hidden.is_multiple_of(MoeSingle::GROUP) { MoeSingle::GROUP } else { 1 }
 }

@@ -8,11 +8,10 @@ use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
 use crate::formula::Fault;
-use crate::kernels::GATES_DIM;
 use crate::loader::{Loader, Placement};
 use crate::module::Kernel;
 use crate::needs;
-use crate::params::{KdaGatesParams, KdaParams};
+use crate::params::KdaParams;
 use crate::step::Section;
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
@@ -20,9 +19,6 @@ use crate::tuning::tuning;
 
 /// Most channels of a head, one thread each.
 const MOST_CHANNELS: usize = 1024;
-
-/// Tokens and channels of a block of the gates' kernel.
-const GATES_TILE: usize = 64;
 
 /// A KDA layer's mixer; P = heads * head_dim.
 #[derive(Debug)]
@@ -102,7 +98,6 @@ impl CudaBackend {
         let [projected, gates, mixed] = self.kda_places(layer)?;
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
         let operands = Operands { input: x.address(), weight: layer.projection.address(), out: projected };
-        self.followers.note_projection(&layer.projection);
         self.dense_after_norm(&product, operands)?;
         if self.kda_gates_kernel(layer).is_none() {
             let product = Product {
@@ -116,13 +111,7 @@ impl CudaBackend {
                 ..Product::dense(tokens, shape.head_dim, channels, self.precision)
             };
             let input = projected + (3 * channels * element) as u64;
-            let operands = Operands { input, weight: layer.gates.address(), out: gates };
-            match self.kda_gates_many(layer) {
-                Some(kernel) => {
-                    self.stream.launch(kernel, gates_grid(tokens, channels), &gates_params(&product, operands))?;
-                }
-                None => self.dense(&product, operands)?,
-            }
+            self.dense(&product, Operands { input, weight: layer.gates.address(), out: gates })?;
         }
 
         self.kda_kernels(layer, index, [projected, gates, mixed])?;
@@ -242,18 +231,8 @@ impl CudaBackend {
     /// The kernel that computes the step with its gates, where the step is few rows of one token.
     fn kda_gates_kernel(&self, layer: &Kda) -> Option<&Kernel<KdaParams>> {
         let fast = self.kda_fast(layer.shape.head_dim)?;
-        let is_few = self.step.prefill_rows.count == 0 && self.step.decode_rows.count <= tuning().gates_within;
+        let is_few = self.step.prefill_rows.count == 0 && self.step.decode_rows.count <= tuning().gates;
         self.kernels.kda_fast[fast].decode_gates.as_ref().filter(|_| is_few)
-    }
-
-    /// The kernel for the gates of some dozen tokens, which lets the fused step begin beside it.
-    fn kda_gates_many(&self, layer: &Kda) -> Option<&Kernel<KdaGatesParams>> {
-        let rows = self.step.decode_rows.count;
-        let fits = self.step.prefill_rows.count == 0
-            && rows >= tuning().gates
-            && layer.shape.head_dim == GATES_DIM
-            && layer.projection.rows.is_multiple_of(8);
-        self.kernels.kda_gates.as_ref().filter(|_| fits)
     }
 
     /// Rows of one token in one fused kernel.
@@ -266,9 +245,7 @@ impl CudaBackend {
         match (self.kda_gates_kernel(layer), &fast.decode_bulk) {
             (Some(kernel), _) => self.stream.launch(kernel, grid, &params),
             (None, Some(bulk)) if rows.count >= tuning().bulk => {
-                let keeps = fast.decode_keep.iter().find(|(keep, _)| *keep == tuning().keep);
-                let kernel = keeps.map_or(bulk, |(_, kernel)| kernel);
-                self.stream.launch(kernel, grid.shared(fast.state_shared), &params)
+                self.stream.launch(bulk, grid.shared(fast.state_shared), &params)
             }
             _ => self.stream.launch(&fast.decode, grid, &params),
         }
@@ -279,22 +256,6 @@ impl CudaBackend {
         let params = KdaParams { rows: rows.address, ..*params };
         let grid = Grid::new(rows.count, params.heads as usize, params.head_dim.next_multiple_of(32));
         self.stream.launch(&self.kernels.kda_recurrent, grid, &params)
-    }
-}
-
-fn gates_grid(tokens: usize, channels: usize) -> Grid {
-    Grid::new(2 * channels / GATES_TILE, tokens.div_ceil(GATES_TILE), 128)
-}
-
-fn gates_params(product: &Product, operands: Operands) -> KdaGatesParams {
-    KdaGatesParams {
-        input: operands.input,
-        weight: operands.weight,
-        out: operands.out,
-        tokens: product.rows as u32,
-        channels: product.out as u32,
-        in_pitch: product.input_pitch as u32,
-        reserved: 0,
     }
 }
 

@@ -130,7 +130,6 @@ impl CudaBackend {
         let product = Product::dense(tokens, shape.hidden, width, self.precision);
         let input = x.address() + (span.first * shape.hidden * element) as u64;
         let operands = Operands { input, weight: layer.projection.address(), out: projected };
-        self.followers.note_projection(&layer.projection);
         self.dense_after_norm(&product, operands)?;
         let (query, query_pitch) = self.mla_queries(layer, projected, tokens)?;
 

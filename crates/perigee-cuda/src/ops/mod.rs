@@ -1,7 +1,6 @@
 //! The launchers: one file for each op, with the names of the kernel folders. Each checks shapes, takes working memory and
 //! queues kernels and dense products; what the kernels compute stands beside them.
 
-pub(crate) mod ahead;
 pub(crate) mod attention;
 pub(crate) mod dense;
 pub(crate) mod embed;

@@ -33,10 +33,6 @@ const FEW_ROWS: usize = 16;
 const SKINNY_DEPTH: usize = 64;
 const SKINNY_COLUMNS: usize = 128;
 const FEW_TOKENS: usize = 32;
-/// Blocks of it that a multiprocessor holds.
-const SKINNY_RESIDENT: usize = 2;
-/// Tokens from which the sum of experts asks for the next layer's weights.
-const LEAST_AHEAD: usize = 17;
 /// Rows of the smallest tile.
 const LEAST_TILE: usize = 16;
 /// Tokens from which the router's depth is cut into parts, and the least depth of a part.
@@ -219,7 +215,6 @@ impl CudaBackend {
             hidden: shape.hidden as u32,
             top_k: layer.choices(tokens) as u32,
         };
-        self.followers.note_mixture(layer.gate_up.address());
         if self.may_defer_sum() && shape.hidden.is_multiple_of(4) && shape.hidden <= MOST_FUSED {
             self.deferred_sum = Some(params);
             return Ok(());
@@ -245,18 +240,7 @@ impl CudaBackend {
     /// Queues a weighted sum of experts and the norm whose delta it is.
     pub(crate) fn moe_combine_norm(&self, combine: MoeCombineParams, norm: NormParams) -> Result<()> {
         let grid = Grid::new(self.tokens(), 1, sum_threads(&combine)).shared(sum_shared(&combine));
-        let is_some = self.tokens() >= LEAST_AHEAD;
-        let ahead = self.followers.ahead().filter(|_| is_some).unwrap_or_default();
-        let params = MoeCombineNormParams {
-            combine,
-            norm,
-            ahead: ahead.address,
-            ahead_rows: ahead.rows,
-            ahead_pitch: ahead.pitch,
-            ahead_bytes: (tuning().next as u32 / 16 * 16).min(ahead.pitch),
-            reserved: 0,
-        };
-        self.stream.launch(&self.kernels.moe_combine_norm, grid, &params)
+        self.stream.launch(&self.kernels.moe_combine_norm, grid, &MoeCombineNormParams { combine, norm })
     }
 
     /// The tensor-core kernels for this layer and a step of few rows an expert, if there are any.
@@ -268,13 +252,7 @@ impl CudaBackend {
         let (hidden, width) = (layer.shape.hidden, layer.width);
         let is_deep = hidden.is_multiple_of(SKINNY_DEPTH) && width.is_multiple_of(SKINNY_DEPTH);
         let most = if self.tokens() <= FEW_TOKENS { SKINNY_COLUMNS / 2 } else { SKINNY_COLUMNS };
-        let kernels = match (self.tokens(), tuning()) {
-            (tokens, tuning) if tokens > FEW_TOKENS && tokens >= tuning.tall => &self.kernels.moe_tall,
-            (tokens, tuning) if tokens > FEW_TOKENS && tokens >= tuning.deep => &self.kernels.moe_deep,
-            (tokens, tuning) if tokens >= tuning.stay => &self.kernels.moe_stay,
-            _ => &self.kernels.moe_skinny,
-        };
-        let skinny = kernels.iter().rfind(|kernel| kernel.columns <= most.min(hidden).min(2 * width));
+        let skinny = self.kernels.moe_skinny.iter().rfind(|kernel| kernel.columns <= most.min(hidden).min(2 * width));
         if rows <= FEW_ROWS && is_deep && skinny.is_some() {
             return skinny;
         }
@@ -311,9 +289,7 @@ impl CudaBackend {
             depth: shape.hidden as u32,
             width: layer.width as u32,
             top_k: layer.choices(tokens) as u32,
-            experts: layer.experts(tokens) as u32,
-            ahead: self.moe_ahead(layer) as u32,
-            ahead_blocks: (SKINNY_RESIDENT * self.stream.device().multiprocessors() as usize) as u32,
+            reserved: 0,
         };
         let down = MoeProductParams {
             input: work.inner,
@@ -321,7 +297,6 @@ impl CudaBackend {
             out: work.rows,
             depth: layer.width as u32,
             width: shape.hidden as u32,
-            ahead: 0,
             ..up
         };
         let tiles = |rows| entries.div_ceil(rows) + layer.experts(tokens).min(entries);
@@ -329,11 +304,8 @@ impl CudaBackend {
             return self.moe_wide_products(layer, kernels, weights, x.address(), work);
         }
         if let Some(tensor) = self.moe_tensor(layer) {
-            let room = SKINNY_RESIDENT * self.stream.device().multiprocessors() as usize;
             let grid = |weight_rows: usize| {
-                let columns = weight_rows.div_ceil(tensor.columns);
-                let most = if tensor.stays { (room / columns).max(1) } else { usize::MAX };
-                Grid::new(columns, tiles(tensor.rows).min(most), 256).shared(tensor.shared)
+                Grid::new(weight_rows.div_ceil(tensor.columns), tiles(tensor.rows), 256).shared(tensor.shared)
             };
             self.stream.launch(&tensor.gate_up, grid(2 * layer.width), &up)?;
             return self.stream.launch(&tensor.down, grid(shape.hidden), &down);
@@ -341,12 +313,6 @@ impl CudaBackend {
         let grid = |columns: usize| Grid::new(columns.div_ceil(TILE_COLUMNS), tiles(TILE_ROWS), 256);
         self.stream.launch(&self.kernels.moe_gate_up, grid(layer.width), &up)?;
         self.stream.launch(&self.kernels.moe_down, grid(shape.hidden), &down)
-    }
-
-    /// Experts whose weights gate and up ask for ahead: the shared one, which every token has, and some before it.
-    fn moe_ahead(&self, layer: &Moe) -> usize {
-        let is_chosen = layer.shared_choices(self.tokens()) > 0 && self.tokens() > FEW_TOKENS;
-        if is_chosen { tuning().ahead.min(layer.shape.experts) } else { 0 }
     }
 
     /// Forced choices on the device, or 0.
@@ -525,7 +491,7 @@ fn router_parts(shape: &MoeShape, tokens: usize) -> usize {
         return 1;
     }
     let tiles = tokens.div_ceil(ROUTER_TILE) * shape.experts.div_ceil(ROUTER_TILE);
-    (ROUTER_BLOCKS.min(tuning().router_blocks) / tiles).min(shape.hidden / ROUTER_PART).max(1)
+    (ROUTER_BLOCKS / tiles).min(shape.hidden / ROUTER_PART).max(1)
 }
 
 /// Threads of a block that sums a token's experts, four numbers each.

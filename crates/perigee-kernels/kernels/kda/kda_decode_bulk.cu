@@ -3,16 +3,7 @@
 #include "common/mma.cuh"
 #include "kda/decode.cuh"
 
-// A policy that keeps lines in the second-level cache longer than others.
-__device__ __forceinline__ uint64_t keep_longest() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// kKeep bit 0: what is stored is kept longest in the second-level cache, so that it goes to memory in longer pieces; bit 1: what is
-// loaded too; bit 2: a block ends once its state is read out of its memory, not when it has arrived.
-template <class T, int kDim, int kKeep>
+template <class T, int kDim>
 __device__ __forceinline__ void decode(const KdaParams& p) {
   using Share = StateShare<kDim>;
   constexpr uint32_t kBytes = kDim * kDim * 4;
@@ -33,16 +24,9 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
     asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(kBytes) : "memory");
-    const float* source = p.state + state_offset(p, row.read_slot, head);
-    if constexpr ((kKeep & 2) != 0) {
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(whole),
-                   "l"(source), "r"(kBytes), "r"(barrier), "l"(keep_longest())
-                   : "memory");
-    } else {
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(whole), "l"(source),
-                   "r"(kBytes), "r"(barrier)
-                   : "memory");
-    }
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(whole),
+                 "l"(p.state + state_offset(p, row.read_slot, head)), "r"(kBytes), "r"(barrier)
+                 : "memory");
   }
   // Its barriers also make the one above known to all.
   const Factors factors = prepare<T, kDim, false, Fault::kNone>(p, row, head, s);
@@ -86,32 +70,13 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
   gather(out, s);
   if (threadIdx.x == 0) {
     float* target = p.state + state_offset(p, row.write_slot, head);
-    if constexpr ((kKeep & 1) != 0) {
-      asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(target), "r"(whole), "r"(kBytes),
-                   "l"(keep_longest())
-                   : "memory");
-    } else {
-      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(whole), "r"(kBytes) : "memory");
-    }
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(whole), "r"(kBytes) : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
   }
   finish<T>(p, row, head, s);
   // The block's memory is needed until it is read.
-  if (threadIdx.x == 0) {
-    if constexpr ((kKeep & 4) != 0) {
-      asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    } else {
-      asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-    }
-  }
+  if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 3) kda_decode_bulk_fp32_128(const __grid_constant__ KdaParams p) { decode<float, 128, 0>(p); }
-extern "C" __global__ void __launch_bounds__(kThreads, 3) kda_decode_bulk_bf16_128(const __grid_constant__ KdaParams p) { decode<bf16, 128, 0>(p); }
-#define KDA_KEEP(keep)                                                                                                             \
-  extern "C" __global__ void __launch_bounds__(kThreads, 3) kda_decode_bulk_bf16_128_keep_##keep(const __grid_constant__ KdaParams p) { \
-    decode<bf16, 128, keep>(p);                                                                                                    \
-  }
-KDA_KEEP(1)
-KDA_KEEP(3)
-KDA_KEEP(7)
+extern "C" __global__ void __launch_bounds__(kThreads, 3) kda_decode_bulk_fp32_128(const __grid_constant__ KdaParams p) { decode<float, 128>(p); }
+extern "C" __global__ void __launch_bounds__(kThreads, 3) kda_decode_bulk_bf16_128(const __grid_constant__ KdaParams p) { decode<bf16, 128>(p); }

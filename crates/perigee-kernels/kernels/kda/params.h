@@ -57,14 +57,3 @@ struct KdaParams {
   uint32_t first_row;     // the chunked kernels take rows and chunks in groups that fit the workspace
   uint32_t first_chunk;
 };
-
-// The second halves of the low-rank gates, with bfloat16.
-struct KdaGatesParams {
-  const void* in;       // [tokens][in_pitch]: first halves of decay and output gate, 128 numbers each
-  const void* weight;   // [2 P][128]
-  float* out;           // [tokens][2 P]
-  uint32_t tokens;
-  uint32_t channels;    // P, a multiple of 64
-  uint32_t in_pitch;    // a multiple of 8
-  uint32_t reserved;
-};

@@ -72,14 +72,6 @@ __device__ __forceinline__ void combine_norm(const MoeCombineNormParams& both) {
   const float* residual = static_cast<const float*>(norm.residual) + token * norm.residual_pitch;
   Quad x = {};
   if (has_own) x = read4(residual + own);
-  // The device memory is idle here: the next product's weights, for one warp to ask for.
-  if (both.ahead_bytes > 0 && threadIdx.x >= blockDim.x - kWarp) {
-    const uint8_t* ahead = static_cast<const uint8_t*>(both.ahead);
-    for (uint32_t row = blockIdx.x * kWarp + threadIdx.x % kWarp; row < both.ahead_rows; row += gridDim.x * kWarp) {
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(ahead + static_cast<uint64_t>(row) * both.ahead_pitch), "r"(both.ahead_bytes)
-                   : "memory");
-    }
-  }
   for (uint32_t choice = threadIdx.x; choice < p.top_k; choice += blockDim.x) {
     choices[choice] = p.position[token * p.top_k + choice];
     weights[choice] = p.weights[token * p.top_k + choice];

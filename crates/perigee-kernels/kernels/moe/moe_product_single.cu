@@ -141,5 +141,4 @@ __device__ __forceinline__ void down(const MoeSingleParams& p) {
 
 extern "C" __global__ void __launch_bounds__(kSingleThreads, 2) moe_gate_up_single(const __grid_constant__ MoeSingleParams p) { gate_up<9>(p); }
 extern "C" __global__ void __launch_bounds__(kSingleThreads, 2) moe_down_single(const __grid_constant__ MoeSingleParams p) { down<4, 1>(p); }
-extern "C" __global__ void __launch_bounds__(kSingleThreads, 2) moe_down_single_2(const __grid_constant__ MoeSingleParams p) { down<4, 2>(p); }
 extern "C" __global__ void __launch_bounds__(kSingleThreads, 2) moe_down_single_3(const __grid_constant__ MoeSingleParams p) { down<4, 3>(p); }

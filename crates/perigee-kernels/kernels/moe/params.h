@@ -95,9 +95,7 @@ struct MoeProductParams {
   uint32_t depth;           // summed length: d, or f
   uint32_t width;           // columns of `out`: f, or d
   uint32_t top_k;           // k + s
-  uint32_t experts;         // E + s
-  uint32_t ahead;           // of the last experts' weights are asked for in the second-level cache before the wait, and their tiles come first
-  uint32_t ahead_blocks;    // by the first so many blocks
+  uint32_t reserved;
 };
 
 // The products of one token's experts.
@@ -151,9 +149,4 @@ struct MoeCombineParams {
 struct MoeCombineNormParams {
   MoeCombineParams combine;
   NormParams norm;
-  const void* ahead;        // a matrix of which the first bytes of every row are asked for in the second-level cache
-  uint32_t ahead_rows;
-  uint32_t ahead_pitch;     // bytes from row to row
-  uint32_t ahead_bytes;     // a multiple of 16
-  uint32_t reserved;
 };
