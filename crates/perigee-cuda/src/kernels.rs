@@ -316,8 +316,8 @@ impl MoeSingle {
     /// Most experts of a token, and most products of a block of down.
     pub(crate) const MOST_CHOICES: usize = 32;
     pub(crate) const MOST_DOTS: usize = 512;
-    /// Channels of a piece of `down_grouped`, and the pieces of a warp that are under way: as much as four rows, which leaves room for the
-    /// next kernel's block.
+    /// Channels of a piece of `down_grouped`, and pieces of a warp's ring: the most that leave room for a block of the product ahead, or
+    /// behind, where experts are 1,024 wide.
     pub(crate) const GROUP: usize = 3;
     pub(crate) const GROUP_STAGES: usize = 2;
 
