@@ -155,9 +155,8 @@ pub(crate) struct AttentionKernels {
     /// Of single tokens, with bfloat16 activations.
     pub(crate) decode: Option<MlaDecode>,
     pub(crate) merge_splits: Kernel<MlaAttendParams>,
-    /// The same for few tokens of which each has many parts, by warps and by blocks.
+    /// The same for few tokens of which each has many parts.
     pub(crate) merge_many: Kernel<MlaAttendParams>,
-    pub(crate) merge_far: Kernel<MlaAttendParams>,
 }
 
 impl AttentionKernels {
@@ -174,7 +173,6 @@ impl AttentionKernels {
             },
             merge_splits: modules.overlapping("mla_merge", "mla_merge_splits")?,
             merge_many: modules.overlapping("mla_merge", "mla_merge_many")?,
-            merge_far: modules.overlapping("mla_merge", "mla_merge_far")?,
         })
     }
 }

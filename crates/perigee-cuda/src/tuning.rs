@@ -13,8 +13,6 @@ pub(crate) struct Tuning {
     pub(crate) router: usize,
     /// Tokens from which selection and sort are one kernel, a block a token.
     pub(crate) select: usize,
-    /// Whether the parts of few tokens' attention are merged by blocks that read all weights at once: 1, else 0.
-    pub(crate) merge: usize,
     /// Rows of one token up to which their kernel computes KDA's gates too; beyond, each row's reading of their weights costs more than
     /// a product of its own.
     pub(crate) gates: usize,
@@ -23,7 +21,7 @@ pub(crate) struct Tuning {
 }
 
 /// What is shipped.
-static SHIPPED: Tuning = Tuning { shared: 256, router: 33, select: 17, merge: 0, gates: 8, bulk: 24 };
+static SHIPPED: Tuning = Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24 };
 
 /// The thresholds of this process.
 #[cfg(not(feature = "tuning"))]
@@ -93,7 +91,6 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "shared" => &mut tuning.shared,
             "router" => &mut tuning.router,
             "select" => &mut tuning.select,
-            "merge" => &mut tuning.merge,
             "gates" => &mut tuning.gates,
             "bulk" => &mut tuning.bulk,
             _ => return Err(unknown()),

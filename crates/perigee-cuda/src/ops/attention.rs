@@ -7,7 +7,6 @@ use crate::kernels::{AttentionKernels, MlaTensor};
 use crate::params::{MlaAttendParams, MlaDecodeParams};
 use crate::stream::{Grid, Stream};
 use crate::tensor_map::{Rows, TensorMap};
-use crate::tuning::tuning;
 
 /// Warps of a block of the general kernel, one query row each.
 const WARPS: usize = 4;
@@ -52,8 +51,7 @@ impl AttentionKernels {
         let units = rows * (params.latent as usize).div_ceil(MERGE_CHANNELS);
         let threads = 32 * MERGE_WARPS as u32;
         if plan.merges <= FEW_MERGES {
-            let kernel = if tuning().merge > 0 { &self.merge_far } else { &self.merge_many };
-            return stream.launch(kernel, Grid::new(plan.merges, units, threads), params);
+            return stream.launch(&self.merge_many, Grid::new(plan.merges, units, threads), params);
         }
         stream.launch(&self.merge_splits, Grid::new(plan.merges, units.div_ceil(MERGE_WARPS), threads), params)
     }

@@ -78,69 +78,6 @@ __device__ __forceinline__ void merge_splits(const MlaAttendParams& p) {
 extern "C" __global__ void __launch_bounds__(kWarps * kWarp) mla_merge_splits(const __grid_constant__ MlaAttendParams p) { merge_splits<false>(p); }
 extern "C" __global__ void __launch_bounds__(kWarps * kWarp) mla_merge_many(const __grid_constant__ MlaAttendParams p) { merge_splits<true>(p); }
 
-// As mla_merge_many, for rows of many parts: the block reads all their log-sum-exps at once and keeps the weights, so that a warp's reads
-// of parts wait for nothing but each other.
-extern "C" __global__ void __launch_bounds__(kWarps * kWarp) mla_merge_far(const __grid_constant__ MlaAttendParams p) {
-  constexpr uint32_t kBatch = 512;  // parts whose weights are kept at a time
-  constexpr uint32_t kThreads = kWarps * kWarp;
-  __shared__ float weights[kBatch];
-  __shared__ float sums[kWarps][kChannels];
-  __shared__ float scratch[kWarp];
-  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  grid_trigger();
-  const AttendMerge merge = p.merges[blockIdx.x];
-  grid_wait();
-  const uint32_t slices = (p.latent + kChannels - 1) / kChannels;
-  if (blockIdx.y >= merge.tokens * p.heads * slices) return;
-  const uint32_t row = blockIdx.y / slices, channel = blockIdx.y % slices * kChannels;
-  const uint64_t base = static_cast<uint64_t>(merge.first_part) * p.part_rows + row;
-  const float* lse = p.part_lse + base;
-  const float* output = p.part_output + base * p.latent + channel + lane;
-  const uint64_t pitch = static_cast<uint64_t>(p.part_rows) * p.latent;
-  float peak = -INFINITY;
-  for (uint32_t part = threadIdx.x; part < merge.parts; part += kThreads) peak = fmaxf(peak, lse[static_cast<uint64_t>(part) * p.part_rows]);
-  peak = warp_max(peak);
-  if (lane == 0) scratch[warp] = peak;
-  __syncthreads();
-  peak = warp_max(lane < kWarps ? scratch[lane] : -INFINITY);
-  __syncthreads();
-  // Nothing seen in any part: any finite reference does, and all weights are 0.
-  const float reference = peak == -INFINITY ? 0.0f : peak;
-  float sum[kLaneChannels] = {};
-  float total = 0.0f;
-  for (uint32_t begin = 0; begin < merge.parts; begin += kBatch) {
-    const uint32_t count = min(kBatch, merge.parts - begin);
-    for (uint32_t part = threadIdx.x; part < count; part += kThreads) {
-      weights[part] = expf(lse[static_cast<uint64_t>(begin + part) * p.part_rows] - reference);
-      total += weights[part];
-    }
-    __syncthreads();
-#pragma unroll 6
-    for (uint32_t part = warp; part < count; part += kWarps) {
-      const float* from = output + (begin + part) * pitch;
-      const float weight = weights[part];
-#pragma unroll
-      for (int i = 0; i < kLaneChannels; i++) {
-        if (channel + lane + i * kWarp < p.latent) sum[i] += weight * from[i * kWarp];
-      }
-    }
-    __syncthreads();
-  }
-  total = block_sum(total, scratch);
-#pragma unroll
-  for (int i = 0; i < kLaneChannels; i++) sums[warp][i * kWarp + lane] = sum[i];
-  __syncthreads();
-  // A channel a thread.
-  static_assert(kThreads == kChannels, "a channel a thread");
-  float whole = 0.0f;
-#pragma unroll
-  for (int other = 0; other < kWarps; other++) whole += sums[other][threadIdx.x];
-  const uint64_t to = static_cast<uint64_t>(merge.first_token) * p.heads + row;
-  const uint32_t at = channel + threadIdx.x;
-  if (at < p.latent) p.output[to * p.latent + at] = total > 0.0f ? whole / total : 0.0f;
-  if (channel == 0 && threadIdx.x == 0) p.lse[to] = total > 0.0f ? peak + logf(total) : -INFINITY;
-}
-
 // One block a head: merges another part into the partial result of one token.
 extern "C" __global__ void __launch_bounds__(128) mla_merge_other(const __grid_constant__ MlaMergeParams p) {
   const uint64_t head = blockIdx.x;
