@@ -98,11 +98,17 @@ pub(crate) struct KdaFast {
     pub(crate) decode_bulk: Option<Kernel<KdaParams>>,
     /// The fused step for few rows, with the gates' product in it.
     pub(crate) decode_gates: Option<Kernel<KdaParams>>,
+    /// The same with a head shared out over [`Self::SPLIT`] blocks.
+    pub(crate) decode_split: Option<Kernel<KdaParams>>,
     /// Shared memory of `decode_bulk`: the state of a head.
     pub(crate) state_shared: usize,
 }
 
 impl KdaFast {
+    /// Blocks of a cluster that share a head, and taps of the convolution (kda_decode_split.cu).
+    pub(crate) const SPLIT: usize = 4;
+    pub(crate) const SPLIT_TAPS: usize = 4;
+
     fn load(modules: &Modules, suffix: &str, head_dim: usize, formula: Formula) -> Result<Self> {
         let decode_fault = formula.suffix(&[Fault::DecayAfterRead, Fault::RoundedState, Fault::SiluGate]);
         let chunk_fault = formula.suffix(&[Fault::DecayAfterRead]);
@@ -135,6 +141,10 @@ impl KdaFast {
                 (128, true) => Some(modules.overlapping("kda_decode", "kda_decode_gates_bf16_128")?),
                 _ => None,
             },
+            decode_split: match (head_dim, is_bf16 && decode_fault.is_empty()) {
+                (128, true) => Some(modules.overlapping("kda_decode_split", "kda_decode_split_bf16_128")?),
+                _ => None,
+            },
             state_shared: head_dim * head_dim * 4,
         };
         if let Some(bulk) = &kernels.decode_bulk {
@@ -157,6 +167,8 @@ pub(crate) struct AttentionKernels {
     pub(crate) merge_splits: Kernel<MlaAttendParams>,
     /// The same for few tokens of which each has many parts.
     pub(crate) merge_many: Kernel<MlaAttendParams>,
+    /// The same by more blocks, each of fewer channels.
+    pub(crate) merge_wide: Kernel<MlaAttendParams>,
 }
 
 impl AttentionKernels {
@@ -173,6 +185,7 @@ impl AttentionKernels {
             },
             merge_splits: modules.overlapping("mla_merge", "mla_merge_splits")?,
             merge_many: modules.overlapping("mla_merge", "mla_merge_many")?,
+            merge_wide: modules.overlapping("mla_merge", "mla_merge_wide")?,
         })
     }
 }

@@ -18,10 +18,14 @@ pub(crate) struct Tuning {
     pub(crate) gates: usize,
     /// Rows of one token from which KDA's step is bound by the states' bytes.
     pub(crate) bulk: usize,
+    /// Rows of one token up to which a cluster of blocks shares a head of the kernel that computes KDA's gates too.
+    pub(crate) split: usize,
+    /// Merges of attention's parts up to which blocks have few channels of many parts.
+    pub(crate) merge: usize,
 }
 
 /// What is shipped.
-static SHIPPED: Tuning = Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24 };
+static SHIPPED: Tuning = Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24, split: 0, merge: 0 };
 
 /// The thresholds of this process.
 #[cfg(not(feature = "tuning"))]
@@ -93,6 +97,8 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "select" => &mut tuning.select,
             "gates" => &mut tuning.gates,
             "bulk" => &mut tuning.bulk,
+            "split" => &mut tuning.split,
+            "merge" => &mut tuning.merge,
             _ => return Err(unknown()),
         };
         *field = value.parse().map_err(|_| unknown())?;

@@ -8,6 +8,7 @@ use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
 use crate::formula::Fault;
+use crate::kernels::KdaFast;
 use crate::loader::{Loader, Placement};
 use crate::module::Kernel;
 use crate::needs;
@@ -235,6 +236,12 @@ impl CudaBackend {
         self.kernels.kda_fast[fast].decode_gates.as_ref().filter(|_| is_few)
     }
 
+    /// Whether that kernel shares out its heads.
+    fn kda_splits(&self, layer: &Kda) -> bool {
+        let is_few = self.step.decode_rows.count <= tuning().split;
+        is_few && layer.shape.conv == KdaFast::SPLIT_TAPS && self.kda_gates_kernel(layer).is_some()
+    }
+
     /// Rows of one token in one fused kernel.
     fn kda_decode(&self, layer: &Kda, fast: usize, params: &KdaParams) -> Result<()> {
         let rows = self.step.decode_rows;
@@ -242,6 +249,10 @@ impl CudaBackend {
         // Heads of a row follow each other, as their states do.
         let grid = Grid::new(params.heads as usize, rows.count, 256);
         let fast = &self.kernels.kda_fast[fast];
+        if let Some(split) = fast.decode_split.as_ref().filter(|_| self.kda_splits(layer)) {
+            let grid = Grid::new(KdaFast::SPLIT * params.heads as usize, rows.count, 256);
+            return self.stream.launch(split, grid, &params);
+        }
         match (self.kda_gates_kernel(layer), &fast.decode_bulk) {
             (Some(kernel), _) => self.stream.launch(kernel, grid, &params),
             (None, Some(bulk)) if rows.count >= tuning().bulk => {
