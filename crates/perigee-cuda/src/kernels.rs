@@ -12,10 +12,10 @@ use crate::ops::dense::{RING_BYTES, ring_bytes};
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
     ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAbsorbParams, MlaAttendParams, MlaDecodeParams,
-    MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MlaValuesParams, MoeCombineNormParams,
-    MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams, MoeSelectParams,
-    MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams, SampleParams,
-    SkinnyParams, StateSumParams,
+    MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaMergeValuesParams, MlaStoreParams, MlaValuesParams,
+    MoeCombineNormParams, MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams,
+    MoeSelectParams, MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams,
+    SampleParams, SkinnyParams, StateSumParams,
 };
 
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
@@ -100,6 +100,8 @@ pub(crate) struct KdaFast {
     pub(crate) decode_gates: Option<Kernel<KdaParams>>,
     /// The same with a head shared out over [`Self::SPLIT`] blocks.
     pub(crate) decode_split: Option<Kernel<KdaParams>>,
+    /// The same, which lets the kernel behind it begin sooner.
+    pub(crate) decode_split_early: Option<Kernel<KdaParams>>,
     /// Shared memory of `decode_bulk`: the state of a head.
     pub(crate) state_shared: usize,
 }
@@ -143,6 +145,10 @@ impl KdaFast {
             },
             decode_split: match (head_dim, is_bf16 && decode_fault.is_empty()) {
                 (128, true) => Some(modules.overlapping("kda_decode_split", "kda_decode_split_bf16_128")?),
+                _ => None,
+            },
+            decode_split_early: match (head_dim, is_bf16 && decode_fault.is_empty()) {
+                (128, true) => Some(modules.overlapping("kda_decode_split", "kda_decode_split_early_bf16_128")?),
                 _ => None,
             },
             state_shared: head_dim * head_dim * 4,
@@ -256,6 +262,8 @@ impl MlaExpanded {
 pub(crate) struct MlaFew {
     pub(crate) absorb: Kernel<MlaAbsorbParams>,
     pub(crate) values: Kernel<MlaValuesParams>,
+    /// Values of one token with the merge of its parts ahead of them, for one shape.
+    pub(crate) merge_values: Kernel<MlaMergeValuesParams>,
 }
 
 impl MlaFew {
@@ -266,11 +274,15 @@ impl MlaFew {
     pub(crate) const LATENT: usize = 512;
     pub(crate) const COLUMNS: usize = 128;
     pub(crate) const VALUES: usize = 32;
+    /// Blocks of a cluster that share a head, its latent and its values (mla_merge_values.cu).
+    pub(crate) const MERGE_BLOCKS: usize = 4;
+    pub(crate) const MERGE_SHAPE: (usize, usize) = (512, 128);
 
     fn load(modules: &Modules) -> Result<Self> {
         Ok(Self {
             absorb: modules.overlapping("mla_few", "mla_absorb_few_bf16")?,
             values: modules.overlapping("mla_few", "mla_values_few_bf16")?,
+            merge_values: modules.overlapping("mla_merge_values", "mla_merge_values_bf16")?,
         })
     }
 }

@@ -20,12 +20,17 @@ pub(crate) struct Tuning {
     pub(crate) bulk: usize,
     /// Rows of one token up to which a cluster of blocks shares a head of the kernel that computes KDA's gates too.
     pub(crate) split: usize,
+    /// Whether the product behind that kernel begins as early as it can: 0 or 1.
+    pub(crate) early: usize,
+    /// Whether a recorded step of one token merges attention's parts where values are made of them: 0 or 1.
+    pub(crate) values: usize,
     /// Merges of attention's parts up to which blocks have few channels of many parts.
     pub(crate) merge: usize,
 }
 
 /// What is shipped.
-static SHIPPED: Tuning = Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24, split: 0, merge: 0 };
+static SHIPPED: Tuning =
+    Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24, split: 0, early: 0, values: 0, merge: 0 };
 
 /// The thresholds of this process.
 #[cfg(not(feature = "tuning"))]
@@ -98,6 +103,8 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "gates" => &mut tuning.gates,
             "bulk" => &mut tuning.bulk,
             "split" => &mut tuning.split,
+            "early" => &mut tuning.early,
+            "values" => &mut tuning.values,
             "merge" => &mut tuning.merge,
             _ => return Err(unknown()),
         };

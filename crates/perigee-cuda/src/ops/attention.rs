@@ -32,6 +32,8 @@ pub(crate) struct Launch {
     pub(crate) item_tokens: usize,
     /// Where the items are those of single tokens and were dealt out to blocks.
     pub(crate) dealt: Option<Dealt>,
+    /// Whether another kernel merges.
+    pub(crate) leaves_merge: bool,
 }
 
 /// Items by the block that works at them.
@@ -50,6 +52,9 @@ impl AttentionKernels {
         let rows = plan.item_tokens * params.heads as usize;
         if !self.launch_decode(stream, params, plan)? {
             self.launch_items(stream, params, plan, rows)?;
+        }
+        if plan.leaves_merge {
+            return Ok(());
         }
         let units = rows * (params.latent as usize).div_ceil(MERGE_CHANNELS);
         let threads = 32 * MERGE_WARPS as u32;

@@ -249,7 +249,8 @@ impl CudaBackend {
         // Heads of a row follow each other, as their states do.
         let grid = Grid::new(params.heads as usize, rows.count, 256);
         let fast = &self.kernels.kda_fast[fast];
-        if let Some(split) = fast.decode_split.as_ref().filter(|_| self.kda_splits(layer)) {
+        let split = if tuning().early > 0 { &fast.decode_split_early } else { &fast.decode_split };
+        if let Some(split) = split.as_ref().filter(|_| self.kda_splits(layer)) {
             let grid = Grid::new(KdaFast::SPLIT * params.heads as usize, rows.count, 256);
             return self.stream.launch(split, grid, &params);
         }
