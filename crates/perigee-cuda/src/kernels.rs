@@ -56,6 +56,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_route: Kernel<MoeRouteParams>,
     /// The same with the norm ahead of them; with bfloat16 activations only.
     pub(crate) moe_norm_route: Option<Kernel<MoeRouteParams>>,
+    /// The same for one token.
+    pub(crate) moe_norm_route_one: Option<Kernel<MoeRouteParams>>,
     pub(crate) moe_gate_up: Kernel<MoeProductParams>,
     pub(crate) moe_down: Kernel<MoeProductParams>,
     /// For experts of few rows each whose sizes the next ones do not fit; with bfloat16 activations only.
@@ -505,6 +507,10 @@ impl Kernels {
             moe_route: modules.overlapping("moe_route", &typed("moe_route"))?,
             moe_norm_route: match precision {
                 DType::Bf16 => Some(modules.overlapping("moe_route", "moe_norm_route_bf16")?),
+                DType::Fp32 => None,
+            },
+            moe_norm_route_one: match precision {
+                DType::Bf16 => Some(modules.overlapping("moe_route", "moe_norm_route_one_bf16")?),
                 DType::Fp32 => None,
             },
             moe_gate_up: modules.kernel("moe_product", &typed("moe_gate_up"))?,

@@ -24,13 +24,25 @@ pub(crate) struct Tuning {
     pub(crate) early: usize,
     /// Whether a recorded step of one token merges attention's parts where values are made of them: 0 or 1.
     pub(crate) values: usize,
+    /// Whether one token is normed and routed by a kernel of its own: 0 or 1.
+    pub(crate) lone: usize,
     /// Merges of attention's parts up to which blocks have few channels of many parts.
     pub(crate) merge: usize,
 }
 
 /// What is shipped.
-static SHIPPED: Tuning =
-    Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24, split: 0, early: 0, values: 0, merge: 0 };
+static SHIPPED: Tuning = Tuning {
+    shared: 256,
+    router: 33,
+    select: 17,
+    gates: 8,
+    bulk: 24,
+    split: 0,
+    early: 0,
+    values: 0,
+    lone: 0,
+    merge: 0,
+};
 
 /// The thresholds of this process.
 #[cfg(not(feature = "tuning"))]
@@ -105,6 +117,7 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "split" => &mut tuning.split,
             "early" => &mut tuning.early,
             "values" => &mut tuning.values,
+            "lone" => &mut tuning.lone,
             "merge" => &mut tuning.merge,
             _ => return Err(unknown()),
         };

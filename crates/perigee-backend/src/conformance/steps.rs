@@ -31,6 +31,7 @@ const SEQUENCES: usize = 24;
 pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     vec![
         Case::new("step/recorded".into(), |factory: &mut F, checks| recorded(factory, checks)),
+        Case::new("step/recorded at a long context".into(), |factory: &mut F, checks| long_context(factory, checks)),
         Case::new("step/fed with draws".into(), |factory: &mut F, checks| fed(factory, checks)),
     ]
 }
@@ -156,6 +157,38 @@ fn recorded<F: Factory>(factory: &mut F, checks: &mut Checks) -> Result<()> {
             format!("are {outcome:?}")
         });
         seen.push(count);
+    }
+    Ok(())
+}
+
+/// One sequence whose keys lie in many pages, as a recorded step has it alone, beside its twin.
+fn long_context<F: Factory>(factory: &mut F, checks: &mut Checks) -> Result<()> {
+    const MOST: usize = 900;
+    const CHUNK: usize = 300;
+    let mut stage = Stage::open(factory)?;
+    let mut draw = Draw::new(97);
+    let tokens: Vec<u32> = (0..MOST).map(|_| draw.below(VOCAB) as u32).collect();
+    stage.harness.backend.clear_slots(&[0, 1])?;
+    let pages = Segment::pages_for(0, MOST as u64) as u32;
+    let batch = |slot: u32, from: usize, to: usize| {
+        let pages = (slot * pages..).take(Segment::pages_for(0, to as u64)).collect();
+        let segments = vec![Segment { start: 0, end: to as u64, pages }];
+        let count = (to - from) as u32;
+        let row = Row { tokens: count, position: from as u64, read_slot: slot, write_slot: slot, segments };
+        StepBatch { tokens: tokens[from..to].to_vec(), logits: vec![count - 1], rows: vec![row] }
+    };
+    let mut position = checks.sizes(&[860], &[560])[0];
+    for start in (0..position).step_by(CHUNK) {
+        for slot in 0..2 {
+            stage.run(&batch(slot, start, position.min(start + CHUNK)), false)?;
+        }
+    }
+    for _ in 0..3 {
+        let (_, expected) = stage.run(&batch(0, position, position + 1), false)?;
+        let (_, found) = stage.run(&batch(1, position, position + 1), true)?;
+        let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
+        checks.close(&format!("a token at {position}"), Quantity::MlaOutput, WORDS, &found, &expected);
+        position += 1;
     }
     Ok(())
 }

@@ -83,7 +83,9 @@ impl CudaBackend {
         let grid = Grid::new(experts.div_ceil(BLOCK_EXPERTS), tokens.div_ceil(BLOCK_TOKENS), 256);
         let norm = self.deferred_norm.filter(|norm| norm.out == router.x && norm.width == router.hidden);
         let arrived = self.touched.address() + 8;
-        if let (Some(kernel), Some(norm)) = (&self.kernels.moe_norm_route, norm) {
+        let is_lone = tokens == 1 && tuning().lone > 0;
+        let kernel = if is_lone { &self.kernels.moe_norm_route_one } else { &self.kernels.moe_norm_route };
+        if let (Some(kernel), Some(norm)) = (kernel, norm) {
             let params = MoeRouteParams { router, select, sort, norm, arrived };
             self.stream.launch(kernel, grid, &params)?;
             self.deferred_norm = None;

@@ -35,38 +35,46 @@ __device__ __forceinline__ void sort(const MoeSortParams& p) {
   }
 }
 
-template <class T, bool kNorm>
+// With kLate what no block waits for is written behind the arrival.
+template <class T, bool kNorm, int kTokens = kRouterTokens, bool kLate = false>
 __device__ __forceinline__ void route(const MoeRouteParams& p) {
-  __shared__ alignas(16) T normed[kNorm ? kRouterTokens : 1][kMostNormed];
+  __shared__ alignas(16) T normed[kNorm ? kTokens : 1][kMostNormed];
   __shared__ Selecting selecting;
   // What nothing in the step writes is asked for before the wait. The product behind asks for weights of its own, so it begins only
   // when this kernel has read what it waited for.
-  RouterFew<T> few(p.router);
-  Normed<T, kRouterTokens> norm;
+  RouterFew<T, kTokens> few(p.router);
+  Normed<T, kTokens> norm;
   if (kNorm) norm.begin(p.norm);
   const float bias = threadIdx.x < p.select.experts ? p.select.bias[threadIdx.x] : 0.0f;
   const uint32_t live = *p.select.live;
   grid_wait();
-  const uint32_t end = min(few.first + kRouterTokens, p.router.tokens);
+  const uint32_t end = min(few.first + kTokens, p.router.tokens);
   // Where the stream's sum goes to another place, any block may write it at once.
   const bool is_moved = p.norm.sum != p.norm.residual;
+  auto write_normed = [&] {
+    if (blockIdx.x == 0) norm.store(p.norm, few.first, end - few.first, normed);
+    if (is_moved) add_to_stream<T>(p.norm, few.first, end, blockIdx.x * kRouterThreads + threadIdx.x, gridDim.x * kRouterThreads);
+  };
   if constexpr (kNorm) {
     norm.run(p.norm, few.first, end - few.first, normed);
     grid_trigger();
-    if (blockIdx.x == 0) norm.store(p.norm, few.first, end - few.first, normed);
-    if (is_moved) add_to_stream<T>(p.norm, few.first, end, blockIdx.x * kRouterThreads + threadIdx.x, gridDim.x * kRouterThreads);
+    if (!kLate) write_normed();
     few.scores(p.router, [&](uint32_t t, uint32_t i) { return &normed[few.first + t < p.router.tokens ? t : 0][i]; });
   } else {
     few.scores(p.router, [&](uint32_t t, uint32_t i) { return few.token(p.router, t) + i; });
     grid_trigger();
   }
-  if (!is_last(p.arrived + 1 + blockIdx.y, gridDim.x)) return;
+  if (!is_last(p.arrived + 1 + blockIdx.y, gridDim.x)) {
+    if (kNorm && kLate) write_normed();
+    return;
+  }
   for (uint32_t token = few.first; token < end; token++) {
     const bool is_scored = token < live && threadIdx.x < p.select.experts;
     const float raw = is_scored ? __ldcg(p.select.scores + static_cast<uint64_t>(token) * p.select.experts + threadIdx.x) : 0.0f;
     select(p.select, token, token < live, raw, bias, selecting);
     __syncthreads();
   }
+  if (kNorm && kLate) write_normed();
   // Every block with these tokens has read the residual stream.
   if (kNorm && !is_moved) add_to_stream<T>(p.norm, few.first, end, threadIdx.x, kRouterThreads);
   if (p.sort.entries == 0) {
@@ -80,3 +88,5 @@ __device__ __forceinline__ void route(const MoeRouteParams& p) {
 extern "C" __global__ void __launch_bounds__(kRouterThreads, 2) moe_route_fp32(const __grid_constant__ MoeRouteParams p) { route<float, false>(p); }
 extern "C" __global__ void __launch_bounds__(kRouterThreads, 2) moe_route_bf16(const __grid_constant__ MoeRouteParams p) { route<bf16, false>(p); }
 extern "C" __global__ void __launch_bounds__(kRouterThreads, 1) moe_norm_route_bf16(const __grid_constant__ MoeRouteParams p) { route<bf16, true>(p); }
+// For one token: nothing is computed for three more.
+extern "C" __global__ void __launch_bounds__(kRouterThreads, 1) moe_norm_route_one_bf16(const __grid_constant__ MoeRouteParams p) { route<bf16, true, 1, true>(p); }
