@@ -26,6 +26,8 @@ pub(crate) struct Tuning {
     pub(crate) values: usize,
     /// Whether one token is normed and routed by a kernel of its own: 0 or 1.
     pub(crate) lone: usize,
+    /// Least pages that a block of decode attention is dealt.
+    pub(crate) pages: usize,
     /// Merges of attention's parts up to which blocks have few channels of many parts.
     pub(crate) merge: usize,
 }
@@ -41,6 +43,7 @@ static SHIPPED: Tuning = Tuning {
     early: 0,
     values: 0,
     lone: 0,
+    pages: 2,
     merge: 0,
 };
 
@@ -118,6 +121,7 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "early" => &mut tuning.early,
             "values" => &mut tuning.values,
             "lone" => &mut tuning.lone,
+            "pages" => &mut tuning.pages,
             "merge" => &mut tuning.merge,
             _ => return Err(unknown()),
         };
