@@ -1,14 +1,13 @@
 //! Connections to gRPC servers, with TLS or without, and why one could not be made in words that help. Each connection
 //! uses the certificates as they are then.
 
-use std::io;
 use std::sync::Arc;
 
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::{Tls, TlsError};
@@ -49,45 +48,28 @@ impl Dialer {
     /// # Errors
     /// [`TlsError`] names the address and what failed.
     pub async fn connect(&self, address: &str, endpoint: Endpoint) -> Result<Channel, TlsError> {
-        if self.tls.is_none() {
+        let Some(tls) = self.tls.clone() else {
             return endpoint.connect().await.map_err(|error| refused(address, &error));
-        }
-        let (dialer, to) = (self.clone(), address.to_owned());
-        let connector = tower::service_fn(move |_| {
-            let (dialer, to) = (dialer.clone(), to.clone());
-            async move { dialer.stream(&to).await.map(TokioIo::new) }
-        });
-        endpoint.connect_with_connector(connector).await.map_err(|error| refused(address, &error))
-    }
-
-    /// Opens a connection to an address host:port for whoever speaks HTTP/2 on it.
-    ///
-    /// # Errors
-    /// The system's, or the handshake's.
-    pub async fn stream(&self, address: &str) -> io::Result<Box<dyn ClientStream>> {
-        let name = match self.tls {
-            Some(_) => Some(server_name(address).map_err(io::Error::other)?),
-            None => None,
         };
-        let stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
-        let (Some(tls), Some(name)) = (&self.tls, name) else { return Ok(Box::new(stream)) };
-        let connector = TlsConnector::from(tls.material().client.clone());
-        Ok(Box::new(connector.connect(name, stream).await?))
+        let (host, _) = address.rsplit_once(':').ok_or_else(|| TlsError::Address { address: address.to_owned() })?;
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let name =
+            ServerName::try_from(bare.to_owned()).map_err(|_| TlsError::Address { address: address.to_owned() })?;
+        let to = address.to_owned();
+        let connector = tower::service_fn(move |_| dial(tls.clone(), to.clone(), name.clone()));
+        endpoint.connect_with_connector(connector).await.map_err(|error| refused(address, &error))
     }
 }
 
-/// Bytes to and from a server.
-pub trait ClientStream: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> ClientStream for T {}
-
-/// The host whose certificate is expected.
-fn server_name(address: &str) -> Result<ServerName<'static>, TlsError> {
-    let wrong = || TlsError::Address { address: address.to_owned() };
-    let (host, _) = address.rsplit_once(':').ok_or_else(wrong)?;
-    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    ServerName::try_from(bare.to_owned()).map_err(|_| wrong())
+async fn dial(
+    tls: Arc<Tls>,
+    address: String,
+    name: ServerName<'static>,
+) -> std::io::Result<TokioIo<TlsStream<TcpStream>>> {
+    let stream = TcpStream::connect(&address).await?;
+    stream.set_nodelay(true)?;
+    let connector = TlsConnector::from(tls.material().client.clone());
+    Ok(TokioIo::new(connector.connect(name, stream).await?))
 }
 
 /// The whole chain of causes: tonic's own text names none of them.

@@ -55,7 +55,7 @@ impl Attached {
         let welcome = replica_message::Body::Welcome(self.replica.welcome());
         let mut alive = self.send(welcome) && self.step();
         let mut beat = Beat::at(Instant::now() + IDLE);
-        let mut rings = self.replica.pacer.at(beat.due());
+        let mut rings = self.replica.pacer.at(beat.rings());
         while alive {
             tokio::select! {
                 // A step that is due comes first: a router with much to say must not hold it up.
@@ -68,7 +68,7 @@ impl Attached {
                         alive = self.step();
                         beat.step(Instant::now(), self.pause());
                     }
-                    rings = self.replica.pacer.at(beat.due());
+                    rings = self.replica.pacer.at(beat.rings());
                 }
                 message = from_router.message() => match message {
                     Ok(Some(RouterMessage { body: Some(body) })) => {
@@ -76,7 +76,7 @@ impl Attached {
                         alive = self.take(body);
                         if was_idle && !self.running.is_empty() {
                             beat = Beat::at(Instant::now() + self.replica.phase + self.pause());
-                            rings = self.replica.pacer.at(beat.due());
+                            rings = self.replica.pacer.at(beat.rings());
                         }
                     }
                     Ok(Some(RouterMessage { body: None })) => {}

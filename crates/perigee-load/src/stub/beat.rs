@@ -1,6 +1,6 @@
 //! The times of a stub replica's steps. What holds up the process in which all stubs live holds up all of them, and those that
 //! became due meanwhile would send together, nine batches of ten at once, which replicas on machines of their own do not. So a
-//! stub that finds itself held up draws anew where in a step it is.
+//! stub that finds itself held up steps at a time drawn from the next twice as long, and then at its own times again.
 
 use std::time::{Duration, Instant};
 
@@ -14,29 +14,31 @@ const HELD_UP: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub(super) struct Beat {
     due: Instant,
-    /// Whether that was drawn anew: a machine that is always late holds no step up twice.
-    is_drawn_anew: bool,
+    /// Another time for it, drawn because it was held up. A machine that is always late holds no step up twice.
+    drawn: Option<Instant>,
 }
 
 impl Beat {
     pub(super) fn at(due: Instant) -> Self {
-        Self { due, is_drawn_anew: false }
+        Self { due, drawn: None }
     }
 
-    pub(super) fn due(&self) -> Instant {
-        self.due
+    /// When to wake for it.
+    pub(super) fn rings(&self) -> Instant {
+        self.drawn.unwrap_or(self.due)
     }
 
-    /// Whether a step that is due was held up, and so is due at another time within `step` from now.
+    /// Whether a step that is due was held up, and so is to wait for another time.
     pub(super) fn is_held_up(&mut self, now: Instant, step: Duration, random: &mut ChaCha8Rng) -> bool {
-        if self.is_drawn_anew || now.saturating_duration_since(self.due) < HELD_UP {
+        let late = now.saturating_duration_since(self.due);
+        if self.drawn.is_some() || late < HELD_UP {
             return false;
         }
-        *self = Self { due: now + step.mul_f64(random.random_range(0.0..1.0)), is_drawn_anew: true };
+        self.drawn = Some(now + late.min(step).mul_f64(random.random_range(0.0..2.0)));
         true
     }
 
-    /// Sets the time of the step after one that was made at `now`. One that was a little late makes no later one late.
+    /// Sets the time of the step after one that was made at `now`. One that was late makes no later one late.
     pub(super) fn step(&mut self, now: Instant, pause: Duration) {
         *self = Self::at((self.due + pause).max(now));
     }
@@ -57,30 +59,32 @@ mod tests {
         let now = start + Duration::from_micros(999);
         assert!(!beat.is_held_up(now, STEP, &mut random));
         beat.step(now, STEP);
-        assert_eq!(beat.due(), start + STEP);
+        assert_eq!(beat.rings(), start + STEP);
         // Not a step in the past, where one took longer than that.
         beat.step(start + 3 * STEP, STEP);
-        assert_eq!(beat.due(), start + 3 * STEP);
+        assert_eq!(beat.rings(), start + 3 * STEP);
     }
 
     #[test]
-    fn stubs_that_were_held_up_together_spread_over_a_step_once() {
+    fn stubs_that_were_held_up_together_spread_once_and_keep_their_times() {
         let (start, mut random) = (Instant::now(), ChaCha8Rng::seed_from_u64(0));
-        let now = start + Duration::from_millis(5);
-        let mut dues: Vec<Duration> = Vec::new();
+        let now = start + STEP / 2;
+        let mut waits: Vec<Duration> = Vec::new();
         for _ in 0..100 {
             let mut beat = Beat::at(start);
             assert!(beat.is_held_up(now, STEP, &mut random));
-            assert!(beat.due() >= now && beat.due() < now + STEP);
-            dues.push(beat.due() - now);
-            let late = beat.due() + 2 * STEP;
+            assert!(beat.rings() >= now && beat.rings() < now + STEP, "{:?}", beat.rings() - now);
+            waits.push(beat.rings() - now);
+            let late = beat.rings() + STEP;
             assert!(!beat.is_held_up(late, STEP, &mut random), "it would never step");
-            beat.step(late, STEP);
-            assert!(beat.is_held_up(late + 2 * STEP, STEP, &mut random));
+            beat.step(beat.rings(), 2 * STEP);
+            assert_eq!(beat.rings(), start + 2 * STEP);
+            assert!(beat.is_held_up(start + 30 * STEP, STEP, &mut random));
+            assert!(beat.rings() < start + 32 * STEP, "a long stall is no reason for a long wait");
         }
         for quarter in 0..4 {
-            let within = |due: &&Duration| **due >= STEP * quarter / 4 && **due < STEP * (quarter + 1) / 4;
-            let count = dues.iter().filter(within).count();
+            let within = |wait: &&Duration| **wait >= STEP * quarter / 4 && **wait < STEP * (quarter + 1) / 4;
+            let count = waits.iter().filter(within).count();
             assert!((10..=40).contains(&count), "{count} in quarter {quarter}");
         }
     }

@@ -21,12 +21,7 @@ impl Clock {
 
     /// Time since it read `then`, which was less than 71 minutes ago.
     pub fn since(&self, then: u32) -> Duration {
-        Self::between(then, self.read())
-    }
-
-    /// Time from one reading to a later one, less than 71 minutes after it.
-    pub(crate) fn between(then: u32, later: u32) -> Duration {
-        Duration::from_micros(u64::from(later.wrapping_sub(then)))
+        Duration::from_micros(u64::from(self.read().wrapping_sub(then)))
     }
 }
 

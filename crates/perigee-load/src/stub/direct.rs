@@ -12,13 +12,12 @@ use perigee_proto::internal::replica_client::ReplicaClient;
 use perigee_proto::internal::{
     Finish, Hello, ReplicaMessage, RouterMessage, SessionEvent, Submit, replica_message, router_message::Body,
 };
-use perigee_tls::Dialer;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
+use tonic::transport::Channel;
 
-use super::stamped::{self, Stamp};
-use super::{Clock, VOCABULARY};
+use super::VOCABULARY;
 use crate::LoadError;
 use crate::target::{Ask, BoxFuture, Counts, Failure, Hear, Heard, Target};
 
@@ -34,25 +33,24 @@ struct Stream {
     sessions: Arc<Sessions>,
 }
 
-/// Who waits for the events of which session, and for when each was received.
-type Sessions = Mutex<HashMap<String, mpsc::UnboundedSender<(SessionEvent, u32)>>>;
+/// Who waits for the events of which session.
+type Sessions = Mutex<HashMap<String, mpsc::UnboundedSender<SessionEvent>>>;
 
 impl DirectTarget {
     /// Attaches to every stub. Requests go to them in turn.
     ///
     /// # Errors
     /// [`LoadError::Target`] where one does not answer.
-    pub async fn attach(dialer: &Dialer, addresses: &[String], clock: Clock) -> Result<Self, LoadError> {
+    pub async fn attach(channels: Vec<Channel>) -> Result<Self, LoadError> {
         let mut streams = Vec::new();
-        for address in addresses {
-            let (channel, stamp) = stamped::connect(dialer, address, clock).await?;
+        for channel in channels {
             let (requests, outbox) = mpsc::unbounded_channel();
             let hello = Hello { protocol_version: PROTOCOL_VERSION, router_id: 1, lease_ms: 1000 };
             let _ = requests.send(RouterMessage { body: Some(Body::Hello(hello)) });
             let attached = ReplicaClient::new(channel).attach(UnboundedReceiverStream::new(outbox)).await;
             let messages = attached.map_err(|status| LoadError::Target(format!("Attach: {}", status.message())))?;
             let sessions = Arc::<Sessions>::default();
-            tokio::spawn(distribute(messages.into_inner(), stamp, sessions.clone()));
+            tokio::spawn(distribute(messages.into_inner(), sessions.clone()));
             streams.push(Stream { requests, sessions });
         }
         if streams.is_empty() {
@@ -74,12 +72,11 @@ impl DirectTarget {
         };
         // Where the stream is lost, no event comes.
         let _ = stream.requests.send(RouterMessage { body: Some(Body::Submit(submit)) });
-        while let Some((event, received)) = events.recv().await {
+        while let Some(event) = events.recv().await {
             let heard = Heard {
                 tokens: u32::from(event.token.is_some()),
                 ids: event.token.as_slice(),
                 text: &event.text,
-                received: Some(received),
                 ..Heard::default()
             };
             if hear(heard) == ControlFlow::Break(()) {
@@ -94,10 +91,9 @@ impl DirectTarget {
 }
 
 /// Gives events to whom they belong until the stream ends.
-async fn distribute(mut messages: Streaming<ReplicaMessage>, stamp: Stamp, sessions: Arc<Sessions>) {
+async fn distribute(mut messages: Streaming<ReplicaMessage>, sessions: Arc<Sessions>) {
     while let Ok(Some(message)) = messages.message().await {
         let Some(replica_message::Body::Batch(batch)) = message.body else { continue };
-        let received = stamp.read();
         let mut sessions = sessions.lock();
         for event in batch.events {
             let sender = match event.finish() {
@@ -106,7 +102,7 @@ async fn distribute(mut messages: Streaming<ReplicaMessage>, stamp: Stamp, sessi
             };
             if let Some(sender) = sender {
                 // Who asked may have given up.
-                let _ = sender.send((event, received));
+                let _ = sender.send(event);
             }
         }
     }

@@ -164,8 +164,7 @@ impl<T: Send, M: Fn() -> T + Sync> Run<M, T> {
             if let Some(sent) = heard.ids.first() {
                 self.heard.fetch_add(1, Ordering::Relaxed);
                 if is_measured {
-                    let received = heard.received.unwrap_or_else(|| clock.read());
-                    self.tally.lock().spread.add(Clock::between(*sent, received));
+                    self.tally.lock().spread.add(clock.since(*sent));
                 }
             }
             ControlFlow::Continue(())

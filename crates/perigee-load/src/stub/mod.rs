@@ -8,7 +8,6 @@ mod direct;
 mod flow;
 mod pacer;
 mod relayed;
-mod stamped;
 
 use std::pin::Pin;
 use std::sync::Arc;

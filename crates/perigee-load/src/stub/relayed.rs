@@ -1,20 +1,17 @@
-//! A target that reaches stub replicas through a router, and reads nothing of the answers but their tokens: the processors
-//! that a client takes for the rest are those of stubs and router.
+//! A target that reaches stub replicas through a router, and reads nothing of the answers but their tokens: what a client
+//! spends on the rest would count as the router's.
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use perigee_proto::codec::Codec;
 use perigee_proto::v1::{GenerateRequest, SamplingParams};
-use perigee_tls::Dialer;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Channel;
 use tonic::{Request, Status};
 
-use super::stamped::{self, Stamp};
-use super::{Clock, VOCABULARY};
-use crate::LoadError;
+use super::VOCABULARY;
 use crate::target::{Ask, BoxFuture, Counts, Failure, Hear, Heard, Target, failure};
 
 const GENERATE: &str = "/perigee.v1.Inference/Generate";
@@ -22,7 +19,7 @@ const GENERATE: &str = "/perigee.v1.Inference/Generate";
 /// A router over one or several connections.
 #[derive(Debug)]
 pub struct RelayedTarget {
-    clients: Vec<(Grpc<Channel>, Stamp)>,
+    clients: Vec<Grpc<Channel>>,
     next: AtomicUsize,
 }
 
@@ -36,23 +33,15 @@ struct Glance {
 }
 
 impl RelayedTarget {
-    /// Opens so many connections to a router's gRPC address. Requests go to them in turn; `clock` is that of the stubs.
-    ///
-    /// # Errors
-    /// [`LoadError::Target`] where it cannot be reached.
-    pub async fn connect(dialer: &Dialer, address: &str, connections: usize, clock: Clock) -> Result<Self, LoadError> {
-        let mut clients = Vec::new();
-        for _ in 0..connections.max(1) {
-            let (channel, stamp) = stamped::connect(dialer, address, clock).await?;
-            clients.push((Grpc::new(channel), stamp));
-        }
-        Ok(Self { clients, next: AtomicUsize::new(0) })
+    /// Requests go to the connections in turn, of which there must be one.
+    pub fn new(channels: Vec<Channel>) -> Self {
+        Self { clients: channels.into_iter().map(Grpc::new).collect(), next: AtomicUsize::new(0) }
     }
 
     async fn generate(&self, ask: Ask<'_>, hear: Hear<'_>) -> Result<Counts, Failure> {
         let index = self.next.fetch_add(1, Ordering::Relaxed) % self.clients.len().max(1);
         let no_connection = || failure(Status::unavailable("there is no connection to the router"));
-        let (mut client, stamp) = self.clients.get(index).cloned().ok_or_else(no_connection)?;
+        let mut client = self.clients.get(index).cloned().ok_or_else(no_connection)?;
         let sampling =
             SamplingParams { temperature: ask.temperature, ignore_eos: ask.ignore_eos, ..SamplingParams::default() };
         let request = GenerateRequest {
@@ -73,8 +62,8 @@ impl RelayedTarget {
         while let Some(glance) = stream.message().await.map_err(failure)? {
             is_finished |= glance.finish_reason != 0;
             tokens += u64::from(glance.token_id.is_some());
-            let (ids, received) = (glance.token_id.as_slice(), Some(stamp.read()));
-            if hear(Heard { tokens: ids.len() as u32, ids, received, ..Heard::default() }) == ControlFlow::Break(()) {
+            let ids = glance.token_id.as_slice();
+            if hear(Heard { tokens: ids.len() as u32, ids, ..Heard::default() }) == ControlFlow::Break(()) {
                 break;
             }
         }

@@ -64,7 +64,6 @@ impl GrpcTarget {
                 text: &response.text,
                 replica: &response.replica,
                 epoch: response.epoch,
-                received: None,
             };
             if hear(heard).is_break() {
                 return Ok(counts);

@@ -46,8 +46,6 @@ pub struct Heard<'a> {
     pub replica: &'a str,
     /// Rises with every move of the session; 0 where that is not told.
     pub epoch: u64,
-    /// When it was read from its connection, by the clock of stub replicas; absent where only they would tell.
-    pub received: Option<u32>,
 }
 
 /// The server's counts of a whole request; absent where it gives none.

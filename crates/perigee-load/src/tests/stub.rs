@@ -44,7 +44,7 @@ impl Target for Stub {
                 // Half way, every tenth session goes on elsewhere.
                 let is_moved = number.is_multiple_of(10) && token >= ask.max_tokens / 2;
                 let (replica, epoch) = if is_moved { ("b", 2) } else { ("a", 1) };
-                let heard = Heard { tokens: 1, ids: &[token], text: "x", replica, epoch, received: None };
+                let heard = Heard { tokens: 1, ids: &[token], text: "x", replica, epoch };
                 if hear(heard).is_break() {
                     return Ok(Counts::default());
                 }

@@ -130,7 +130,7 @@ pub(super) fn run(args: RouterBenchArgs) -> anyhow::Result<()> {
 async fn measure(args: &RouterBenchArgs, replicas: usize, tls: &ServerTlsOptions) -> anyhow::Result<Row> {
     let clock = Clock::start();
     let stubs = Stubs::start(args.modelled(replicas), replicas, clock, tls.load()?).await?;
-    let direct = DirectTarget::attach(&dialer(tls)?, stubs.addresses(), clock).await?;
+    let direct = DirectTarget::attach(stubs.channels(&dialer(tls)?).await?).await?;
     // Its times alone are wanted, for which fewer tokens do.
     let requests = args.requests.min(args.streams);
     let direct = args.ask(Arc::new(direct), clock, requests, || ()).await?;
@@ -140,9 +140,12 @@ async fn measure(args: &RouterBenchArgs, replicas: usize, tls: &ServerTlsOptions
     let router = Arc::new(RouterProcess::start(&stubs.registry(), &arguments, args.router_cpus.as_deref()).await?);
     let client = ClientArgs { router: router.grpc.clone(), json: false, tls: tls.as_client() };
     stubs.wait_until_attached(&client).await?;
+    let mut channels = Vec::new();
+    for _ in 0..args.streams.div_ceil(STREAMS_PER_CONNECTION) {
+        channels.push(client.channel().await?);
+    }
     let (measured, held_up) = (router.clone(), stubs.held_up());
-    let connections = args.streams.div_ceil(STREAMS_PER_CONNECTION);
-    let target = Arc::new(RelayedTarget::connect(&dialer(tls)?, &router.grpc, connections, clock).await?);
+    let target = Arc::new(RelayedTarget::new(channels));
     let meter = move || (measured.cpu(), held_up.load(Ordering::Relaxed));
     let routed = args.ask(target, clock, args.requests, meter).await?;
     let ((cpu_before, held_up_before), (cpu_after, held_up_after)) = routed.meter;

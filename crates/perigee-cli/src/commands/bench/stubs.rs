@@ -7,9 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use perigee_load::stub::{Clock, Pacer, Steps, StubReplica};
 use perigee_proto::v1::ListReplicasRequest;
-use perigee_tls::Tls;
+use perigee_tls::{Dialer, Tls};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+use tonic::transport::Channel;
 
 use crate::client::ClientArgs;
 
@@ -72,9 +73,13 @@ impl Stubs {
         serde_json::json!({ "replicas": records }).to_string()
     }
 
-    /// Where each listens, host:port.
-    pub(super) fn addresses(&self) -> &[String] {
-        &self.addresses
+    /// A connection to each.
+    pub(super) async fn channels(&self, dialer: &Dialer) -> anyhow::Result<Vec<Channel>> {
+        let mut channels = Vec::new();
+        for address in &self.addresses {
+            channels.push(dialer.connect(address, dialer.endpoint(address)?).await?);
+        }
+        Ok(channels)
     }
 
     /// Waits until the router that `client` reaches has a stream to each.
