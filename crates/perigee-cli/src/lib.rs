@@ -23,6 +23,9 @@ const DEFAULT_HTTP_PORT: u16 = 7412;
 #[derive(Parser)]
 #[command(name = "perigee", version)]
 struct Cli {
+    /// End when standard input does: for a process that starts this one and may be killed.
+    #[arg(long, global = true, hide = true)]
+    end_with_input: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -111,7 +114,11 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match run(Cli::parse_from(line).command) {
+    let cli = Cli::parse_from(line);
+    if cli.end_with_input {
+        perigee_worker::events::end_with_parent();
+    }
+    match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // In one write: the processes of a replica share one standard error. Nobody reads it where it is closed.

@@ -180,6 +180,8 @@ fn main() -> Result<()> {
         (64, 1, 1023),
         (128, 1, 1023),
         (256, 1, 1023),
+        (1, 1, 8191),
+        (1, 1, 32_767),
         (1, 1, 131_071),
         (8, 1, 32_767),
         (64, 1, 8191),
@@ -190,31 +192,55 @@ fn main() -> Result<()> {
             continue;
         }
         backend.begin_step(&batch(rows, tokens, context))?;
-        if "kda".starts_with(&prefix) {
-            let ms = median(&mut backend, |backend| backend.kda_mixer(&kda, 0, &x, &mut out))?;
-            println!("kda_mixer    {name:24} {ms:9.4} ms");
-            let ms = median(&mut backend, |backend| backend.kda_without_products(&kda, 0))?;
-            println!("kda_kernels  {name:24} {ms:9.4} ms");
-            if tokens > 1 {
-                let ms = median(&mut backend, |backend| backend.kda_chunks_alone(&kda, 0))?;
-                println!("kda_chunks   {name:24} {ms:9.4} ms");
+        for variant in 0..variants() {
+            apply_variant(variant);
+            if "kda".starts_with(&prefix) {
+                let ms = median(&mut backend, |backend| backend.kda_mixer(&kda, 0, &x, &mut out))?;
+                println!("kda_mixer    {name:24} {ms:9.4} ms");
+                let ms = median(&mut backend, |backend| backend.kda_without_products(&kda, 0))?;
+                println!("kda_kernels  {name:24} {ms:9.4} ms");
+                if tokens > 1 {
+                    let ms = median(&mut backend, |backend| backend.kda_chunks_alone(&kda, 0))?;
+                    println!("kda_chunks   {name:24} {ms:9.4} ms");
+                }
             }
-        }
-        if "mla".starts_with(&prefix) {
-            let ms = median(&mut backend, |backend| backend.mla_project(&mla, 0, &x, &mut queries))?;
-            println!("mla_project  {name:24} {ms:9.4} ms");
-            let ms = median(&mut backend, |backend| backend.mla_attend(&mla, 0, &queries, &mut partials))?;
-            println!("mla_attend   {name:24} {ms:9.4} ms");
-            let ms = median(&mut backend, |backend| backend.mla_output(&mla, &partials, &mut out))?;
-            println!("mla_output   {name:24} {ms:9.4} ms");
-        }
-        if "moe".starts_with(&prefix) {
-            let ms = median(&mut backend, |backend| backend.moe(&moe, &x, Routing::Free, &mut out))?;
-            println!("moe          {name:24} {ms:9.4} ms");
+            if "mla".starts_with(&prefix) {
+                let ms = median(&mut backend, |backend| backend.mla_project(&mla, 0, &x, &mut queries))?;
+                println!("mla_project  {name:24} {ms:9.4} ms");
+                let ms = median(&mut backend, |backend| backend.mla_attend(&mla, 0, &queries, &mut partials))?;
+                println!("mla_attend   {name:24} {ms:9.4} ms");
+                let ms = median(&mut backend, |backend| backend.mla_output(&mla, &partials, &mut out))?;
+                println!("mla_output   {name:24} {ms:9.4} ms");
+            }
+            if "moe".starts_with(&prefix) {
+                let ms = median(&mut backend, |backend| backend.moe(&moe, &x, Routing::Free, &mut out))?;
+                println!("moe          {name:24} {ms:9.4} ms");
+            }
         }
     }
     if shape.is_empty() && "sample".starts_with(&prefix) { times_of_draws(&mut backend) } else { Ok(()) }
 }
+
+/// How many sets of thresholds are measured against each other.
+#[cfg(feature = "tuning")]
+fn variants() -> usize {
+    perigee_cuda::variants().len()
+}
+
+/// Lets one of them apply.
+#[cfg(feature = "tuning")]
+fn apply_variant(index: usize) {
+    perigee_cuda::choose_variant(index);
+    println!("-- {}", perigee_cuda::variants()[index]);
+}
+
+#[cfg(not(feature = "tuning"))]
+fn variants() -> usize {
+    1
+}
+
+#[cfg(not(feature = "tuning"))]
+fn apply_variant(_index: usize) {}
 
 /// Draws from flat logits over the published vocabulary, one set of parameters for all rows.
 fn times_of_draws(backend: &mut CudaBackend) -> Result<()> {

@@ -119,7 +119,7 @@ impl CudaBackend {
     pub fn with_program(program: &Program, precision: DType, group: Box<dyn Collective>) -> Result<Self> {
         let formula = Formula::from_environment()?;
         let device = program.modules.device().clone();
-        let stream = Stream::new(&device)?;
+        let stream = Stream::first(&device)?;
         let touched = Buffer::new(&device, 8 + ROUTE_COUNTS, "count of experts")?;
         stream.fill(&touched, 0, touched.bytes(), 0)?;
         Ok(Self {

@@ -50,6 +50,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_router_tensor: Option<Kernel<MoeRouterParams>>,
     pub(crate) moe_select: Kernel<MoeSelectParams>,
     pub(crate) moe_sort: Kernel<MoeSortParams>,
+    /// Selection and sort of some dozen tokens.
+    pub(crate) moe_select_many: Kernel<MoeRouteParams>,
     /// Router, selection and sort of a few tokens.
     pub(crate) moe_route: Kernel<MoeRouteParams>,
     /// The same with the norm ahead of them; with bfloat16 activations only.
@@ -116,7 +118,7 @@ impl KdaFast {
             ("kda_chunk", 3 * column + 64 * 64 * 4 + 3 * 64 * 4 + 4 * head_dim * 4)
         };
         let stage = (3 * 64 * (head_dim + 8) + 64 * 72) * 2 + 64 * 40 * 4 + head_dim * 4;
-        let scan_shared = if is_bf16 { 3 * stage + (head_dim + 64) * 40 * 2 + 48 } else { 0 };
+        let scan_shared = if is_bf16 { 3 * stage + (head_dim + 64) * 40 * 2 + 24 } else { 0 };
         let kernels = Self {
             head_dim,
             chunk: modules.overlapping(module, &format!("kda_chunk_{suffix}_{head_dim}{chunk_fault}"))?,
@@ -302,6 +304,8 @@ impl Single {
 pub(crate) struct MoeSingle {
     pub(crate) gate_up: Kernel<MoeSingleParams>,
     pub(crate) down: Kernel<MoeSingleParams>,
+    /// The same by pieces of [`Self::GROUP`] neighbouring channels.
+    pub(crate) down_grouped: Kernel<MoeSingleParams>,
 }
 
 impl MoeSingle {
@@ -310,13 +314,20 @@ impl MoeSingle {
     /// Most experts of a token, and most products of a block of down.
     pub(crate) const MOST_CHOICES: usize = 32;
     pub(crate) const MOST_DOTS: usize = 512;
+    /// Channels of a piece of `down_grouped`, and pieces of a warp's ring: the most that leave room for a block of the product ahead, or
+    /// behind, where experts are 1,024 wide.
+    pub(crate) const GROUP: usize = 3;
+    pub(crate) const GROUP_STAGES: usize = 2;
 
     fn load(modules: &Modules) -> Result<Self> {
         let gate_up = modules.overlapping("moe_product_single", "moe_gate_up_single")?;
         let down = modules.overlapping("moe_product_single", "moe_down_single")?;
+        let down_grouped = modules.overlapping("moe_product_single", "moe_down_single_3")?;
         gate_up.allow_shared(most_ring(Self::MOST.0))?;
-        down.allow_shared(most_ring(Self::MOST.1) + Self::MOST_CHOICES * Self::MOST.1 * 2)?;
-        Ok(Self { gate_up, down })
+        let inner = Self::MOST_CHOICES * Self::MOST.1 * 2;
+        down.allow_shared(most_ring(Self::MOST.1) + inner)?;
+        down_grouped.allow_shared(ring_bytes(Self::GROUP_STAGES, Self::GROUP * Self::MOST.1) + inner)?;
+        Ok(Self { gate_up, down, down_grouped })
     }
 }
 
@@ -465,6 +476,7 @@ impl Kernels {
             },
             moe_select: modules.overlapping("moe_select", &format!("moe_select{select_fault}"))?,
             moe_sort: modules.overlapping("moe_select", "moe_sort")?,
+            moe_select_many: modules.overlapping("moe_select_many", "moe_select_many")?,
             moe_route: modules.overlapping("moe_route", &typed("moe_route"))?,
             moe_norm_route: match precision {
                 DType::Bf16 => Some(modules.overlapping("moe_route", "moe_norm_route_bf16")?),

@@ -54,6 +54,8 @@ mod tensor;
 mod tensor_map;
 #[cfg(feature = "cuda")]
 mod transfer;
+#[cfg(feature = "cuda")]
+mod tuning;
 
 #[cfg(feature = "cuda")]
 pub use backend::{CudaBackend, Options};
@@ -79,6 +81,8 @@ pub use ops::moe::Moe;
 pub use ops::norm::Norm;
 #[cfg(feature = "cuda")]
 pub use tensor::Tensor;
+#[cfg(feature = "tuning")]
+pub use tuning::{choose_variant, variants};
 
 use perigee_backend::Result;
 

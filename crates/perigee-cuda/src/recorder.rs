@@ -23,6 +23,9 @@ pub(crate) struct Recorder {
     recording: Option<Part>,
     /// Rows of the step whose pieces are offered, padding included.
     rows: usize,
+    /// The thresholds that they were recorded with.
+    #[cfg(feature = "tuning")]
+    variant: usize,
     /// Whether a step was run op by op: the first one makes plans and buffers, which a recording may not.
     has_run: bool,
 }
@@ -115,6 +118,8 @@ impl CudaBackend {
         self.feed_run(fed)?;
         self.reserve_scratch(rows)?;
         self.reserve_gather(rows)?;
+        #[cfg(feature = "tuning")]
+        self.follow_tuning()?;
         let bases = self.bases();
         if self.recorder.bases != bases {
             // What they address has moved.
@@ -123,6 +128,18 @@ impl CudaBackend {
             self.recorder.bases = bases;
         }
         Ok(Some(rows))
+    }
+
+    /// Forgets what was recorded with other thresholds.
+    #[cfg(feature = "tuning")]
+    fn follow_tuning(&mut self) -> Result<()> {
+        let chosen = crate::tuning::chosen();
+        if self.recorder.variant != chosen {
+            self.stream.wait()?;
+            self.recorder.graphs.clear();
+            self.recorder.variant = chosen;
+        }
+        Ok(())
     }
 
     /// Runs what is recorded of the step, or begins to record it.

@@ -61,6 +61,19 @@ impl Stream {
         Ok(Self { raw, device: device.clone() })
     }
 
+    /// A stream whose blocks go first where the device has not room for those of all streams: that of steps, beside which others
+    /// answer other replicas and send states. Graphs that are captured on it have its priority.
+    pub(crate) fn first(device: &Device) -> Result<Self> {
+        device.bind()?;
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: the context is current (bound above), the out-pointers are valid for the call.
+        unsafe { sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest) }
+            .result()
+            .map_err(fault("asking for priorities"))?;
+        let raw = result::stream::create_with_priority(StreamKind::NonBlocking, greatest);
+        Ok(Self { raw: raw.map_err(fault("creating a stream"))?, device: device.clone() })
+    }
+
     pub(crate) fn device(&self) -> &Device {
         &self.device
     }

@@ -79,8 +79,9 @@ pub(crate) fn emit(supervised: bool, event: &WorkerEvent) {
     }
 }
 
-/// Ends this process when standard input closes: the parent is gone, and an orphan must not keep a device.
-pub(crate) fn end_with_parent() {
+/// Ends this process when standard input closes: the parent is gone, however it ended, and an orphan must not keep a device.
+/// A signal on the parent's death (Linux's PR_SET_PDEATHSIG) would come when the thread ends that started this process.
+pub fn end_with_parent() {
     let watch = std::thread::Builder::new().name("perigee-parent".into()).spawn(|| {
         let mut sink = [0u8; 256];
         let mut input = std::io::stdin().lock();
@@ -88,6 +89,6 @@ pub(crate) fn end_with_parent() {
         std::process::exit(0);
     });
     if watch.is_err() {
-        tracing::warn!("no thread to watch the parent process; this worker outlives it");
+        tracing::warn!("no thread to watch the parent process; this process outlives it");
     }
 }

@@ -35,8 +35,9 @@ class Cluster:
     def __init__(self, binary, *options, stderr=None):
         self.binary = binary
         model = [] if "--model" in options else ["--model", "random:tiny"]
-        command = [binary, "up", "--json", "--port", "0", "--http-port", "0", *model, *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        command = [binary, "up", "--json", "--port", "0", "--http-port", "0", "--end-with-input", *model, *options]
+        # Its input stays open while this process lives, and ends with it however that ends.
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True)
         guard = threading.Timer(START_SECONDS, self.process.kill)
         guard.start()
         line = self.process.stdout.readline()

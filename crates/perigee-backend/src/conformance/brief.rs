@@ -36,13 +36,14 @@ const EITHER: [&str; 27] = [
 ];
 
 /// The same for bfloat16, which has kernels for tensor cores and for few and for many rows.
-const BFLOAT16: [&str; 10] = [
+const BFLOAT16: [&str; 11] = [
     "logits/wide",
     "mlp/few tokens",
     "moe/two shared experts",
     "moe/many experts",
     "moe/deep",
     "moe/many tiles",
+    "moe/wide",
     "mla/batch/latent 512",
     "mla/answers for others/latent 512",
     "mla/long rows/latent 512",

@@ -65,10 +65,13 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
             moe(factory, checks, (shape, bias), Origin::Bytes, [&COUNTS, few])
         }));
     }
-    // More steps of the depth than a backend has under way, and more tiles than a device has room for at once.
+    // More steps of the depth than a backend has under way, more tiles than a device has room for at once, and of one token more rows of
+    // weights than all blocks have under way.
     let deep = MoeShape { hidden: 640, experts: 2, top_k: 1, width: 576, shared_width: 0, ..PLAIN };
     let many = MoeShape { hidden: 448, experts: 56, top_k: 8, width: 128, shared_width: 0, ..PLAIN };
-    for (name, shape, counts) in [("deep", deep, [3, 70, 100]), ("many tiles", many, [40, 200, 301])] {
+    let wide = MoeShape { hidden: 1152, experts: 16, top_k: 8, width: 128, shared_width: 0, ..PLAIN };
+    let large = [("deep", deep, [3, 70, 100]), ("many tiles", many, [40, 200, 301]), ("wide", wide, [1, 2, 5])];
+    for (name, shape, counts) in large {
         cases.push(Case::new(format!("moe/{name}"), move |factory: &mut F, checks| {
             moe(factory, checks, (shape, Bias::Mixed), Origin::Bytes, [&counts, &counts])
         }));

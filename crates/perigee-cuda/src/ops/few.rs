@@ -11,6 +11,7 @@ use crate::ops::dense::{ring_bytes, single_stages};
 use crate::ops::moe::{ExpertWeights, Moe, Work};
 use crate::params::{MoeRouteParams, MoeRouterParams, MoeSelectParams, MoeSingleParams, MoeSortParams, NormParams};
 use crate::stream::Grid;
+use crate::tuning::tuning;
 
 /// Most tokens that are routed by one kernel, and most experts that they choose from.
 const ROUTE_TOKENS: usize = 16;
@@ -20,6 +21,8 @@ const ROUTE_TOP: usize = 8;
 /// Most experts of a token, and most entries (moe_route.cu).
 const ROUTE_CHOICES: usize = 32;
 const ROUTE_ENTRIES: usize = 512;
+/// Most entries of the selection with the sort (moe_select_many.cu).
+const SELECT_ENTRIES: usize = 2560;
 /// Tokens and experts of a block.
 const BLOCK_TOKENS: usize = 4;
 const BLOCK_EXPERTS: usize = 4;
@@ -32,16 +35,39 @@ pub(crate) const ROUTE_COUNTS: usize = 4 * (1 + ROUTE_TOKENS / BLOCK_TOKENS);
 impl CudaBackend {
     /// Whether one kernel routes the step's tokens.
     pub(crate) fn moe_routes_few(&self, layer: &Moe, forced: u64) -> bool {
-        let (tokens, shape) = (self.tokens(), &layer.shape);
-        let choices = layer.choices(tokens);
+        let tokens = self.tokens();
         tokens <= ROUTE_TOKENS
-            && shape.groups == 1
+            && tokens * layer.choices(tokens) <= ROUTE_ENTRIES
+            && self.moe_selects_by_blocks(layer, forced)
+    }
+
+    /// Whether one kernel selects the step's tokens' experts, a block a token, and sorts them.
+    pub(crate) fn moe_selects_many(&self, layer: &Moe, forced: u64) -> bool {
+        let tokens = self.tokens();
+        tokens >= tuning().select
+            && tokens * layer.choices(tokens) <= SELECT_ENTRIES
+            && self.moe_selects_by_blocks(layer, forced)
+    }
+
+    /// Whether a block can select a token's experts.
+    fn moe_selects_by_blocks(&self, layer: &Moe, forced: u64) -> bool {
+        let shape = &layer.shape;
+        shape.groups == 1
             && shape.experts <= ROUTE_EXPERTS
             && shape.top_k <= ROUTE_TOP
-            && choices <= ROUTE_CHOICES
-            && tokens * choices <= ROUTE_ENTRIES
+            && layer.choices(self.tokens()) <= ROUTE_CHOICES
             && forced == 0
             && !self.formula.has(Fault::BiasedWeights)
+    }
+
+    /// Queues that kernel, behind the router's.
+    pub(crate) fn moe_select_many(
+        &self,
+        (router, select, sort): (MoeRouterParams, MoeSelectParams, MoeSortParams),
+    ) -> Result<()> {
+        let arrived = self.touched.address() + 8;
+        let params = MoeRouteParams { router, select, sort, norm: NormParams::zeroed(), arrived };
+        self.stream.launch(&self.kernels.moe_select_many, Grid::new(router.tokens as usize, 1, 256), &params)
     }
 
     /// Queues that kernel, with the norm that was put off, if that is what makes its x.
@@ -79,7 +105,9 @@ impl CudaBackend {
     pub(crate) fn moe_single(&self, layer: &Moe) -> Option<&MoeSingle> {
         let (hidden, width) = (layer.shape.hidden, layer.width);
         let choices = layer.choices(1);
-        let dots = hidden.div_ceil(self.stream.device().multiprocessors().max(1) as usize) * choices;
+        let group = down_group(hidden);
+        let blocks = self.stream.device().multiprocessors().max(1) as usize;
+        let dots = (hidden / group).div_ceil(blocks) * group * choices;
         let fits = self.tokens() == 1
             && self.precision == DType::Bf16
             && !layer.has_shared_apart()
@@ -115,17 +143,27 @@ impl CudaBackend {
             stages: single_stages(shape.hidden, 0) as u32,
         };
         let inner = choices * layer.width * 2;
+        let group = down_group(shape.hidden);
+        let (kernel, stages) = match group {
+            1 => (&kernels.down, single_stages(layer.width, inner)),
+            _ => (&kernels.down_grouped, MoeSingle::GROUP_STAGES),
+        };
         let down = MoeSingleParams {
             input: work.inner,
             weight: weights.down,
             out,
             depth: layer.width as u32,
             width: shape.hidden as u32,
-            stages: single_stages(layer.width, inner) as u32,
+            stages: stages as u32,
             ..up
         };
-        let shared = |params: &MoeSingleParams| ring_bytes(params.stages as usize, params.depth as usize);
-        self.stream.launch(&kernels.gate_up, self.single_grid().shared(shared(&up)), &up)?;
-        self.stream.launch(&kernels.down, self.single_grid().shared(shared(&down) + inner), &down)
+        let rings = |params: &MoeSingleParams| ring_bytes(params.stages as usize, params.depth as usize);
+        self.stream.launch(&kernels.gate_up, self.single_grid().shared(rings(&up)), &up)?;
+        self.stream.launch(kernel, self.single_grid().shared(group * rings(&down) + inner), &down)
     }
+}
+
+/// Neighbouring channels of one token's product down that are one piece for the copy engine.
+fn down_group(hidden: usize) -> usize {
+    if hidden.is_multiple_of(MoeSingle::GROUP) { MoeSingle::GROUP } else { 1 }
 }

@@ -15,15 +15,10 @@ use crate::params::KdaParams;
 use crate::step::Section;
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
+use crate::tuning::tuning;
 
 /// Most channels of a head, one thread each.
 const MOST_CHANNELS: usize = 1024;
-
-/// Rows of one token up to which their kernel computes the gates too; beyond, each row's reading of their weights costs more than
-/// a product of its own.
-const GATE_ROWS: usize = 8;
-/// Rows of one token from which their kernel is bound by the states' bytes.
-const BULK_ROWS: usize = 24;
 
 /// A KDA layer's mixer; P = heads * head_dim.
 #[derive(Debug)]
@@ -236,7 +231,7 @@ impl CudaBackend {
     /// The kernel that computes the step with its gates, where the step is few rows of one token.
     fn kda_gates_kernel(&self, layer: &Kda) -> Option<&Kernel<KdaParams>> {
         let fast = self.kda_fast(layer.shape.head_dim)?;
-        let is_few = self.step.prefill_rows.count == 0 && self.step.decode_rows.count <= GATE_ROWS;
+        let is_few = self.step.prefill_rows.count == 0 && self.step.decode_rows.count <= tuning().gates;
         self.kernels.kda_fast[fast].decode_gates.as_ref().filter(|_| is_few)
     }
 
@@ -249,7 +244,7 @@ impl CudaBackend {
         let fast = &self.kernels.kda_fast[fast];
         match (self.kda_gates_kernel(layer), &fast.decode_bulk) {
             (Some(kernel), _) => self.stream.launch(kernel, grid, &params),
-            (None, Some(bulk)) if rows.count >= BULK_ROWS => {
+            (None, Some(bulk)) if rows.count >= tuning().bulk => {
                 self.stream.launch(bulk, grid.shared(fast.state_shared), &params)
             }
             _ => self.stream.launch(&fast.decode, grid, &params),

@@ -21,14 +21,12 @@ use crate::params::{
 };
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
+use crate::tuning::tuning;
 
 /// Rows of a grouped product's tile.
 const TILE_ROWS: usize = 64;
 /// Columns of a grouped product's tile.
 const TILE_COLUMNS: usize = 64;
-/// Tokens up to which a shared expert is computed like a routed one: three launches fewer. Beyond, its many rows fill many tiles
-/// that each read its weights, and a dense product is faster.
-const MOST_SHARED: usize = 256;
 /// Rows an expert, on average, up to which the product is one of reading weights.
 const FEW_ROWS: usize = 16;
 /// Depth of a step of that product, and weight rows of a block: half as many where blocks would be too few otherwise.
@@ -40,8 +38,7 @@ const LEAST_TILE: usize = 16;
 /// Tokens from which the router's depth is cut into parts, and the least depth of a part.
 const ROUTER_MANY: usize = 16;
 const ROUTER_PART: usize = 128;
-/// Tokens from which it goes through tensor cores, where its weights are bfloat16 as stored, and the depth of a step of it.
-const ROUTER_TENSOR: usize = 33;
+/// Depth of a step of it on tensor cores.
 const ROUTER_DEPTH: usize = 64;
 /// Tokens from which the router is a dense product, where its weights are bfloat16 as stored.
 const ROUTER_PRODUCT: usize = 512;
@@ -76,7 +73,7 @@ pub struct Moe {
 impl Moe {
     /// 1 where a step of `tokens` tokens has the shared expert computed like the routed ones, which every token has then; else 0.
     fn shared_choices(&self, tokens: usize) -> usize {
-        if tokens <= MOST_SHARED { self.extra } else { 0 }
+        if tokens <= tuning().shared { self.extra } else { 0 }
     }
 
     /// Experts of a token.
@@ -430,6 +427,9 @@ impl CudaBackend {
             self.stream.launch(&self.kernels.moe_select, grid, &select)?;
             return self.moe_wide_sort(layer, kernels, work);
         }
+        if self.moe_selects_many(layer, forced) {
+            return self.moe_select_many((params, select, sort));
+        }
         let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
         self.stream.launch(&self.kernels.moe_select, grid, &select)?;
         self.stream.launch(&self.kernels.moe_sort, Grid::new(1, 1, 1024).shared(layer.experts(tokens) * 4), &sort)
@@ -441,7 +441,7 @@ impl CudaBackend {
         layer: &'a Moe,
         tokens: usize,
     ) -> Option<(&'a Kernel<MoeRouterParams>, &'a Matrix)> {
-        let fits = tokens >= ROUTER_TENSOR && layer.shape.hidden.is_multiple_of(ROUTER_DEPTH);
+        let fits = tokens >= tuning().router && layer.shape.hidden.is_multiple_of(ROUTER_DEPTH);
         self.kernels.moe_router_tensor.as_ref().zip(layer.narrow_router.as_ref()).filter(|_| fits)
     }
 

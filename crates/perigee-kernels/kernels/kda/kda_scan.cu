@@ -89,7 +89,6 @@ struct ScanShared {
   bf16 state[kDim][kPitch];
   bf16 delta[kChunk][kPitch];
   uint64_t full[kStages];
-  uint64_t empty[kStages];  // in all blocks of the cluster
 };
 
 // The warps that multiply, without the one that copies.
@@ -99,27 +98,38 @@ __device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;
 template <int kDim>
 constexpr int kCluster = kDim > kColumns ? 2 : 1;
 
-// One thread asks for chunk after chunk. All that the blocks of the cluster share comes once, an array by each of them in turn.
+// One thread asks for a chunk. All that the blocks of the cluster share comes once, an array by each of them in turn.
 template <int kDim>
-__device__ __forceinline__ void fetch(const KdaParams& p, ScanShared<kDim>& s, const Place& at) {
+__device__ __forceinline__ void ask(const KdaParams& p, ScanShared<kDim>& s, const Place& at, uint32_t chunk) {
   constexpr uint16_t kAll = (1 << kCluster<kDim>) - 1;
   constexpr uint64_t kRows = kChunk * Stage<kDim>::kPitch, kPairs = kChunk * kAttentionPitch, kUpdate = kChunk * kUpdatePitch;
-  const uint32_t rank = cluster_rank();
-  for (uint32_t chunk = at.first_chunk; chunk < at.last_chunk; chunk++) {
-    const uint32_t turn = chunk - at.first_chunk;
-    Stage<kDim>& stage = s.stages[turn % kStages];
-    uint64_t* full = &s.full[turn % kStages];
-    const uint64_t entry = static_cast<uint64_t>(chunk - p.first_chunk) * p.heads + at.head;
-    barrier_wait(&s.empty[turn % kStages], turn / kStages & 1 ^ 1);
-    barrier_arrive_expecting(full, sizeof(stage));
-    if (0 % kCluster<kDim> == rank) copy_piece_to_all(stage.erase, static_cast<const bf16*>(p.erase) + entry * kRows, sizeof(stage.erase), full, kAll);
-    if (1 % kCluster<kDim> == rank) copy_piece_to_all(stage.query, static_cast<const bf16*>(p.query) + entry * kRows, sizeof(stage.query), full, kAll);
-    if (2 % kCluster<kDim> == rank) copy_piece_to_all(stage.key, static_cast<const bf16*>(p.key) + entry * kRows, sizeof(stage.key), full, kAll);
-    if (3 % kCluster<kDim> == rank) {
-      copy_piece_to_all(stage.attention, static_cast<const bf16*>(p.attention) + entry * kPairs, sizeof(stage.attention), full, kAll);
-      copy_piece_to_all(stage.decay, p.decay + entry * kDim, sizeof(stage.decay), full, kAll);
+  const uint32_t rank = cluster_rank(), turn = chunk - at.first_chunk;
+  Stage<kDim>& stage = s.stages[turn % kStages];
+  uint64_t* full = &s.full[turn % kStages];
+  const uint64_t entry = static_cast<uint64_t>(chunk - p.first_chunk) * p.heads + at.head;
+  barrier_arrive_expecting(full, sizeof(stage));
+  if (0 % kCluster<kDim> == rank) copy_piece_to_all(stage.erase, static_cast<const bf16*>(p.erase) + entry * kRows, sizeof(stage.erase), full, kAll);
+  if (1 % kCluster<kDim> == rank) copy_piece_to_all(stage.query, static_cast<const bf16*>(p.query) + entry * kRows, sizeof(stage.query), full, kAll);
+  if (2 % kCluster<kDim> == rank) copy_piece_to_all(stage.key, static_cast<const bf16*>(p.key) + entry * kRows, sizeof(stage.key), full, kAll);
+  if (3 % kCluster<kDim> == rank) {
+    copy_piece_to_all(stage.attention, static_cast<const bf16*>(p.attention) + entry * kPairs, sizeof(stage.attention), full, kAll);
+    copy_piece_to_all(stage.decay, p.decay + entry * kDim, sizeof(stage.decay), full, kAll);
+  }
+  copy_piece(stage.update, p.update + (entry * (kDim / kColumns) + at.column / kColumns) * kUpdate, sizeof(stage.update), full);
+}
+
+// The warp that copies, kStages chunks ahead. The cluster's barrier has a phase for each chunk, which ends when all threads of its blocks
+// have read the chunk: the race checker follows that, and not an arrival of one lane for its warp.
+template <int kDim>
+__device__ __forceinline__ void fetch(const KdaParams& p, ScanShared<kDim>& s, const Place& at) {
+#pragma unroll 1
+  for (uint32_t chunk = at.first_chunk; chunk < at.last_chunk + kStages; chunk++) {
+    if (chunk >= at.first_chunk + kStages) {
+      cluster_arrive();
+      cluster_wait();
     }
-    copy_piece(stage.update, p.update + (entry * (kDim / kColumns) + at.column / kColumns) * kUpdate, sizeof(stage.update), full);
+    if (threadIdx.x % kWarp == 0 && chunk < at.last_chunk) ask(p, s, at, chunk);
+    __syncwarp();
   }
 }
 
@@ -243,7 +253,8 @@ __device__ __forceinline__ void advance(const KdaParams& p, ScanShared<kDim>& s,
     }
     // This warp is done with what was copied.
     __syncwarp();
-    if (lane < kCluster<kDim>) barrier_arrive_at(&s.empty[turn % kStages], lane);
+    if (turn > 0) cluster_wait();
+    cluster_arrive();
     bf16* mixed = static_cast<bf16*>(p.mixed) + static_cast<uint64_t>(at.row.first_token + info.first) * width + at.head * kDim + at.column;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -257,6 +268,7 @@ __device__ __forceinline__ void advance(const KdaParams& p, ScanShared<kDim>& s,
       }
     }
   }
+  if (at.first_chunk < at.last_chunk) cluster_wait();
   if (owns_state) {
     float* target = p.state + state_offset(p, at.row.write_slot, at.head) + at.column;
     each_state([&](int c, int column, float& x, float& y) {
@@ -270,21 +282,18 @@ __device__ __forceinline__ void scan_bf16(const KdaParams& p) {
   extern __shared__ uint4 dynamic[];
   ScanShared<kDim>& s = *reinterpret_cast<ScanShared<kDim>*>(dynamic);
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; stage++) {
-      barrier_init(&s.full[stage], 1);
-      barrier_init(&s.empty[stage], kCluster<kDim> * kConsumerWarps);
-    }
+    for (int stage = 0; stage < kStages; stage++) barrier_init(&s.full[stage], 1);
     barrier_init_done();
   }
   cluster_sync();
   grid_dependency();
   const Place at = place(p);
   if (threadIdx.x / kWarp == kConsumerWarps) {
-    if (threadIdx.x % kWarp == 0) fetch<kDim>(p, s, at);
+    fetch<kDim>(p, s, at);
   } else {
     advance<kDim>(p, s, at);
   }
-  // The other blocks copy to this one's memory and arrive at its barriers until they are done.
+  // The other blocks copy to this one's memory until they are done.
   cluster_sync();
 }
 
@@ -312,4 +321,4 @@ KDA_SCAN_FAULT(128)
 #endif
 
 // Size of the dynamic shared memory, as the launcher computes it.
-static_assert(sizeof(ScanShared<128>) == 3 * ((3 * 64 * 136 + 64 * 72) * 2 + 64 * 40 * 4 + 128 * 4) + (128 + 64) * 40 * 2 + 48, "launcher's size");
+static_assert(sizeof(ScanShared<128>) == 3 * ((3 * 64 * 136 + 64 * 72) * 2 + 64 * 40 * 4 + 128 * 4) + (128 + 64) * 40 * 2 + 24, "launcher's size");

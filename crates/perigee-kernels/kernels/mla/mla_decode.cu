@@ -34,11 +34,20 @@ struct alignas(1024) Shared {
   float last_peak[kGroups][kHeads];
   uint64_t full[kStages];
   uint64_t empty[kStages];
+  uint64_t met;
 };
 
 // Waits for all threads of a group, or of both.
 __device__ __forceinline__ void sync_group(uint32_t group) { asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kWarpgroup) : "memory"); }
 __device__ __forceinline__ void sync_groups() { asm volatile("bar.sync %0, %1;" ::"n"(kGroups + 1), "n"(kConsumers) : "memory"); }
+
+// Waits for all threads of both groups, where one reads what the other wrote: by a barrier in shared memory, at which every thread arrives
+// for itself, since the race checker loses now and then what a named barrier of a part of the block ordered. The caller keeps the parity.
+__device__ __forceinline__ void meet(Shared& s, uint32_t& parity) {
+  barrier_arrive(&s.met);
+  barrier_wait(&s.met, parity);
+  parity ^= 1;
+}
 
 // One thread asks for all tiles of the block's items. Pages that end before the item's token were full before this step: they are asked
 // for before the kernel ahead has ended.
@@ -167,7 +176,7 @@ __device__ __forceinline__ void weigh(Shared& s, uint32_t group, uint32_t turn, 
 // The parts of the two groups are one: each finishes four strips of channels and gets the other's part of them, two at a time.
 template <int kMine, int kOther>
 __device__ __forceinline__ void finish(Shared& s, uint32_t group, uint32_t heads, const float (&factor)[kHeads / 4],
-                                       float (&output)[kStrips][kSums], float* to) {
+                                       float (&output)[kStrips][kSums], float* to, uint32_t& parity) {
   const uint32_t thread = threadIdx.x % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -182,7 +191,7 @@ __device__ __forceinline__ void finish(Shared& s, uint32_t group, uint32_t heads
       const float* x = &output[kOther + round * 2 + i / 4][i % 4 * 4];
       s.passed[group][i][thread] = make_float4(x[0], x[1], x[2], x[3]);
     }
-    sync_groups();
+    meet(s, parity);
 #pragma unroll
     for (int i = 0; i < 2 * kSums / 4; i++) {
       const float4 more = s.passed[1 - group][i][thread];
@@ -195,7 +204,7 @@ __device__ __forceinline__ void finish(Shared& s, uint32_t group, uint32_t heads
         if (head < heads) to[head * kLatent + channel + j / 2 * 8] = sums[j];
       }
     }
-    sync_groups();
+    meet(s, parity);
   }
 }
 
@@ -203,7 +212,8 @@ __device__ __forceinline__ void attend(const MlaAttendParams& p, Shared& s, uint
   const uint32_t group = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp % kWarps, lane = threadIdx.x % kWarp;
   const int g = lane / 4, t = lane % 4;
   const float scale = p.scale * kLog2e;
-  uint32_t tile = 0;  // of the block; groups take them in turn
+  uint32_t tile = 0;    // of the block; groups take them in turn
+  uint32_t parity = 0;  // of their meetings
   for (uint32_t index = first_item; index < last_item; index++) {
     const AttendItem item = p.items[index];
     load_queries(p, s, item);
@@ -291,7 +301,7 @@ __device__ __forceinline__ void attend(const MlaAttendParams& p, Shared& s, uint
       }
     }
     // Also: the queries are used no more.
-    sync_groups();
+    meet(s, parity);
     const bool direct = item.part == kNoPart;
     const uint64_t target = direct ? static_cast<uint64_t>(item.first_token) * p.heads : static_cast<uint64_t>(item.part) * p.part_rows;
     float* lse = (direct ? p.lse : p.part_lse) + target;
@@ -314,9 +324,9 @@ __device__ __forceinline__ void attend(const MlaAttendParams& p, Shared& s, uint
     }
     float* to = (direct ? p.output : p.part_output) + target * kLatent;
     if (group == 0) {
-      finish<0, kStrips / 2>(s, group, p.heads, factor, output, to);
+      finish<0, kStrips / 2>(s, group, p.heads, factor, output, to, parity);
     } else {
-      finish<kStrips / 2, 0>(s, group, p.heads, factor, output, to);
+      finish<kStrips / 2, 0>(s, group, p.heads, factor, output, to, parity);
     }
   }
 }
@@ -329,6 +339,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __gri
       barrier_init(&s.full[stage], 1);
       barrier_init(&s.empty[stage], kWarps);
     }
+    barrier_init(&s.met, kConsumers);
     barrier_init_done();
   }
   __syncthreads();

@@ -71,26 +71,27 @@ __device__ __forceinline__ void gate_up(const MoeSingleParams& p) {
   }
 }
 
-// A block has the rows of some channels of all of the token's experts, and adds them up in the order of choices.
-template <int kPieces>
+// A block has the rows of some channels of all of the token's experts, and adds them up in the order of choices. kGroup neighbouring
+// channels of an expert, which lie together, are one piece for the copy engine, and their sums go side by side.
+template <int kPieces, int kGroup>
 __device__ __forceinline__ void down(const MoeSingleParams& p) {
   extern __shared__ uint4 memory[];
   __shared__ alignas(8) uint64_t barriers[kSingleWarps][kSingleStages];
   __shared__ float dots[kMostDots];
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const uint32_t pieces = p.depth / 8;
-  uint4* inner = memory + kSingleWarps * p.stages * pieces;  // [choices][pieces]
-  SingleRing ring(memory, barriers, p.stages, p.depth);
+  const uint32_t pieces = p.depth / 8, groups = p.width / kGroup;
+  uint4* inner = memory + kSingleWarps * p.stages * kGroup * pieces;  // [choices][pieces]
+  SingleRing ring(memory, barriers, p.stages, kGroup * p.depth);
   // The choices were there before the kernel ahead began (see `gate_up`); what that kernel computed is not.
   const uint32_t own = lane < p.choices ? __ldcg(p.chosen + lane) : 0;
   const bool is_live = __shfl_sync(~0u, own, 0) != kNoExpert;
-  const uint32_t channels = blockIdx.x < p.width ? (p.width - blockIdx.x - 1) / gridDim.x + 1 : 0;
-  const uint32_t count = is_live ? channels * p.choices : 0;
+  const uint32_t mine = blockIdx.x < groups ? (groups - blockIdx.x - 1) / gridDim.x + 1 : 0;  // groups of channels
+  const uint32_t count = is_live ? mine * p.choices : 0;
   const bf16* weight = static_cast<const bf16*>(p.weight);
   auto ask = [&](uint32_t dot) {
     if (dot >= count) return;
     const uint32_t expert = __shfl_sync(~0u, own, dot % p.choices);
-    const uint64_t row = static_cast<uint64_t>(expert) * p.width + blockIdx.x + dot / p.choices * gridDim.x;
+    const uint64_t row = static_cast<uint64_t>(expert) * p.width + (blockIdx.x + dot / p.choices * gridDim.x) * kGroup;
     if (lane == 0) ring.ask(weight + row * p.depth);
   };
   uint32_t ahead = warp;
@@ -107,26 +108,37 @@ __device__ __forceinline__ void down(const MoeSingleParams& p) {
     }
     const uint4* row = ring.wait();
     const uint4* x = inner + dot % p.choices * pieces;
-    float sum[2] = {0.0f, 0.0f};
+    float sum[kGroup][2] = {};
 #pragma unroll
     for (int i = 0; i < kPieces; i++) {
       const uint32_t piece = lane + i * kWarp;
-      if (piece < pieces) multiply_add(sum, row[piece], x[piece]);
+      if (piece < pieces) {
+        const uint4 own_x = x[piece];
+#pragma unroll
+        for (int g = 0; g < kGroup; g++) multiply_add(sum[g], row[g * pieces + piece], own_x);
+      }
     }
-    const float whole = warp_sum(sum[0] + sum[1]);
+    float whole[kGroup];
+#pragma unroll
+    for (int g = 0; g < kGroup; g++) whole[g] = warp_sum(sum[g][0] + sum[g][1]);
     ring.next();
     ask(ahead);
     // An expert's row is rounded as if it had been stored.
-    const float weighted = rounded<bf16>(whole) * __shfl_sync(~0u, scale, dot % p.choices);
-    if (lane == 0) dots[dot] = weighted;
+    const float factor = __shfl_sync(~0u, scale, dot % p.choices);
+#pragma unroll
+    for (int g = 0; g < kGroup; g++) {
+      if (lane == 0) dots[dot * kGroup + g] = rounded<bf16>(whole[g]) * factor;
+    }
   }
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < channels && is_live; i += kSingleThreads) {
+  for (uint32_t i = threadIdx.x; i < mine * kGroup && is_live; i += kSingleThreads) {
+    const uint32_t group = i / kGroup, within = i % kGroup;
     float sum = 0.0f;
-    for (uint32_t choice = 0; choice < p.choices; choice++) sum += dots[i * p.choices + choice];
-    static_cast<bf16*>(p.out)[blockIdx.x + i * gridDim.x] = narrow<bf16>(sum);
+    for (uint32_t choice = 0; choice < p.choices; choice++) sum += dots[(group * p.choices + choice) * kGroup + within];
+    static_cast<bf16*>(p.out)[(blockIdx.x + group * gridDim.x) * kGroup + within] = narrow<bf16>(sum);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(kSingleThreads, 2) moe_gate_up_single(const __grid_constant__ MoeSingleParams p) { gate_up<9>(p); }
-extern "C" __global__ void __launch_bounds__(kSingleThreads, 2) moe_down_single(const __grid_constant__ MoeSingleParams p) { down<4>(p); }
+extern "C" __global__ void __launch_bounds__(kSingleThreads, 2) moe_down_single(const __grid_constant__ MoeSingleParams p) { down<4, 1>(p); }
+extern "C" __global__ void __launch_bounds__(kSingleThreads, 2) moe_down_single_3(const __grid_constant__ MoeSingleParams p) { down<4, 3>(p); }

@@ -13,7 +13,7 @@ use etcd_client::PutOptions;
 use perigee_registry::{Change, EtcdConfig, EtcdRegistry, Registry, RegistryError, ReplicaRecord, ReplicaStatus};
 
 use crate::seen::Seen;
-use crate::server::{DEADLINE, Etcd, client, config};
+use crate::server::{DEADLINE, Etcd, client, config, lease_other_than, renewals, soon};
 
 /// Tells the process of [`publisher_process`] where etcd is.
 const ENDPOINT: &str = "PERIGEE_TEST_ETCD";
@@ -73,7 +73,8 @@ async fn a_watch_outlives_its_registry_and_prefixes_are_apart() {
 #[ignore = "a publisher that another test starts and kills"]
 async fn publisher_process() {
     let endpoint = std::env::var(ENDPOINT).expect("only for the test that kills it");
-    let config = EtcdConfig { lease_ttl: Duration::from_secs(2), ..EtcdConfig::new(vec![endpoint]) };
+    // A lease that is over soon once nobody renews it, but not while this process may be late.
+    let config = EtcdConfig { lease_ttl: Duration::from_secs(6), ..EtcdConfig::new(vec![endpoint]) };
     let _publication = registry(config).publish(record("killed", "1")).await.expect("published");
     // To the end of its standard input, so that it does not outlive the test that started it.
     tokio::task::spawn_blocking(|| std::io::read_to_string(std::io::stdin())).await.expect("read").expect("read");
@@ -82,7 +83,7 @@ async fn publisher_process() {
 #[tokio::test]
 async fn a_killed_replica_leaves_while_a_busy_one_stays() {
     let Some(etcd) = Etcd::start() else { return };
-    let registry = registry(config(&etcd));
+    let registry = registry(soon(&etcd));
     let _busy = registry.publish(record("busy", "1")).await.expect("published");
     let mut killed = Command::new(std::env::current_exe().expect("this program"))
         .args(["publisher_process", "--exact", "--ignored"])
@@ -94,26 +95,21 @@ async fn a_killed_replica_leaves_while_a_busy_one_stays() {
         .expect("a process");
     let mut seen = Seen::new(registry.watch());
     seen.until_names(&["busy", "killed"]).await;
-    let endpoint = etcd.endpoint();
+    let (endpoint, busy) = (etcd.endpoint(), lease_other_than(&etcd, "busy", 0).await);
     let watch = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         killed.kill().expect("it runs");
         killed.wait().expect("it was killed");
         runtime.block_on(async {
             seen.until_names(&["busy"]).await;
-            // Another lease from its beginning to its end, so that the busy one's must have been renewed meanwhile.
             let mut client = etcd_client::Client::connect([endpoint], None).await.expect("a client");
-            let lease = client.lease_grant(2, None).await.expect("a lease").id();
-            let value = serde_json::to_vec(&record("silent", "1")).expect("JSON");
-            client.put(key("silent"), value, Some(PutOptions::new().with_lease(lease))).await.expect("written");
-            seen.until_names(&["busy", "silent"]).await;
-            seen.until_names(&["busy"]).await;
+            renewals(&mut client, busy, 2).await;
         });
         seen
     });
-    // This thread ran the publishing, and is now as busy as can be for longer than the lease.
-    let seen = watch.join().expect("the killed one left");
-    assert_eq!(seen.removals(), 2);
+    // This thread ran the publishing, and is as busy as can be from before the first renewal to the last.
+    let seen = watch.join().expect("the killed one left, the busy one stayed");
+    assert_eq!(seen.removals(), 1);
     let leases = client(&etcd).await.leases().await.expect("an answer");
     assert_eq!(leases.leases().len(), 1, "the busy one's");
 }
@@ -193,7 +189,7 @@ async fn malformed_records_are_skipped_and_their_names_can_be_used() {
     for (name, value) in values {
         client.put(key(name), value, None).await.expect("written");
     }
-    let registry = registry(config(&etcd));
+    let registry = registry(soon(&etcd));
     let mut seen = Seen::new(registry.watch());
     let _good = registry.publish(record("good", "1")).await.expect("published");
     seen.until_names(&["good"]).await;

@@ -1,29 +1,13 @@
 //! etcd goes away and comes back, loses its data, forgets leases or its history: the last known set stands, and
 //! publications return by themselves.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use perigee_registry::{EtcdConfig, Registry, RegistryError, ReplicaRecord, ReplicaStatus};
 
 use crate::seen::Seen;
-use crate::server::{DEADLINE, Etcd, client, config};
+use crate::server::{Etcd, client, config, lease_other_than, soon};
 use crate::{key, record, registry};
-
-/// The lease under which etcd has a replica's record, once it has one other than `former`.
-async fn lease_other_than(etcd: &Etcd, name: &str, former: i64) -> i64 {
-    let mut client = client(etcd).await;
-    let began = Instant::now();
-    while began.elapsed() < DEADLINE {
-        let found = client.get(key(name), None).await.expect("an answer");
-        if let Some(present) = found.kvs().first()
-            && present.lease() != former
-        {
-            return present.lease();
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    panic!("replica {name} was not published again");
-}
 
 #[tokio::test]
 async fn a_restart_of_etcd_changes_nothing_and_new_replicas_join_after_it() {
@@ -56,7 +40,7 @@ async fn an_etcd_that_lost_its_data_is_filled_again_and_nobody_sees_the_gap() {
     let Some(mut etcd) = Etcd::start() else { return };
     // The watch holds what vanished for a lease's time; ample here, so that slow machines cannot end it.
     let registry = registry(EtcdConfig { lease_ttl: Duration::from_secs(600), ..config(&etcd) });
-    let publishers = crate::registry(config(&etcd));
+    let publishers = crate::registry(soon(&etcd));
     let mut seen = Seen::new(registry.watch());
     let _first = publishers.publish(record("a", "1")).await.expect("published");
     let _second = publishers.publish(record("b", "1")).await.expect("published");
@@ -79,7 +63,7 @@ async fn an_etcd_that_lost_its_data_is_filled_again_and_nobody_sees_the_gap() {
 #[tokio::test]
 async fn what_left_while_etcd_was_away_is_let_go_of_in_the_end() {
     let Some(mut etcd) = Etcd::start() else { return };
-    let registry = registry(config(&etcd));
+    let registry = registry(soon(&etcd));
     let mut seen = Seen::new(registry.watch());
     let first = registry.publish(record("a", "1")).await.expect("published");
     let _second = registry.publish(record("b", "1")).await.expect("published");
@@ -95,7 +79,7 @@ async fn what_left_while_etcd_was_away_is_let_go_of_in_the_end() {
 #[tokio::test]
 async fn a_lost_lease_is_replaced() {
     let Some(etcd) = Etcd::start() else { return };
-    let registry = registry(config(&etcd));
+    let registry = registry(soon(&etcd));
     let mut seen = Seen::new(registry.watch());
     let _publication = registry.publish(record("a", "1")).await.expect("published");
     let former = lease_other_than(&etcd, "a", 0).await;

@@ -88,6 +88,17 @@ fn unevenness(view: &View, value: fn(&ReplicaView) -> f64) -> f64 {
     values.into_iter().fold(0.0, f64::max) / mean.max(f64::MIN_POSITIVE) - 1.0
 }
 
+/// As the engine reserves them for an arrival.
+#[test]
+fn a_session_that_leaves_its_latents_behind_takes_two_slots() {
+    let session = SessionView { at: 0, context: 6400, further: 100 };
+    let left = |replica: &ReplicaView| (replica.slots_free, replica.pages_free, replica.running);
+    assert_eq!(left(&idle("b").with(&session, Mode::Split)), (62, 4096, 1));
+    assert_eq!(left(&idle("b").with(&session, Mode::Whole)), (63, 3996, 1));
+    let full = ReplicaView { slots_free: 1, ..idle("b") };
+    assert_eq!(full.with(&session, Mode::Split).slots_free, 0);
+}
+
 #[test]
 fn an_uneven_cluster_becomes_even_and_each_session_moves_once() {
     let mut view = cluster(&[vec![1000; 30], vec![1000; 10], vec![1000; 2], vec![]], 2000);

@@ -142,7 +142,8 @@ impl ReplicaView {
         self.waiting > 0 || self.pages_used() > 0.9
     }
 
-    /// The same with a session taken away.
+    /// The same with a session taken away. Whether it has latents elsewhere, and so a second slot here, no router is told:
+    /// only the one that every session has is counted as free, until the replica's next load.
     pub(super) fn without(&self, session: &SessionView, mode: Mode) -> Self {
         let mut next = self.clone();
         next.running = self.running.saturating_sub(1);
@@ -154,12 +155,13 @@ impl ReplicaView {
         next
     }
 
-    /// The same with a session added.
+    /// The same with a session added. One that leaves its latents behind takes two slots: its row reads one and writes the
+    /// other, so that a step without their answer does not count.
     pub(super) fn with(&self, session: &SessionView, mode: Mode) -> Self {
         let mut next = self.clone();
         next.running = self.running + 1;
         next.context = self.context + session.context;
-        next.slots_free = self.slots_free.saturating_sub(1);
+        next.slots_free = self.slots_free.saturating_sub(if mode == Mode::Split { 2 } else { 1 });
         if mode == Mode::Whole {
             next.pages_free = self.pages_free.saturating_sub(pages(session.context));
         }

@@ -3,7 +3,7 @@
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, Request};
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use serde::de::DeserializeOwned;
 
 use super::error::HttpError;
@@ -16,9 +16,14 @@ impl<T: DeserializeOwned> FromRequest<InferenceService> for Body<T> {
     type Rejection = HttpError;
 
     async fn from_request(request: Request, service: &InferenceService) -> Result<Self, HttpError> {
+        let limit = service.limits.message_bytes;
+        // Before any of it is read, and before a client that asks whether to send it does.
+        if stated_bytes(&request).is_some_and(|bytes| bytes > limit as u64) {
+            return Err(HttpError::too_large(limit));
+        }
         let bytes = Bytes::from_request(request, service).await.map_err(|rejected: BytesRejection| {
             if rejected.status() == StatusCode::PAYLOAD_TOO_LARGE {
-                return HttpError::too_large(service.limits.message_bytes);
+                return HttpError::too_large(limit);
             }
             HttpError::malformed(rejected.body_text())
         })?;
@@ -27,4 +32,9 @@ impl<T: DeserializeOwned> FromRequest<InferenceService> for Body<T> {
             Err(error) => Err(HttpError::malformed(format!("the body is not what this path takes: {error}"))),
         }
     }
+}
+
+/// The length that a request's header states.
+fn stated_bytes(request: &Request) -> Option<u64> {
+    request.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }

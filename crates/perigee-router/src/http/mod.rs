@@ -3,7 +3,7 @@
 //! a client that goes away are decided there. /health and /metrics are telemetry's.
 //!
 //! A request's way: `body` (JSON, bounded) → `sampling` and `completions` or `chat` (fields to a request) → `answers` (starts
-//! them, merges their streams) → one object, or `events` (a stream of them).
+//! them, merges their streams) → one object, or `events` (a stream of them). What a handler leaves of a body, `linger` reads.
 
 mod answers;
 mod body;
@@ -11,6 +11,7 @@ mod chat;
 mod completions;
 mod error;
 mod events;
+mod linger;
 mod logprobs;
 mod messages;
 mod models;
@@ -23,6 +24,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::middleware::map_request;
 use axum::routing::{get, post};
 
 use crate::service::InferenceService;
@@ -40,6 +42,7 @@ pub(crate) fn routes(service: InferenceService) -> Router {
         .method_not_allowed_fallback(error::method_not_allowed)
         .fallback(error::no_such_path)
         .layer(limit)
+        .layer(map_request(linger::linger))
         .with_state(service)
 }
 

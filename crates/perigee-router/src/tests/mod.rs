@@ -3,6 +3,7 @@
 
 mod actor;
 mod balancing;
+mod bodies;
 mod broken;
 mod calls;
 mod evacuations;

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -18,25 +18,29 @@ pub(crate) fn folder() -> Result<TempDir> {
     TempDir::with_prefix("perigee-sandbox-").map_err(TestkitError::file(std::env::temp_dir()))
 }
 
-/// A running process; killed when dropped.
+/// A running process; killed when dropped, and it ends where the test is killed.
 pub struct Started {
     what: String,
     child: Child,
+    /// Its standard input, with which it ends: a test that is killed drops nothing. Kept apart, because waiting for a child
+    /// closes the one that it has.
+    _lifeline: Option<ChildStdin>,
     lines: Receiver<String>,
     errors: PathBuf,
 }
 
 impl Started {
-    /// Starts a command; its standard error goes to a file in `folder`, because children that inherit it may outlive it.
+    /// Starts a command of the program; its standard error goes to a file in `folder`, because children that inherit it may outlive it.
     ///
     /// # Errors
     /// The program or the file cannot be opened.
     pub fn spawn(what: &str, mut command: Command, folder: &Path) -> Result<Self> {
         let errors = folder.join(format!("{}.errors", what.replace(' ', "-")));
         let file = File::create(&errors).map_err(TestkitError::file(&errors))?;
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file);
+        command.arg("--end-with-input").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file);
         let program = command.get_program().to_owned();
         let mut child = command.spawn().map_err(TestkitError::file(PathBuf::from(program)))?;
+        let lifeline = child.stdin.take();
         let (sender, lines) = channel();
         if let Some(output) = child.stdout.take() {
             // Read to its end, so that the process never waits for a reader.
@@ -47,7 +51,7 @@ impl Started {
                 }
             });
         }
-        Ok(Self { what: what.to_owned(), child, lines, errors })
+        Ok(Self { what: what.to_owned(), child, _lifeline: lifeline, lines, errors })
     }
 
     /// Its id.

@@ -157,6 +157,18 @@ fn max_tokens(cell: Cell, steps: usize, budget: usize) -> usize {
     1 + steps + 2 * (cell.batch * cell.context).div_ceil(budget.max(1)) + cell.batch * cell.batch / budget.max(1)
 }
 
+/// Lets the thresholds of the cell's place apply, where several are measured against each other.
+#[cfg(feature = "tuning")]
+fn apply_variant(cell: usize) {
+    let variants = perigee_cuda::variants();
+    perigee_cuda::choose_variant(cell % variants.len());
+    println!("-- {}", variants[cell % variants.len()]);
+}
+
+/// Lets the thresholds of the cell's place apply, where several are measured against each other.
+#[cfg(not(feature = "tuning"))]
+fn apply_variant(_cell: usize) {}
+
 struct Bench<'a> {
     options: &'a EngineOptions,
     opened: &'a Opened,
@@ -219,7 +231,8 @@ impl Bench<'_> {
         let mut driver = Driver::new(core, handle, shared, self.opened.limits.vocab);
         driver.cell(FIRST, max_tokens(FIRST, FIRST_STEPS, self.options.step_tokens()))?;
         let mut results = Vec::new();
-        for &cell in &self.request.cells {
+        for (index, &cell) in self.request.cells.iter().enumerate() {
+            apply_variant(index);
             let result = self.measure(&mut driver, cell, &device, bandwidth)?;
             done(&result);
             results.push(result);

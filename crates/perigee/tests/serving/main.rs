@@ -19,6 +19,8 @@ mod far;
 #[cfg(test)]
 mod judge;
 #[cfg(test)]
+mod parents;
+#[cfg(test)]
 mod parts;
 #[cfg(test)]
 mod refusals;

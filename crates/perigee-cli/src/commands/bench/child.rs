@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use serde::Serialize;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 /// How long choices of replicas take: bounds that so many of them keep, in microseconds. Means would have the time in which
 /// others had the processor.
@@ -28,6 +28,8 @@ pub(super) struct RouterProcess {
     registry: PathBuf,
     /// Killed when dropped.
     _child: Child,
+    /// Its standard input, which ends with this process where that is killed.
+    _lifeline: Option<ChildStdin>,
     /// Kept open: what a process prints to a closed pipe is an error there.
     _output: BufReader<ChildStdout>,
 }
@@ -48,18 +50,20 @@ impl RouterProcess {
             None => Command::new(program),
         };
         command.arg("router").arg(format!("--registry=file:{}", path.display()));
-        command.args(["--listen=127.0.0.1:0", "--http=127.0.0.1:0"]).args(arguments);
+        command.args(["--listen=127.0.0.1:0", "--http=127.0.0.1:0", "--end-with-input"]).args(arguments);
         if std::env::var_os("PERIGEE_LOG").is_none() {
             command.env("PERIGEE_LOG", "error");
         }
-        let mut child = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().context("starting the router")?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.kill_on_drop(true).spawn().context("starting the router")?;
+        let lifeline = child.stdin.take();
         let (Some(pid), Some(output)) = (child.id(), child.stdout.take()) else { bail!("the router ended at once") };
         let mut output = BufReader::new(output);
         let mut line = String::new();
         output.read_line(&mut line).await.context("reading what the router says")?;
         let told = addresses(&line).context("the router ended before it listened; its own message is above");
         let (grpc, http) = told?;
-        Ok(Self { grpc, http, pid, registry: path, _child: child, _output: output })
+        Ok(Self { grpc, http, pid, registry: path, _child: child, _lifeline: lifeline, _output: output })
     }
 
     /// Processor time that it has used, in steps of the kernel's clock (10 ms mostly).

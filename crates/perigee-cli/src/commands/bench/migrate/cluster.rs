@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use crate::client::{ClientArgs, refused};
 
@@ -22,6 +22,8 @@ pub(super) struct Cluster {
     pub(super) client: ClientArgs,
     replicas: Vec<Member>,
     _child: Child,
+    /// Its standard input, which ends with this process where that is killed.
+    _lifeline: Option<ChildStdin>,
     /// Kept open: what a process prints to a closed pipe is an error there.
     _output: BufReader<ChildStdout>,
 }
@@ -54,8 +56,10 @@ impl Cluster {
     /// Starts two replicas with these arguments of `up` and waits until they are ready.
     pub(super) async fn start(arguments: &[String]) -> anyhow::Result<Self> {
         let mut command = Command::new(std::env::current_exe().context("finding this program's file")?);
-        command.args(["up", "--json", "--port=0", "--http-port=0", "--replicas=2"]).args(arguments);
-        let mut child = command.stdout(Stdio::piped()).kill_on_drop(true).spawn().context("starting the cluster")?;
+        command.args(["up", "--json", "--port=0", "--http-port=0", "--replicas=2", "--end-with-input"]).args(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.kill_on_drop(true).spawn().context("starting the cluster")?;
+        let lifeline = child.stdin.take();
         let Some(output) = child.stdout.take() else { bail!("the cluster has no output") };
         let mut output = BufReader::new(output);
         let mut line = String::new();
@@ -63,7 +67,7 @@ impl Cluster {
         let ready: Ready =
             serde_json::from_str(&line).context("the cluster ended before it was ready; its own message is above")?;
         let client = ClientArgs { router: ready.grpc, json: false, tls: ClientTlsOptions::default() };
-        Ok(Self { client, replicas: ready.replicas, _child: child, _output: output })
+        Ok(Self { client, replicas: ready.replicas, _child: child, _lifeline: lifeline, _output: output })
     }
 
     /// The replica that is not this one.
