@@ -18,6 +18,9 @@ use super::beat::Beat;
 
 /// How often a replica with nothing to do tells its load.
 const IDLE: Duration = Duration::from_millis(400);
+/// Tokens from which on a batch is a large one: such are spread when they were held up together. Smaller ones take a router no
+/// time that the next would notice, and come from so many stubs that this machine is always late for some.
+const LARGE_BATCH: usize = 16;
 /// What stands in for a token's text.
 const TEXT: &str = " word";
 
@@ -61,8 +64,8 @@ impl Attached {
                 // A step that is due comes first: a router with much to say must not hold it up.
                 biased;
                 _ = &mut rings => {
-                    let now = Instant::now();
-                    if !self.running.is_empty() && beat.is_held_up(now, self.replica.steps.base, &mut self.random) {
+                    let (now, is_large) = (Instant::now(), self.running.len() >= LARGE_BATCH);
+                    if is_large && beat.is_held_up(now, self.replica.steps.base, &mut self.random) {
                         self.replica.held_up.fetch_add(1, Ordering::Relaxed);
                     } else {
                         alive = self.step();

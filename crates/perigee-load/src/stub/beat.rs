@@ -1,6 +1,7 @@
 //! The times of a stub replica's steps. What holds up the process in which all stubs live holds up all of them, and those that
 //! became due meanwhile would send together, nine batches of ten at once, which replicas on machines of their own do not. So a
-//! stub that finds itself held up steps at a time drawn from the next twice as long, and then at its own times again.
+//! stub that finds itself held up steps at a time drawn from the next twice as long, and then at its own times again. Where one
+//! step after another is late, the machine is too slow for so many stubs, and waiting would only make them later.
 
 use std::time::{Duration, Instant};
 
@@ -14,13 +15,15 @@ const HELD_UP: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub(super) struct Beat {
     due: Instant,
-    /// Another time for it, drawn because it was held up. A machine that is always late holds no step up twice.
+    /// Another time for it, drawn because it was held up.
     drawn: Option<Instant>,
+    /// Whether the step before came late.
+    was_late: bool,
 }
 
 impl Beat {
     pub(super) fn at(due: Instant) -> Self {
-        Self { due, drawn: None }
+        Self { due, drawn: None, was_late: false }
     }
 
     /// When to wake for it.
@@ -31,7 +34,7 @@ impl Beat {
     /// Whether a step that is due was held up, and so is to wait for another time.
     pub(super) fn is_held_up(&mut self, now: Instant, step: Duration, random: &mut ChaCha8Rng) -> bool {
         let late = now.saturating_duration_since(self.due);
-        if self.drawn.is_some() || late < HELD_UP {
+        if self.drawn.is_some() || self.was_late || late < HELD_UP {
             return false;
         }
         self.drawn = Some(now + late.min(step).mul_f64(random.random_range(0.0..2.0)));
@@ -40,7 +43,8 @@ impl Beat {
 
     /// Sets the time of the step after one that was made at `now`. One that was late makes no later one late.
     pub(super) fn step(&mut self, now: Instant, pause: Duration) {
-        *self = Self::at((self.due + pause).max(now));
+        let was_late = now.saturating_duration_since(self.due) >= HELD_UP;
+        *self = Self { was_late, ..Self::at((self.due + pause).max(now)) };
     }
 }
 
@@ -77,9 +81,15 @@ mod tests {
             waits.push(beat.rings() - now);
             let late = beat.rings() + STEP;
             assert!(!beat.is_held_up(late, STEP, &mut random), "it would never step");
-            beat.step(beat.rings(), 2 * STEP);
+            beat.step(beat.rings().max(start + HELD_UP), 2 * STEP);
             assert_eq!(beat.rings(), start + 2 * STEP);
-            assert!(beat.is_held_up(start + 30 * STEP, STEP, &mut random));
+            assert!(
+                !beat.is_held_up(start + 3 * STEP, STEP, &mut random),
+                "it is late again: there are too many stubs"
+            );
+            beat.step(start + 3 * STEP, STEP);
+            beat.step(start + 3 * STEP, STEP);
+            assert!(beat.is_held_up(start + 30 * STEP, STEP, &mut random), "the step before was in time");
             assert!(beat.rings() < start + 32 * STEP, "a long stall is no reason for a long wait");
         }
         for quarter in 0..4 {
