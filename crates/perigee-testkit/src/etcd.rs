@@ -120,7 +120,9 @@ impl Etcd {
         let log = must(File::options().create(true).append(true).open(self.log_path()), "a log");
         let client = format!("{}://{}", self.scheme, self.client);
         let (peer, health) = (format!("http://{}", self.peer), format!("http://{}", self.health));
-        let process = Command::new("etcd")
+        // Where the test is killed, nothing is dropped: the kernel ends it with the thread that starts it, which is the test's.
+        let process = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "etcd"])
             .args(["--data-dir".into(), self.data()])
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
