@@ -14,7 +14,7 @@ def main():
     batch = max(int(cell.split("x")[0]) for cell in cells.split(","))
     for option in "--max-batch", "--state-slots":
         if not any(given.split("=")[0] == option for given in options):
-            options += [option, batch]
+            options += [option, str(batch)]
     with Cluster(binary, model, device, "--replicas", 1, "--tp", ranks, *options, dtype=dtype) as cluster:
         line = [binary, "bench", "grid", "--router", cluster.router, "--cells", cells, "--steps", "16"]
         subprocess.run(line, check=True)

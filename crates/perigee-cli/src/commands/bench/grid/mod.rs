@@ -164,7 +164,8 @@ async fn stream(
         }
     }
     bail!(
-        "a session ended after {} tokens, before all had drawn {steps} together: the replica needs a greater --max-model-len",
+        "a session ended after {} tokens, before all had drawn {steps} together: the replica needs a greater --max-model-len, or room for \
+         more at once (--max-batch, --state-slots, --latent-pages)",
         times.len()
     )
 }
