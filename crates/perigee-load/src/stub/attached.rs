@@ -1,7 +1,6 @@
 //! One router's stream to a stub replica: requests come in, and every step sends a token of each session that runs.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use perigee_proto::internal::{
@@ -14,13 +13,9 @@ use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
 use super::StubReplica;
-use super::beat::Beat;
 
 /// How often a replica with nothing to do tells its load.
 const IDLE: Duration = Duration::from_millis(400);
-/// Tokens from which on a batch is a large one: such are spread when they were held up together. Smaller ones take a router no
-/// time that the next would notice, and come from so many stubs that this machine is always late for some.
-const LARGE_BATCH: usize = 16;
 /// What stands in for a token's text.
 const TEXT: &str = " word";
 
@@ -57,29 +52,25 @@ impl Attached {
     pub(super) async fn run(mut self, mut from_router: Streaming<RouterMessage>) {
         let welcome = replica_message::Body::Welcome(self.replica.welcome());
         let mut alive = self.send(welcome) && self.step();
-        let mut beat = Beat::at(Instant::now() + IDLE);
-        let mut rings = self.replica.pacer.at(beat.rings());
+        let mut due = Instant::now() + IDLE;
+        let mut rings = self.replica.pacer.at(due);
         while alive {
             tokio::select! {
                 // A step that is due comes first: a router with much to say must not hold it up.
                 biased;
                 _ = &mut rings => {
-                    let (now, is_large) = (Instant::now(), self.running.len() >= LARGE_BATCH);
-                    if is_large && beat.is_held_up(now, self.replica.steps.base, &mut self.random) {
-                        self.replica.held_up.fetch_add(1, Ordering::Relaxed);
-                    } else {
-                        alive = self.step();
-                        beat.step(Instant::now(), self.pause());
-                    }
-                    rings = self.replica.pacer.at(beat.rings());
+                    alive = self.step();
+                    // A step that was late, because this process had no processor, makes no later one late.
+                    due = (due + self.pause()).max(Instant::now());
+                    rings = self.replica.pacer.at(due);
                 }
                 message = from_router.message() => match message {
                     Ok(Some(RouterMessage { body: Some(body) })) => {
                         let was_idle = self.running.is_empty();
                         alive = self.take(body);
                         if was_idle && !self.running.is_empty() {
-                            beat = Beat::at(Instant::now() + self.replica.phase + self.pause());
-                            rings = self.replica.pacer.at(beat.rings());
+                            due = Instant::now() + self.replica.phase + self.pause();
+                            rings = self.replica.pacer.at(due);
                         }
                     }
                     Ok(Some(RouterMessage { body: None })) => {}

@@ -2,7 +2,6 @@
 //! time. Each token's id is the time at which it was sent, so that whoever receives it knows how long it was on its way.
 
 mod attached;
-mod beat;
 mod clock;
 mod direct;
 mod flow;
@@ -11,7 +10,6 @@ mod relayed;
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use perigee_proto::PROTOCOL_VERSION;
@@ -86,8 +84,6 @@ pub struct StubReplica {
     pub clock: Clock,
     /// Wakes it for its steps.
     pub pacer: Pacer,
-    /// Counts steps that came later than they would have, because this process was held up.
-    pub held_up: Arc<AtomicU64>,
 }
 
 impl StubReplica {

@@ -4,7 +4,6 @@
 //! client's receipt than where a client attaches to the same stubs itself.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use anyhow::{Context, bail};
 use perigee_load::report::Summary;
@@ -60,7 +59,7 @@ pub(super) struct RouterBenchArgs {
     #[arg(long, value_name = "LIST")]
     router_cpus: Option<String>,
     /// Print one JSON array: [{replicas, streams, tls, requests, failed, seconds, tokens_s, router_cpu_s, tokens_per_core_s,
-    /// cpu_ms_per_request, held_up_steps, placement_us: {p50, p99}, direct_ms, transit_ms: {count, mean, p50, p90, p99, max},
+    /// cpu_ms_per_request, placement_us: {p50, p99}, direct_ms, transit_ms: {count, mean, p50, p90, p99, max},
     /// added_p50_ms, added_p99_ms}].
     #[arg(long)]
     json: bool,
@@ -84,8 +83,6 @@ struct Row {
     /// Tokens for each second of that.
     tokens_per_core_s: f64,
     cpu_ms_per_request: f64,
-    /// Steps of stubs that came later than they would have, because this process was held up: what else runs on the machine.
-    held_up_steps: u64,
     /// How long choices of replicas take; only without TLS, which they do not depend on.
     placement_us: Option<Placement>,
     /// From a stub's send to the client's receipt without a router, in milliseconds.
@@ -144,12 +141,11 @@ async fn measure(args: &RouterBenchArgs, replicas: usize, tls: &ServerTlsOptions
     for _ in 0..args.streams.div_ceil(STREAMS_PER_CONNECTION) {
         channels.push(client.channel().await?);
     }
-    let (measured, held_up) = (router.clone(), stubs.held_up());
+    let measured = router.clone();
     let target = Arc::new(RelayedTarget::new(channels));
-    let meter = move || (measured.cpu(), held_up.load(Ordering::Relaxed));
-    let routed = args.ask(target, clock, args.requests, meter).await?;
-    let ((cpu_before, held_up_before), (cpu_after, held_up_after)) = routed.meter;
-    let router_cpu_s = (cpu_after? - cpu_before?).as_secs_f64();
+    let routed = args.ask(target, clock, args.requests, move || measured.cpu()).await?;
+    let (before, after) = routed.meter;
+    let router_cpu_s = (after? - before?).as_secs_f64();
     let tokens_per_core_s = routed.tokens as f64 / router_cpu_s;
     let has_tls = tls.tls_cert.is_some();
     Ok(Row {
@@ -163,7 +159,6 @@ async fn measure(args: &RouterBenchArgs, replicas: usize, tls: &ServerTlsOptions
         router_cpu_s,
         tokens_per_core_s,
         cpu_ms_per_request: f64::from(args.output) * 1e3 / tokens_per_core_s,
-        held_up_steps: held_up_after - held_up_before,
         placement_us: if has_tls { None } else { Some(router.placement().await?) },
         added_p50_ms: routed.transit.p50 - direct.transit.p50,
         added_p99_ms: routed.transit.p99 - direct.transit.p99,

@@ -1,7 +1,6 @@
 //! The stub replicas of `bench router`: started in this process, listed for the router, reached by the client.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -27,7 +26,6 @@ pub(super) struct Modelled {
 /// Stub replicas; they end when dropped.
 pub(super) struct Stubs {
     addresses: Vec<String>,
-    held_up: Arc<AtomicU64>,
     _serving: JoinSet<()>,
 }
 
@@ -41,15 +39,14 @@ impl Stubs {
     ) -> anyhow::Result<Self> {
         let (mut addresses, mut serving) = (Vec::new(), JoinSet::new());
         let Modelled { steps, slots } = modelled;
-        let held_up = Arc::<AtomicU64>::default();
         let pacer = Pacer::start().context("starting the thread that paces stub replicas")?;
         for number in 0..count {
             let listener = TcpListener::bind("127.0.0.1:0").await.context("listening for a stub replica")?;
             addresses.push(listener.local_addr()?.to_string());
             // Replicas do not step at the same moments.
             let phase = steps.base.mul_f64(number as f64 / count as f64);
-            let (name, seed, pacer, held_up) = (name(number), number as u64, pacer.clone(), held_up.clone());
-            let stub = StubReplica { name, slots, steps, phase, seed, clock, pacer, held_up };
+            let (name, seed, pacer) = (name(number), number as u64, pacer.clone());
+            let stub = StubReplica { name, slots, steps, phase, seed, clock, pacer };
             let tls = tls.clone();
             serving.spawn(async move {
                 if let Err(error) = stub.serve(listener, tls).await {
@@ -57,12 +54,7 @@ impl Stubs {
                 }
             });
         }
-        Ok(Self { addresses, held_up, _serving: serving })
-    }
-
-    /// Counts steps of all that came later because this process was held up.
-    pub(super) fn held_up(&self) -> Arc<AtomicU64> {
-        self.held_up.clone()
+        Ok(Self { addresses, _serving: serving })
     }
 
     /// The registry file that names them.
