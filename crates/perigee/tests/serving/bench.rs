@@ -94,6 +94,22 @@ fn a_served_replica_is_measured_by_batch_and_context() {
 }
 
 #[test]
+fn a_batch_that_no_replica_runs_as_a_whole_is_told() {
+    let cluster = up(1, 2).option("--max-batch=2").start().expect("a cluster");
+    let router = cluster.grpc.to_string();
+    let output = bench(&["grid", "--cells=2x64,3x64", "--steps=8", "--router", &router]);
+    let (printed, told) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(
+        printed.lines().count() == 1 && printed.contains("2 x      64"),
+        "the cell that fits comes first: {printed}"
+    );
+    for part in ["3x64", "of 3 sessions 2 run and 1 wait", "--max-batch 3"] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+}
+
+#[test]
 fn the_router_is_measured_between_stubs() {
     let output =
         bench(&["router", "--replicas=1,7", "--streams=10", "--requests=30", "--output=20", "--step-ms=2", "--json"]);

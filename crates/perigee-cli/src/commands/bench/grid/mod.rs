@@ -1,8 +1,9 @@
 //! `perigee bench grid`: times of a served replica, seen by a gRPC client of its router: a batch of prompts handed in at once,
 //! for every cell of batch and context. Prompts are random tokens, decoding is greedy and goes on whatever is drawn.
 
+mod room;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -13,6 +14,7 @@ use perigee_worker::bench::Cell;
 use serde::Serialize;
 use tonic::transport::Channel;
 
+use self::room::Progress;
 use crate::client::{ClientArgs, block_on, print_json};
 use crate::commands::at_least_one;
 
@@ -81,14 +83,19 @@ type Times = Vec<f64>;
 pub(super) fn run(args: GridArgs) -> anyhow::Result<()> {
     block_on(async {
         let mut client = args.client.inference().await?;
+        let cluster = args.client.cluster().await?;
         let info = client.get_model_info(GetModelInfoRequest {}).await.context("GetModelInfo")?.into_inner();
         let mut results = Vec::new();
         for (index, &cell) in args.cells.iter().enumerate() {
             let prompts = prompts(cell, index as u64, info.vocab_size);
-            let times = batch(&client, prompts, args.steps).await?;
-            let result = figures(cell, &times).with_context(|| {
-                format!("{}x{}: no steps in which the whole batch decodes", cell.batch, cell.context)
-            })?;
+            let named = || format!("{}x{}", cell.batch, cell.context);
+            let progress = Arc::new(Progress::new(cell.batch));
+            let times = tokio::select! {
+                times = batch(&client, prompts, &progress, args.steps) => times.with_context(named)?,
+                error = room::lacking(cluster.clone(), &progress) => return Err(error.context(named())),
+            };
+            let result = figures(cell, &times)
+                .with_context(|| format!("{}: no steps in which the whole batch decodes", named()))?;
             if !args.client.json {
                 println!("{}", line(&result));
             }
@@ -108,16 +115,20 @@ fn prompts(cell: Cell, number: u64, vocabulary: u32) -> Vec<Vec<u32>> {
 
 /// Hands in all prompts at once; when the tokens of each came. Sessions whose prompt is done decode while the others' are computed,
 /// for as long as that takes; once all have drawn, each is left after so many steps more.
-async fn batch(client: &InferenceClient<Channel>, prompts: Vec<Vec<u32>>, steps: usize) -> anyhow::Result<Vec<Times>> {
+async fn batch(
+    client: &InferenceClient<Channel>,
+    prompts: Vec<Vec<u32>>,
+    progress: &Arc<Progress>,
+    steps: usize,
+) -> anyhow::Result<Vec<Times>> {
     let begun = Instant::now();
-    let waiting = Arc::new(AtomicUsize::new(prompts.len()));
     let asked = prompts.into_iter().map(|token_ids| {
         let request = GenerateRequest {
             token_ids,
             sampling: Some(SamplingParams { temperature: Some(0.0), ignore_eos: true, ..SamplingParams::default() }),
             ..GenerateRequest::default()
         };
-        tokio::spawn(stream(client.clone(), request, begun, waiting.clone(), steps))
+        tokio::spawn(stream(client.clone(), request, begun, progress.clone(), steps))
     });
     let asked: Vec<_> = asked.collect();
     let mut times = Vec::with_capacity(asked.len());
@@ -131,7 +142,7 @@ async fn stream(
     mut client: InferenceClient<Channel>,
     request: GenerateRequest,
     begun: Instant,
-    waiting: Arc<AtomicUsize>,
+    progress: Arc<Progress>,
     steps: usize,
 ) -> anyhow::Result<Times> {
     let mut responses = client.generate(request).await?.into_inner();
@@ -144,8 +155,7 @@ async fn stream(
         }
         times.push(begun.elapsed().as_secs_f64());
         // The one behind which all have drawn is the last of the first tokens, and no step of the whole batch.
-        let waited =
-            if times.len() == 1 { waiting.fetch_sub(1, Ordering::Relaxed) } else { waiting.load(Ordering::Relaxed) };
+        let waited = progress.drew(times.len() == 1);
         if times.len() > 1 && waited == 0 {
             left -= 1;
         }
@@ -154,7 +164,8 @@ async fn stream(
         }
     }
     bail!(
-        "a session ended after {} tokens, before all had drawn {steps} together: the replica needs a greater --max-model-len",
+        "a session ended after {} tokens, before all had drawn {steps} together: the replica needs a greater --max-model-len, or room for \
+         more at once (--max-batch, --state-slots, --latent-pages)",
         times.len()
     )
 }
