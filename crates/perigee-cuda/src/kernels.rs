@@ -21,6 +21,9 @@ use crate::params::{
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
 pub(crate) const ROUTER_SHARED: usize = 4 * 2 * 64 * 72 * 2;
 
+/// Dynamic shared memory of a block of the products by clusters: `Shared` of joined.cu, which asserts it.
+pub(crate) const JOINED_SHARED: usize = 6 * 2 * 64 * 72 * 2;
+
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
 #[derive(Debug)]
 pub(crate) struct Kernels {
@@ -52,6 +55,10 @@ pub(crate) struct Kernels {
     pub(crate) moe_sort: Kernel<MoeSortParams>,
     /// Selection and sort of some dozen tokens.
     pub(crate) moe_select_many: Kernel<MoeRouteParams>,
+    /// The same where all blocks place entries.
+    pub(crate) moe_select_spread: Kernel<MoeRouteParams>,
+    /// Products whose depth is shared by the blocks of a cluster; with bfloat16 activations only.
+    pub(crate) joined: Option<Joined>,
     /// Router, selection and sort of a few tokens.
     pub(crate) moe_route: Kernel<MoeRouteParams>,
     /// The same with the norm ahead of them; with bfloat16 activations only.
@@ -299,6 +306,32 @@ impl Single {
     }
 }
 
+/// Products whose depth is shared by the blocks of a cluster.
+#[derive(Debug)]
+pub(crate) struct Joined {
+    /// Results in bfloat16, and in float32.
+    pub(crate) to_bf16: Kernel<SkinnyParams>,
+    pub(crate) to_fp32: Kernel<SkinnyParams>,
+    /// The product of low rank: its depth is not shared.
+    pub(crate) low: Kernel<SkinnyParams>,
+}
+
+impl Joined {
+    /// Tokens and weight rows of a cluster, and blocks of one for either result.
+    pub(crate) const TILE: usize = 64;
+    pub(crate) const BLOCKS_BF16: usize = 4;
+    pub(crate) const BLOCKS_FP32: usize = 6;
+
+    fn load(modules: &Modules) -> Result<Self> {
+        let load = |name| {
+            let kernel = modules.overlapping("joined", name)?;
+            kernel.allow_shared(JOINED_SHARED)?;
+            Ok(kernel)
+        };
+        Ok(Self { to_bf16: load("joined_bf16_4")?, to_fp32: load("joined_fp32_6")?, low: load("joined_low_fp32")? })
+    }
+}
+
 /// The experts' products of one token.
 #[derive(Debug)]
 pub(crate) struct MoeSingle {
@@ -477,6 +510,11 @@ impl Kernels {
             moe_select: modules.overlapping("moe_select", &format!("moe_select{select_fault}"))?,
             moe_sort: modules.overlapping("moe_select", "moe_sort")?,
             moe_select_many: modules.overlapping("moe_select_many", "moe_select_many")?,
+            moe_select_spread: modules.overlapping("moe_select_spread", "moe_select_spread")?,
+            joined: match precision {
+                DType::Bf16 => Some(Joined::load(&modules)?),
+                DType::Fp32 => None,
+            },
             moe_route: modules.overlapping("moe_route", &typed("moe_route"))?,
             moe_norm_route: match precision {
                 DType::Bf16 => Some(modules.overlapping("moe_route", "moe_norm_route_bf16")?),

@@ -18,10 +18,19 @@ pub(crate) struct Tuning {
     pub(crate) gates: usize,
     /// Rows of one token from which KDA's step is bound by the states' bytes.
     pub(crate) bulk: usize,
+    /// Tokens from which all blocks of the selection place entries, not the last one.
+    pub(crate) spread: usize,
+    /// Tokens from which the router adds up its parts in clusters, where its weights are bfloat16 as stored.
+    pub(crate) join: usize,
+    /// Tokens up to which clusters of blocks share the depth of products of few rows of weights.
+    pub(crate) output: usize,
+    /// Gates of KDA by a kernel of ours up to so many tokens.
+    pub(crate) low: usize,
 }
 
 /// What is shipped.
-static SHIPPED: Tuning = Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24 };
+static SHIPPED: Tuning =
+    Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24, spread: usize::MAX, join: usize::MAX, output: 0, low: 0 };
 
 /// The thresholds of this process.
 #[cfg(not(feature = "tuning"))]
@@ -93,6 +102,10 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "select" => &mut tuning.select,
             "gates" => &mut tuning.gates,
             "bulk" => &mut tuning.bulk,
+            "spread" => &mut tuning.spread,
+            "join" => &mut tuning.join,
+            "output" => &mut tuning.output,
+            "low" => &mut tuning.low,
             _ => return Err(unknown()),
         };
         *field = value.parse().map_err(|_| unknown())?;

@@ -4,9 +4,11 @@ use perigee_backend::{DType, Result};
 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
-use crate::kernels::{NORMED_DEPTH, RING_STAGES, RING_WARPS, Single, Skinny};
+use crate::kernels::{JOINED_SHARED, Joined, NORMED_DEPTH, RING_STAGES, RING_WARPS, Single, Skinny};
+use crate::module::Kernel;
 use crate::params::{NormedProductParams, SkinnyParams};
 use crate::stream::Grid;
+use crate::tuning::tuning;
 
 /// Depth of a step of the kernels for few tokens.
 const DEPTH: usize = 64;
@@ -19,7 +21,12 @@ impl CudaBackend {
         if let Some(form) = self.single(product) {
             return self.dense_single(form, product, operands);
         }
-        let Some(form) = self.skinny(product) else { return self.blas.run(&self.stream, product, operands) };
+        let Some(form) = self.skinny(product) else {
+            if self.is_joined(product, operands) {
+                return self.dense_joined(product, operands);
+            }
+            return self.blas.run(&self.stream, product, operands);
+        };
         let params = SkinnyParams {
             input: operands.input,
             weight: operands.weight,
@@ -36,6 +43,76 @@ impl CudaBackend {
             DType::Fp32 => &form.to_fp32,
         };
         let grid = Grid::new(product.out.div_ceil(form.rows), 1, 256).shared(form.shared);
+        self.stream.launch(kernel, grid, &params)
+    }
+
+    /// Whether clusters of blocks compute a product in bfloat16: weight rows are few.
+    fn is_joined(&self, product: &Product, operands: Operands) -> bool {
+        let blocks = product.out.div_ceil(Joined::TILE) * Joined::BLOCKS_BF16;
+        product.rows <= tuning().output
+            && product.batch == 1
+            && product.transposed
+            && (product.operand, product.result) == (DType::Bf16, DType::Bf16)
+            && product.depth.is_multiple_of(DEPTH)
+            && product.weight_pitch == product.depth
+            && product.input_pitch.is_multiple_of(8)
+            && product.out.is_multiple_of(4)
+            && product.out_pitch.is_multiple_of(4)
+            && (operands.input | operands.weight | operands.out).is_multiple_of(16)
+            && blocks <= 2 * self.stream.device().multiprocessors() as usize
+            && self.kernels.joined.is_some()
+    }
+
+    /// Queues a product whose depth is shared by the blocks of clusters.
+    pub(crate) fn dense_joined(&self, product: &Product, operands: Operands) -> Result<()> {
+        let Some(joined) = &self.kernels.joined else { return Ok(()) };
+        let (kernel, depth_blocks) = match product.result {
+            DType::Bf16 => (&joined.to_bf16, Joined::BLOCKS_BF16),
+            DType::Fp32 => (&joined.to_fp32, Joined::BLOCKS_FP32),
+        };
+        self.launch_joined(kernel, depth_blocks, product, operands)
+    }
+
+    /// Queues both products of KDA's gates, where a kernel of ours computes them: the second reads its tokens behind the first's.
+    pub(crate) fn dense_low(&self, product: &Product, operands: Operands) -> Result<bool> {
+        let fits = product.rows <= tuning().low
+            && product.transposed
+            && (product.operand, product.result) == (DType::Bf16, DType::Fp32)
+            && product.depth.is_multiple_of(DEPTH)
+            && product.weight_pitch == product.depth
+            && product.weight_stride == product.out * product.depth
+            && (product.input_stride, product.out_stride) == (product.depth, product.out)
+            && product.input_pitch.is_multiple_of(8)
+            && product.out.is_multiple_of(Joined::TILE)
+            && product.out_pitch.is_multiple_of(4)
+            && (operands.input | operands.weight | operands.out).is_multiple_of(16);
+        match &self.kernels.joined {
+            Some(joined) if fits => self.launch_joined(&joined.low, product.batch, product, operands).map(|()| true),
+            _ => Ok(false),
+        }
+    }
+
+    fn launch_joined(
+        &self,
+        kernel: &Kernel<SkinnyParams>,
+        depth_blocks: usize,
+        product: &Product,
+        operands: Operands,
+    ) -> Result<()> {
+        let params = SkinnyParams {
+            input: operands.input,
+            weight: operands.weight,
+            out: operands.out,
+            tokens: product.rows as u32,
+            rows: product.out as u32,
+            depth: product.depth as u32,
+            in_pitch: product.input_pitch as u32,
+            out_pitch: product.out_pitch as u32,
+            stages: 0,
+        };
+        let tile = Joined::TILE;
+        let mut grid = Grid::new(product.out.div_ceil(tile), product.rows.div_ceil(tile), 256).shared(JOINED_SHARED);
+        grid.blocks.2 = depth_blocks as u32;
         self.stream.launch(kernel, grid, &params)
     }
 

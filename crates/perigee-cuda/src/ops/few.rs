@@ -30,7 +30,12 @@ const BLOCK_EXPERTS: usize = 4;
 const NORM_TOKENS: usize = 1;
 const MOST_NORMED: usize = 2560;
 /// Bytes of the counts of blocks that the routing keeps, behind the count of experts.
-pub(crate) const ROUTE_COUNTS: usize = 4 * (1 + ROUTE_TOKENS / BLOCK_TOKENS);
+const ROUTE_COUNTS: usize = 4 * (1 + ROUTE_TOKENS / BLOCK_TOKENS);
+/// Where the blocks of moe_select_spread.cu meet behind the count of experts and those of blocks, and most tokens of it.
+const MEETING: usize = (8 + ROUTE_COUNTS).next_multiple_of(16);
+const MEETING_TOKENS: usize = 256;
+/// Bytes of all of them.
+pub(crate) const ROUTE_MEMORY: usize = MEETING + 8 + 8 * 8 * MEETING_TOKENS;
 
 impl CudaBackend {
     /// Whether one kernel routes the step's tokens.
@@ -65,6 +70,14 @@ impl CudaBackend {
         &self,
         (router, select, sort): (MoeRouterParams, MoeSelectParams, MoeSortParams),
     ) -> Result<()> {
+        let tokens = router.tokens as usize;
+        // Its blocks wait for each other, so all of them have to have room at once.
+        let have_room = tokens <= MEETING_TOKENS && tokens <= 2 * self.stream.device().multiprocessors() as usize;
+        if tokens >= tuning().spread && have_room {
+            let arrived = self.touched.address() + MEETING as u64;
+            let params = MoeRouteParams { router, select, sort, norm: NormParams::zeroed(), arrived };
+            return self.stream.launch(&self.kernels.moe_select_spread, Grid::new(tokens, 1, 256), &params);
+        }
         let arrived = self.touched.address() + 8;
         let params = MoeRouteParams { router, select, sort, norm: NormParams::zeroed(), arrived };
         self.stream.launch(&self.kernels.moe_select_many, Grid::new(router.tokens as usize, 1, 256), &params)
