@@ -22,7 +22,7 @@ use crate::params::{
 pub(crate) const ROUTER_SHARED: usize = 4 * 2 * 64 * 72 * 2;
 
 /// Dynamic shared memory of a block of the products by clusters: `Shared` of joined.cu, which asserts it.
-pub(crate) const JOINED_SHARED: usize = 6 * 2 * 64 * 72 * 2;
+pub(crate) const JOINED_SHARED: usize = 4 * (64 + 128) * 72 * 2;
 
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
 #[derive(Debug)]
@@ -309,17 +309,19 @@ impl Single {
 /// Products whose depth is shared by the blocks of a cluster.
 #[derive(Debug)]
 pub(crate) struct Joined {
-    /// Results in bfloat16, and in float32.
-    pub(crate) to_bf16: Kernel<SkinnyParams>,
+    /// Results in bfloat16, with the blocks of a cluster, most first.
+    pub(crate) to_bf16: [(usize, Kernel<SkinnyParams>); 3],
+    /// Results in float32.
     pub(crate) to_fp32: Kernel<SkinnyParams>,
     /// The product of low rank: its depth is not shared.
     pub(crate) low: Kernel<SkinnyParams>,
 }
 
 impl Joined {
-    /// Tokens and weight rows of a cluster, and blocks of one for either result.
-    pub(crate) const TILE: usize = 64;
-    pub(crate) const BLOCKS_BF16: usize = 4;
+    /// Tokens of a cluster; weight rows, with results in bfloat16 and in float32; and blocks of one with results in float32.
+    pub(crate) const TOKENS: usize = 64;
+    pub(crate) const ROWS_BF16: usize = 128;
+    pub(crate) const ROWS_FP32: usize = 64;
     pub(crate) const BLOCKS_FP32: usize = 6;
 
     fn load(modules: &Modules) -> Result<Self> {
@@ -328,7 +330,8 @@ impl Joined {
             kernel.allow_shared(JOINED_SHARED)?;
             Ok(kernel)
         };
-        Ok(Self { to_bf16: load("joined_bf16_4")?, to_fp32: load("joined_fp32_6")?, low: load("joined_low_fp32")? })
+        let to_bf16 = [(8, load("joined_bf16_8")?), (4, load("joined_bf16_4")?), (2, load("joined_bf16_2")?)];
+        Ok(Self { to_bf16, to_fp32: load("joined_fp32_6")?, low: load("joined_low_fp32")? })
     }
 }
 

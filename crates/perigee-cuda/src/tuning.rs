@@ -24,13 +24,25 @@ pub(crate) struct Tuning {
     pub(crate) join: usize,
     /// Tokens up to which clusters of blocks share the depth of products of few rows of weights.
     pub(crate) output: usize,
+    /// The same of products of many rows of weights: what reads a mixer's input.
+    pub(crate) input: usize,
     /// Gates of KDA by a kernel of ours up to so many tokens.
     pub(crate) low: usize,
 }
 
 /// What is shipped.
-static SHIPPED: Tuning =
-    Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24, spread: usize::MAX, join: usize::MAX, output: 0, low: 0 };
+static SHIPPED: Tuning = Tuning {
+    shared: 256,
+    router: 33,
+    select: 17,
+    gates: 8,
+    bulk: 24,
+    spread: usize::MAX,
+    join: usize::MAX,
+    output: 0,
+    input: 0,
+    low: 0,
+};
 
 /// The thresholds of this process.
 #[cfg(not(feature = "tuning"))]
@@ -105,6 +117,7 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "spread" => &mut tuning.spread,
             "join" => &mut tuning.join,
             "output" => &mut tuning.output,
+            "input" => &mut tuning.input,
             "low" => &mut tuning.low,
             _ => return Err(unknown()),
         };

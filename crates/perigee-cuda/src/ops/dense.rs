@@ -14,6 +14,8 @@ use crate::tuning::tuning;
 const DEPTH: usize = 64;
 /// Blocks below which the weight rows are shared out more finely, with more warps on each.
 const FEW_BLOCKS: usize = 100;
+/// Weight rows up to which a product is one of a mixer's output.
+const OUTPUT_ROWS: usize = 4096;
 
 impl CudaBackend {
     /// Queues a product.
@@ -22,8 +24,8 @@ impl CudaBackend {
             return self.dense_single(form, product, operands);
         }
         let Some(form) = self.skinny(product) else {
-            if self.is_joined(product, operands) {
-                return self.dense_joined(product, operands);
+            if let Some((blocks, kernel)) = self.joined(product, operands) {
+                return self.launch_joined((kernel, Joined::ROWS_BF16, *blocks), product, operands);
             }
             return self.blas.run(&self.stream, product, operands);
         };
@@ -46,10 +48,10 @@ impl CudaBackend {
         self.stream.launch(kernel, grid, &params)
     }
 
-    /// Whether clusters of blocks compute a product in bfloat16: weight rows are few.
-    fn is_joined(&self, product: &Product, operands: Operands) -> bool {
-        let blocks = product.out.div_ceil(Joined::TILE) * Joined::BLOCKS_BF16;
-        product.rows <= tuning().output
+    /// The kernel by clusters of blocks for a product in bfloat16, of the most blocks that have room at once, and those of a cluster.
+    fn joined(&self, product: &Product, operands: Operands) -> Option<&(usize, Kernel<SkinnyParams>)> {
+        let most = if product.out <= OUTPUT_ROWS { tuning().output } else { tuning().input };
+        let fits = product.rows <= most
             && product.batch == 1
             && product.transposed
             && (product.operand, product.result) == (DType::Bf16, DType::Bf16)
@@ -58,19 +60,17 @@ impl CudaBackend {
             && product.input_pitch.is_multiple_of(8)
             && product.out.is_multiple_of(4)
             && product.out_pitch.is_multiple_of(4)
-            && (operands.input | operands.weight | operands.out).is_multiple_of(16)
-            && blocks <= 2 * self.stream.device().multiprocessors() as usize
-            && self.kernels.joined.is_some()
+            && (operands.input | operands.weight | operands.out).is_multiple_of(16);
+        let room = 2 * self.stream.device().multiprocessors() as usize;
+        let tiles = product.out.div_ceil(Joined::ROWS_BF16);
+        let joined = self.kernels.joined.as_ref().filter(|_| fits)?;
+        joined.to_bf16.iter().find(|(blocks, _)| tiles * blocks <= room)
     }
 
-    /// Queues a product whose depth is shared by the blocks of clusters.
+    /// Queues a product in float32 whose depth is shared by the blocks of clusters.
     pub(crate) fn dense_joined(&self, product: &Product, operands: Operands) -> Result<()> {
         let Some(joined) = &self.kernels.joined else { return Ok(()) };
-        let (kernel, depth_blocks) = match product.result {
-            DType::Bf16 => (&joined.to_bf16, Joined::BLOCKS_BF16),
-            DType::Fp32 => (&joined.to_fp32, Joined::BLOCKS_FP32),
-        };
-        self.launch_joined(kernel, depth_blocks, product, operands)
+        self.launch_joined((&joined.to_fp32, Joined::ROWS_FP32, Joined::BLOCKS_FP32), product, operands)
     }
 
     /// Queues both products of KDA's gates, where a kernel of ours computes them: the second reads its tokens behind the first's.
@@ -83,19 +83,21 @@ impl CudaBackend {
             && product.weight_stride == product.out * product.depth
             && (product.input_stride, product.out_stride) == (product.depth, product.out)
             && product.input_pitch.is_multiple_of(8)
-            && product.out.is_multiple_of(Joined::TILE)
+            && product.out.is_multiple_of(Joined::ROWS_FP32)
             && product.out_pitch.is_multiple_of(4)
             && (operands.input | operands.weight | operands.out).is_multiple_of(16);
         match &self.kernels.joined {
-            Some(joined) if fits => self.launch_joined(&joined.low, product.batch, product, operands).map(|()| true),
+            Some(joined) if fits => {
+                let form = (&joined.low, Joined::ROWS_FP32, product.batch);
+                self.launch_joined(form, product, operands).map(|()| true)
+            }
             _ => Ok(false),
         }
     }
 
     fn launch_joined(
         &self,
-        kernel: &Kernel<SkinnyParams>,
-        depth_blocks: usize,
+        (kernel, weight_rows, deep): (&Kernel<SkinnyParams>, usize, usize),
         product: &Product,
         operands: Operands,
     ) -> Result<()> {
@@ -110,9 +112,9 @@ impl CudaBackend {
             out_pitch: product.out_pitch as u32,
             stages: 0,
         };
-        let tile = Joined::TILE;
-        let mut grid = Grid::new(product.out.div_ceil(tile), product.rows.div_ceil(tile), 256).shared(JOINED_SHARED);
-        grid.blocks.2 = depth_blocks as u32;
+        let (rows, tokens) = (product.out.div_ceil(weight_rows), product.rows.div_ceil(Joined::TOKENS));
+        let mut grid = Grid::new(rows, tokens, 256).shared(JOINED_SHARED);
+        grid.blocks.2 = deep as u32;
         self.stream.launch(kernel, grid, &params)
     }
 
