@@ -24,6 +24,10 @@ pub(crate) const ROUTER_SHARED: usize = 4 * 2 * 64 * 72 * 2;
 /// Dynamic shared memory of a block of the products by clusters: `Shared` of joined.cu, which asserts it.
 pub(crate) const JOINED_SHARED: usize = 4 * (64 + 128) * 72 * 2;
 
+/// Dynamic shared memory of a block of the router with the norm: `Shared` of moe_norm_router.cu, which asserts it; and the widest token.
+pub(crate) const NORM_ROUTER_SHARED: usize = (32 + 64) * 392 * 2;
+pub(crate) const NORM_ROUTER_WIDTH: usize = 6 * 384;
+
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
 #[derive(Debug)]
 pub(crate) struct Kernels {
@@ -59,6 +63,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_select_spread: Kernel<MoeRouteParams>,
     /// Products whose depth is shared by the blocks of a cluster; with bfloat16 activations only.
     pub(crate) joined: Option<Joined>,
+    /// The router of some dozen tokens with the norm ahead of it; with bfloat16 activations only.
+    pub(crate) moe_norm_router: Option<Kernel<MoeRouteParams>>,
     /// Router, selection and sort of a few tokens.
     pub(crate) moe_route: Kernel<MoeRouteParams>,
     /// The same with the norm ahead of them; with bfloat16 activations only.
@@ -516,6 +522,14 @@ impl Kernels {
             moe_select_spread: modules.overlapping("moe_select_spread", "moe_select_spread")?,
             joined: match precision {
                 DType::Bf16 => Some(Joined::load(&modules)?),
+                DType::Fp32 => None,
+            },
+            moe_norm_router: match precision {
+                DType::Bf16 => {
+                    let kernel = modules.overlapping("moe_norm_router", "moe_norm_router")?;
+                    kernel.allow_shared(NORM_ROUTER_SHARED)?;
+                    Some(kernel)
+                }
                 DType::Fp32 => None,
             },
             moe_route: modules.overlapping("moe_route", &typed("moe_route"))?,

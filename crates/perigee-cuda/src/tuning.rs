@@ -22,6 +22,8 @@ pub(crate) struct Tuning {
     pub(crate) spread: usize,
     /// Tokens from which the router adds up its parts in clusters, where its weights are bfloat16 as stored.
     pub(crate) join: usize,
+    /// Tokens up to which a router by clusters computes the norm ahead of it, while a step is recorded.
+    pub(crate) normed: usize,
     /// Tokens up to which clusters of blocks share the depth of products of few rows of weights.
     pub(crate) output: usize,
     /// The same of products of many rows of weights: what reads a mixer's input.
@@ -39,6 +41,7 @@ static SHIPPED: Tuning = Tuning {
     bulk: 24,
     spread: usize::MAX,
     join: usize::MAX,
+    normed: 0,
     output: 0,
     input: 0,
     low: 0,
@@ -116,6 +119,7 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "bulk" => &mut tuning.bulk,
             "spread" => &mut tuning.spread,
             "join" => &mut tuning.join,
+            "normed" => &mut tuning.normed,
             "output" => &mut tuning.output,
             "input" => &mut tuning.input,
             "low" => &mut tuning.low,

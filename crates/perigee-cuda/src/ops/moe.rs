@@ -404,8 +404,14 @@ impl CudaBackend {
         if self.moe_routes_few(layer, forced) {
             return self.moe_route_few(layer, (params, select, sort));
         }
+        let is_normed = match self.moe_router_joined(layer, tokens).map(|weight| weight.address()) {
+            Some(weight) => self.moe_norm_router((MoeRouterParams { weight, ..params }, select, sort))?,
+            None => false,
+        };
         self.settle_norm()?;
-        if let Some(weight) = narrow {
+        if is_normed {
+            // Scores are there.
+        } else if let Some(weight) = narrow {
             let product =
                 Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
             let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };
