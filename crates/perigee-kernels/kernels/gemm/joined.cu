@@ -156,7 +156,11 @@ __device__ __forceinline__ void joined(const SkinnyParams& p) {
     }
   }
   // Nobody leaves while its sums are read.
-  if (kCluster > 1) cluster_sync();
+  if (kCluster > 1) {
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+  }
 }
 
 #define PERIGEE_JOINED(rows, cluster, suffix, Out)                                                                             \

@@ -100,9 +100,10 @@ extern "C" __global__ void __cluster_dims__(1, 1, kCluster) __launch_bounds__(kT
     if (lane == 0) squares[warp * kRows + t] = sum;
   }
   cluster_sync();
+  Quad normed[kRows][kPieces];
 #pragma unroll
   for (int t = 0; t < kRows; t++) {
-    const uint32_t row = warp * kRows + t, token = first_token + row;
+    const uint32_t row = warp * kRows + t;
     float sum = 0.0f;
 #pragma unroll
     for (int r = 0; r < kCluster; r++) sum += read_there(&squares[row], r);
@@ -110,16 +111,10 @@ extern "C" __global__ void __cluster_dims__(1, 1, kCluster) __launch_bounds__(kT
 #pragma unroll
     for (int i = 0; i < kPieces; i++) {
       const uint32_t column = i * 4 * kWarp + lane * 4;
-      Quad normed;
 #pragma unroll
-      for (int e = 0; e < 4; e++) normed.x[e] = x[t][i].x[e] * scale * weight[i].x[e];
+      for (int e = 0; e < 4; e++) normed[t][i].x[e] = x[t][i].x[e] * scale * weight[i].x[e];
       // Beyond the columns are zeros.
-      write4(&s.tokens[row][column], normed);
-      // The clusters of the first experts leave the sum and the result. Others may still read the stream: the sum lies elsewhere.
-      if (blockIdx.x == 0 && token < p.tokens && column < columns) {
-        write4(static_cast<float*>(norm.sum) + static_cast<uint64_t>(token) * norm.residual_pitch + begin + column, x[t][i]);
-        write4(static_cast<bf16*>(norm.out) + static_cast<uint64_t>(token) * norm.out_pitch + begin + column, normed);
-      }
+      write4(&s.tokens[row][column], normed[t][i]);
     }
   }
   copy_wait<0>();
@@ -173,7 +168,23 @@ extern "C" __global__ void __cluster_dims__(1, 1, kCluster) __launch_bounds__(kT
     }
   }
   // Nobody leaves while its sums are read.
-  cluster_sync();
+  __syncwarp();
+  cluster_arrive();
+  // The clusters of the first experts leave the sum and the result, here, since a barrier that publishes waits for what is being
+  // written. Others may still read the stream: the sum lies elsewhere.
+#pragma unroll
+  for (int t = 0; t < kRows; t++) {
+    const uint32_t token = first_token + warp * kRows + t;
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) {
+      const uint32_t column = i * 4 * kWarp + lane * 4;
+      if (blockIdx.x > 0 || token >= p.tokens || column >= columns) continue;
+      write4(static_cast<float*>(norm.sum) + static_cast<uint64_t>(token) * norm.residual_pitch + begin + column, x[t][i]);
+      write4(static_cast<bf16*>(norm.out) + static_cast<uint64_t>(token) * norm.out_pitch + begin + column, normed[t][i]);
+    }
+  }
+  __syncwarp();
+  cluster_wait();
 }
 
 // Size of the dynamic shared memory, as the launcher computes it.
