@@ -27,7 +27,7 @@ use crate::module::Program;
 use crate::nccl::pair::{NcclPairs, Parcel};
 use crate::needs;
 use crate::ops::embed::Embedding;
-use crate::ops::few::ROUTE_COUNTS;
+use crate::ops::few::ROUTE_MEMORY;
 use crate::ops::kda::Kda;
 use crate::ops::logits::Head;
 use crate::ops::mla::Mla;
@@ -126,7 +126,7 @@ impl CudaBackend {
         let formula = Formula::from_environment()?;
         let device = program.modules.device().clone();
         let stream = Stream::first(&device)?;
-        let touched = Buffer::new(&device, 8 + ROUTE_COUNTS, "count of experts")?;
+        let touched = Buffer::new(&device, ROUTE_MEMORY, "count of experts")?;
         stream.fill(&touched, 0, touched.bytes(), 0)?;
         Ok(Self {
             recorder: Recorder::default(),

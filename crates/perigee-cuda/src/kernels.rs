@@ -21,6 +21,13 @@ use crate::params::{
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
 pub(crate) const ROUTER_SHARED: usize = 4 * 2 * 64 * 72 * 2;
 
+/// Dynamic shared memory of a block of the products by clusters: `Shared` of joined.cu, which asserts it.
+pub(crate) const JOINED_SHARED: usize = 4 * (64 + 128) * 72 * 2;
+
+/// Dynamic shared memory of a block of the router with the norm: `Shared` of moe_norm_router.cu, which asserts it; and the widest token.
+pub(crate) const NORM_ROUTER_SHARED: usize = (32 + 64) * 392 * 2;
+pub(crate) const NORM_ROUTER_WIDTH: usize = 6 * 384;
+
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
 #[derive(Debug)]
 pub(crate) struct Kernels {
@@ -52,6 +59,12 @@ pub(crate) struct Kernels {
     pub(crate) moe_sort: Kernel<MoeSortParams>,
     /// Selection and sort of some dozen tokens.
     pub(crate) moe_select_many: Kernel<MoeRouteParams>,
+    /// The same where all blocks place entries.
+    pub(crate) moe_select_spread: Kernel<MoeRouteParams>,
+    /// Products whose depth is shared by the blocks of a cluster; with bfloat16 activations only.
+    pub(crate) joined: Option<Joined>,
+    /// The router of some dozen tokens with the norm ahead of it; with bfloat16 activations only.
+    pub(crate) moe_norm_router: Option<Kernel<MoeRouteParams>>,
     /// Router, selection and sort of a few tokens.
     pub(crate) moe_route: Kernel<MoeRouteParams>,
     /// The same with the norm ahead of them; with bfloat16 activations only.
@@ -326,6 +339,35 @@ impl Single {
     }
 }
 
+/// Products whose depth is shared by the blocks of a cluster.
+#[derive(Debug)]
+pub(crate) struct Joined {
+    /// Results in bfloat16, with the blocks of a cluster, most first.
+    pub(crate) to_bf16: [(usize, Kernel<SkinnyParams>); 3],
+    /// Results in float32.
+    pub(crate) to_fp32: Kernel<SkinnyParams>,
+    /// The product of low rank: its depth is not shared.
+    pub(crate) low: Kernel<SkinnyParams>,
+}
+
+impl Joined {
+    /// Tokens of a cluster; weight rows, with results in bfloat16 and in float32; and blocks of one with results in float32.
+    pub(crate) const TOKENS: usize = 64;
+    pub(crate) const ROWS_BF16: usize = 128;
+    pub(crate) const ROWS_FP32: usize = 64;
+    pub(crate) const BLOCKS_FP32: usize = 6;
+
+    fn load(modules: &Modules) -> Result<Self> {
+        let load = |name| {
+            let kernel = modules.overlapping("joined", name)?;
+            kernel.allow_shared(JOINED_SHARED)?;
+            Ok(kernel)
+        };
+        let to_bf16 = [(8, load("joined_bf16_8")?), (4, load("joined_bf16_4")?), (2, load("joined_bf16_2")?)];
+        Ok(Self { to_bf16, to_fp32: load("joined_fp32_6")?, low: load("joined_low_fp32")? })
+    }
+}
+
 /// The experts' products of one token.
 #[derive(Debug)]
 pub(crate) struct MoeSingle {
@@ -504,6 +546,19 @@ impl Kernels {
             moe_select: modules.overlapping("moe_select", &format!("moe_select{select_fault}"))?,
             moe_sort: modules.overlapping("moe_select", "moe_sort")?,
             moe_select_many: modules.overlapping("moe_select_many", "moe_select_many")?,
+            moe_select_spread: modules.overlapping("moe_select_spread", "moe_select_spread")?,
+            joined: match precision {
+                DType::Bf16 => Some(Joined::load(&modules)?),
+                DType::Fp32 => None,
+            },
+            moe_norm_router: match precision {
+                DType::Bf16 => {
+                    let kernel = modules.overlapping("moe_norm_router", "moe_norm_router")?;
+                    kernel.allow_shared(NORM_ROUTER_SHARED)?;
+                    Some(kernel)
+                }
+                DType::Fp32 => None,
+            },
             moe_route: modules.overlapping("moe_route", &typed("moe_route"))?,
             moe_norm_route: match precision {
                 DType::Bf16 => Some(modules.overlapping("moe_route", "moe_norm_route_bf16")?),

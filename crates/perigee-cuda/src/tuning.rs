@@ -30,6 +30,18 @@ pub(crate) struct Tuning {
     pub(crate) pages: usize,
     /// Merges of attention's parts up to which blocks have few channels of many parts.
     pub(crate) merge: usize,
+    /// Tokens from which all blocks of the selection place entries, not the last one.
+    pub(crate) spread: usize,
+    /// Tokens from which the router adds up its parts in clusters, where its weights are bfloat16 as stored.
+    pub(crate) join: usize,
+    /// Tokens up to which a router by clusters computes the norm ahead of it, while a step is recorded.
+    pub(crate) normed: usize,
+    /// Tokens up to which clusters of blocks share the depth of products of few rows of weights.
+    pub(crate) output: usize,
+    /// The same of products of many rows of weights: what reads a mixer's input.
+    pub(crate) input: usize,
+    /// Gates of KDA by a kernel of ours up to so many tokens.
+    pub(crate) low: usize,
 }
 
 /// What is shipped.
@@ -45,6 +57,12 @@ static SHIPPED: Tuning = Tuning {
     lone: 0,
     pages: 2,
     merge: 0,
+    spread: usize::MAX,
+    join: usize::MAX,
+    normed: 0,
+    output: 0,
+    input: 0,
+    low: 0,
 };
 
 /// The thresholds of this process.
@@ -123,6 +141,12 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "lone" => &mut tuning.lone,
             "pages" => &mut tuning.pages,
             "merge" => &mut tuning.merge,
+            "spread" => &mut tuning.spread,
+            "join" => &mut tuning.join,
+            "normed" => &mut tuning.normed,
+            "output" => &mut tuning.output,
+            "input" => &mut tuning.input,
+            "low" => &mut tuning.low,
             _ => return Err(unknown()),
         };
         *field = value.parse().map_err(|_| unknown())?;

@@ -18,7 +18,7 @@ use super::reference::kda::{Gates, KdaLayer};
 use super::reference::mla::MlaLayer;
 use super::{Case, Factory};
 
-const HIDDEN: usize = 128;
+const HIDDEN: usize = 2304;
 /// Rows of the head.
 const WORDS: usize = 96;
 const KDA: KdaShape = KdaShape { hidden: HIDDEN, heads: 2, head_dim: 128, conv: 4, eps: 1e-5 };

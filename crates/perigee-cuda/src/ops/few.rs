@@ -6,9 +6,10 @@ use perigee_backend::{DType, Result};
 
 use crate::backend::CudaBackend;
 use crate::formula::Fault;
-use crate::kernels::MoeSingle;
+use crate::kernels::{MoeSingle, NORM_ROUTER_SHARED, NORM_ROUTER_WIDTH};
 use crate::ops::dense::{ring_bytes, single_stages};
 use crate::ops::moe::{ExpertWeights, Moe, Work};
+use crate::ops::norm::COPIED_ROWS;
 use crate::params::{MoeRouteParams, MoeRouterParams, MoeSelectParams, MoeSingleParams, MoeSortParams, NormParams};
 use crate::stream::Grid;
 use crate::tuning::tuning;
@@ -30,7 +31,12 @@ const BLOCK_EXPERTS: usize = 4;
 const NORM_TOKENS: usize = 1;
 const MOST_NORMED: usize = 2560;
 /// Bytes of the counts of blocks that the routing keeps, behind the count of experts.
-pub(crate) const ROUTE_COUNTS: usize = 4 * (1 + ROUTE_TOKENS / BLOCK_TOKENS);
+const ROUTE_COUNTS: usize = 4 * (1 + ROUTE_TOKENS / BLOCK_TOKENS);
+/// Where the blocks of moe_select_spread.cu meet behind the count of experts and those of blocks, and most tokens of it.
+const MEETING: usize = (8 + ROUTE_COUNTS).next_multiple_of(16);
+const MEETING_TOKENS: usize = 256;
+/// Bytes of all of them.
+pub(crate) const ROUTE_MEMORY: usize = MEETING + 8 + 8 * 8 * MEETING_TOKENS;
 
 impl CudaBackend {
     /// Whether one kernel routes the step's tokens.
@@ -65,6 +71,14 @@ impl CudaBackend {
         &self,
         (router, select, sort): (MoeRouterParams, MoeSelectParams, MoeSortParams),
     ) -> Result<()> {
+        let tokens = router.tokens as usize;
+        // Its blocks wait for each other, so all of them have to have room at once.
+        let have_room = tokens <= MEETING_TOKENS && tokens <= 2 * self.stream.device().multiprocessors() as usize;
+        if tokens >= tuning().spread && have_room {
+            let arrived = self.touched.address() + MEETING as u64;
+            let params = MoeRouteParams { router, select, sort, norm: NormParams::zeroed(), arrived };
+            return self.stream.launch(&self.kernels.moe_select_spread, Grid::new(tokens, 1, 256), &params);
+        }
         let arrived = self.touched.address() + 8;
         let params = MoeRouteParams { router, select, sort, norm: NormParams::zeroed(), arrived };
         self.stream.launch(&self.kernels.moe_select_many, Grid::new(router.tokens as usize, 1, 256), &params)
@@ -100,7 +114,26 @@ impl CudaBackend {
     pub(crate) fn may_defer_norm(&self, norm: &NormParams) -> bool {
         let has_kernel = self.kernels.moe_norm_route.is_some();
         let is_whole = norm.width.is_multiple_of(4) && norm.width as usize <= MOST_NORMED && norm.delta != 0;
-        self.recorder.is_recording() && self.tokens() <= NORM_TOKENS && is_whole && has_kernel
+        let tokens = self.tokens();
+        let is_normed = tokens <= NORM_TOKENS || (tokens >= tuning().join && tokens <= most_normed());
+        self.recorder.is_recording() && is_normed && is_whole && has_kernel
+    }
+
+    /// Queues the router by clusters with the norm that was put off, if that is what makes its x; else says so.
+    pub(crate) fn moe_norm_router(
+        &mut self,
+        (router, select, sort): (MoeRouterParams, MoeSelectParams, MoeSortParams),
+    ) -> Result<bool> {
+        let tokens = router.tokens as usize;
+        let has_kernel = self.kernels.moe_norm_router.is_some();
+        let fits = has_kernel && tokens <= most_normed() && router.hidden as usize <= NORM_ROUTER_WIDTH;
+        let norm = if fits { self.take_norm(router.x, router.hidden as usize) } else { None };
+        let (Some(norm), Some(kernel)) = (norm, &self.kernels.moe_norm_router) else { return Ok(false) };
+        let params = MoeRouteParams { router, select, sort, norm, arrived: 0 };
+        let (rows, columns) = ((router.experts as usize).div_ceil(64), tokens.div_ceil(32));
+        let mut grid = Grid::new(rows, columns, 256).shared(NORM_ROUTER_SHARED);
+        grid.blocks.2 = 6;
+        self.stream.launch(kernel, grid, &params).map(|()| true)
     }
 
     /// The kernels for one token's experts, where they fit.
@@ -163,6 +196,11 @@ impl CudaBackend {
         self.stream.launch(&kernels.gate_up, self.single_grid().shared(rings(&up)), &up)?;
         self.stream.launch(kernel, self.single_grid().shared(group * rings(&down) + inner), &down)
     }
+}
+
+/// Tokens up to which the router by clusters norms.
+fn most_normed() -> usize {
+    tuning().normed.min(COPIED_ROWS)
 }
 
 /// Neighbouring channels of one token's product down that are one piece for the copy engine.

@@ -112,7 +112,10 @@ impl CudaBackend {
                 ..Product::dense(tokens, shape.head_dim, channels, self.precision)
             };
             let input = projected + (3 * channels * element) as u64;
-            self.dense(&product, Operands { input, weight: layer.gates.address(), out: gates })?;
+            let operands = Operands { input, weight: layer.gates.address(), out: gates };
+            if !self.dense_low(&product, operands)? {
+                self.dense(&product, operands)?;
+            }
         }
 
         self.kda_kernels(layer, index, [projected, gates, mixed])?;
