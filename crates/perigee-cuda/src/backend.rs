@@ -27,7 +27,7 @@ use crate::module::Program;
 use crate::nccl::pair::{NcclPairs, Parcel};
 use crate::needs;
 use crate::ops::embed::Embedding;
-use crate::ops::few::ROUTE_MEMORY;
+use crate::ops::few::ROUTE_COUNTS;
 use crate::ops::kda::Kda;
 use crate::ops::logits::Head;
 use crate::ops::mla::Mla;
@@ -35,7 +35,7 @@ use crate::ops::mlp::Mlp;
 use crate::ops::moe::{Moe, Selected};
 use crate::ops::norm::Norm;
 use crate::ops::sample::{Draws, MOST_TOKENS};
-use crate::params::{MlaAttendParams, MoeCombineParams, NormParams};
+use crate::params::{MoeCombineParams, NormParams};
 use crate::reader::Reader;
 use crate::recorder::Recorder;
 use crate::scratch::Scratch;
@@ -43,7 +43,6 @@ use crate::step::{Planning, Step};
 use crate::stream::Stream;
 use crate::tensor::Tensor;
 use crate::transfer::Download;
-use crate::tuning::tuning;
 
 /// How a backend is opened.
 #[derive(Debug, Clone, Copy)]
@@ -54,9 +53,6 @@ pub struct Options {
     /// TF32: slow, and exact enough to judge formulas by.
     pub precision: DType,
 }
-
-/// Working memory for the values of one token behind the parts of attention that they are made of.
-const VALUES_ROOM: usize = 64 << 10;
 
 /// Kimi Linear's ops on one GPU. Fields are dropped in order: whatever queues work or holds memory goes before the device.
 pub struct CudaBackend {
@@ -72,8 +68,6 @@ pub struct CudaBackend {
     pub(crate) deferred_sum: Option<MoeCombineParams>,
     /// A norm of the residual stream that the op behind it may compute; while a step is recorded only.
     pub(crate) deferred_norm: Option<NormParams>,
-    /// A merge of attention's parts that the values' product computes; while a step is recorded only.
-    pub(crate) deferred_merge: Option<MlaAttendParams>,
     /// Where the residual stream at the first address lies between two norms of a recording.
     pub(crate) moved_stream: Option<(u64, u64)>,
     /// Room for it: a row of float32.
@@ -126,7 +120,7 @@ impl CudaBackend {
         let formula = Formula::from_environment()?;
         let device = program.modules.device().clone();
         let stream = Stream::first(&device)?;
-        let touched = Buffer::new(&device, ROUTE_MEMORY, "count of experts")?;
+        let touched = Buffer::new(&device, 8 + ROUTE_COUNTS, "count of experts")?;
         stream.fill(&touched, 0, touched.bytes(), 0)?;
         Ok(Self {
             recorder: Recorder::default(),
@@ -139,7 +133,6 @@ impl CudaBackend {
             selected: None,
             deferred_sum: None,
             deferred_norm: None,
-            deferred_merge: None,
             moved_stream: None,
             stream_copy: None,
             touched,
@@ -203,8 +196,7 @@ impl CudaBackend {
     pub(crate) fn reserve_scratch(&mut self, tokens: usize) -> Result<()> {
         let planning = self.planning();
         let most = needs::parts(2 * planning.items, planning.heads, self.latent);
-        let behind = if tuning().values > 0 { VALUES_ROOM } else { 0 };
-        let parts = self.mla_part_bytes(self.latent).max(most) + behind;
+        let parts = self.mla_part_bytes(self.latent).max(most);
         self.scratch.reserve(self.stream.device(), self.most_rows.max(tokens), parts)
     }
 

@@ -12,21 +12,17 @@ use crate::ops::dense::{RING_BYTES, ring_bytes};
 use crate::ops::sample::RANK_SHARED;
 use crate::params::{
     ElementParams, FeedParams, GatherParams, KdaParams, LoadParams, MlaAbsorbParams, MlaAttendParams, MlaDecodeParams,
-    MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaMergeValuesParams, MlaStoreParams, MlaValuesParams,
-    MoeCombineNormParams, MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams,
-    MoeSelectParams, MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams,
-    SampleParams, SkinnyParams, StateSumParams,
+    MlaExpandedParams, MlaGatherParams, MlaMergeParams, MlaStoreParams, MlaValuesParams, MoeCombineNormParams,
+    MoeCombineParams, MoeGatherParams, MoeProductParams, MoeRouteParams, MoeRouterParams, MoeSelectParams,
+    MoeSingleParams, MoeSortParams, MoeSpreadParams, MoeWideParams, NormParams, NormedProductParams, SampleParams,
+    SkinnyParams, StateSumParams,
 };
 
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
 pub(crate) const ROUTER_SHARED: usize = 4 * 2 * 64 * 72 * 2;
 
-/// Dynamic shared memory of a block of the products by clusters: `Shared` of joined.cu, which asserts it.
-pub(crate) const JOINED_SHARED: usize = 4 * (64 + 128) * 72 * 2;
-
-/// Dynamic shared memory of a block of the router with the norm: `Shared` of moe_norm_router.cu, which asserts it; and the widest token.
+/// Dynamic shared memory of a block of the router with the norm: `Shared` of moe_norm_router.cu, which asserts it.
 pub(crate) const NORM_ROUTER_SHARED: usize = (32 + 64) * 392 * 2;
-pub(crate) const NORM_ROUTER_WIDTH: usize = 6 * 384;
 
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
 #[derive(Debug)]
@@ -59,18 +55,12 @@ pub(crate) struct Kernels {
     pub(crate) moe_sort: Kernel<MoeSortParams>,
     /// Selection and sort of some dozen tokens.
     pub(crate) moe_select_many: Kernel<MoeRouteParams>,
-    /// The same where all blocks place entries.
-    pub(crate) moe_select_spread: Kernel<MoeRouteParams>,
-    /// Products whose depth is shared by the blocks of a cluster; with bfloat16 activations only.
-    pub(crate) joined: Option<Joined>,
     /// The router of some dozen tokens with the norm ahead of it; with bfloat16 activations only.
     pub(crate) moe_norm_router: Option<Kernel<MoeRouteParams>>,
     /// Router, selection and sort of a few tokens.
     pub(crate) moe_route: Kernel<MoeRouteParams>,
-    /// The same with the norm ahead of them; with bfloat16 activations only.
+    /// The same of one token with the norm ahead of them; with bfloat16 activations only.
     pub(crate) moe_norm_route: Option<Kernel<MoeRouteParams>>,
-    /// The same for one token.
-    pub(crate) moe_norm_route_one: Option<Kernel<MoeRouteParams>>,
     pub(crate) moe_gate_up: Kernel<MoeProductParams>,
     pub(crate) moe_down: Kernel<MoeProductParams>,
     /// For experts of few rows each whose sizes the next ones do not fit; with bfloat16 activations only.
@@ -111,12 +101,8 @@ pub(crate) struct KdaFast {
     pub(crate) decode: Kernel<KdaParams>,
     /// The fused step for many rows.
     pub(crate) decode_bulk: Option<Kernel<KdaParams>>,
-    /// The fused step for few rows, with the gates' product in it.
-    pub(crate) decode_gates: Option<Kernel<KdaParams>>,
-    /// The same with a head shared out over [`Self::SPLIT`] blocks.
+    /// The fused step for few rows, with the gates' product in it and a head shared out over [`Self::SPLIT`] blocks.
     pub(crate) decode_split: Option<Kernel<KdaParams>>,
-    /// The same, which lets the kernel behind it begin sooner.
-    pub(crate) decode_split_early: Option<Kernel<KdaParams>>,
     /// Shared memory of `decode_bulk`: the state of a head.
     pub(crate) state_shared: usize,
 }
@@ -154,16 +140,8 @@ impl KdaFast {
                 (128, true) => Some(modules.overlapping("kda_decode_bulk", &format!("kda_decode_bulk_{suffix}_128"))?),
                 _ => None,
             },
-            decode_gates: match (head_dim, is_bf16 && decode_fault.is_empty()) {
-                (128, true) => Some(modules.overlapping("kda_decode", "kda_decode_gates_bf16_128")?),
-                _ => None,
-            },
             decode_split: match (head_dim, is_bf16 && decode_fault.is_empty()) {
                 (128, true) => Some(modules.overlapping("kda_decode_split", "kda_decode_split_bf16_128")?),
-                _ => None,
-            },
-            decode_split_early: match (head_dim, is_bf16 && decode_fault.is_empty()) {
-                (128, true) => Some(modules.overlapping("kda_decode_split", "kda_decode_split_early_bf16_128")?),
                 _ => None,
             },
             state_shared: head_dim * head_dim * 4,
@@ -277,8 +255,6 @@ impl MlaExpanded {
 pub(crate) struct MlaFew {
     pub(crate) absorb: Kernel<MlaAbsorbParams>,
     pub(crate) values: Kernel<MlaValuesParams>,
-    /// Values of one token with the merge of its parts ahead of them, for one shape.
-    pub(crate) merge_values: Kernel<MlaMergeValuesParams>,
 }
 
 impl MlaFew {
@@ -289,15 +265,11 @@ impl MlaFew {
     pub(crate) const LATENT: usize = 512;
     pub(crate) const COLUMNS: usize = 128;
     pub(crate) const VALUES: usize = 32;
-    /// Blocks of a cluster that share a head, its latent and its values (mla_merge_values.cu).
-    pub(crate) const MERGE_BLOCKS: usize = 4;
-    pub(crate) const MERGE_SHAPE: (usize, usize) = (512, 128);
 
     fn load(modules: &Modules) -> Result<Self> {
         Ok(Self {
             absorb: modules.overlapping("mla_few", "mla_absorb_few_bf16")?,
             values: modules.overlapping("mla_few", "mla_values_few_bf16")?,
-            merge_values: modules.overlapping("mla_merge_values", "mla_merge_values_bf16")?,
         })
     }
 }
@@ -336,35 +308,6 @@ impl Single {
         let kernel = modules.overlapping("single", &format!("single_{suffix}_{pieces}"))?;
         kernel.allow_shared(most_ring(depth))?;
         Ok(Self { depth, result, kernel })
-    }
-}
-
-/// Products whose depth is shared by the blocks of a cluster.
-#[derive(Debug)]
-pub(crate) struct Joined {
-    /// Results in bfloat16, with the blocks of a cluster, most first.
-    pub(crate) to_bf16: [(usize, Kernel<SkinnyParams>); 3],
-    /// Results in float32.
-    pub(crate) to_fp32: Kernel<SkinnyParams>,
-    /// The product of low rank: its depth is not shared.
-    pub(crate) low: Kernel<SkinnyParams>,
-}
-
-impl Joined {
-    /// Tokens of a cluster; weight rows, with results in bfloat16 and in float32; and blocks of one with results in float32.
-    pub(crate) const TOKENS: usize = 64;
-    pub(crate) const ROWS_BF16: usize = 128;
-    pub(crate) const ROWS_FP32: usize = 64;
-    pub(crate) const BLOCKS_FP32: usize = 6;
-
-    fn load(modules: &Modules) -> Result<Self> {
-        let load = |name| {
-            let kernel = modules.overlapping("joined", name)?;
-            kernel.allow_shared(JOINED_SHARED)?;
-            Ok(kernel)
-        };
-        let to_bf16 = [(8, load("joined_bf16_8")?), (4, load("joined_bf16_4")?), (2, load("joined_bf16_2")?)];
-        Ok(Self { to_bf16, to_fp32: load("joined_fp32_6")?, low: load("joined_low_fp32")? })
     }
 }
 
@@ -546,11 +489,6 @@ impl Kernels {
             moe_select: modules.overlapping("moe_select", &format!("moe_select{select_fault}"))?,
             moe_sort: modules.overlapping("moe_select", "moe_sort")?,
             moe_select_many: modules.overlapping("moe_select_many", "moe_select_many")?,
-            moe_select_spread: modules.overlapping("moe_select_spread", "moe_select_spread")?,
-            joined: match precision {
-                DType::Bf16 => Some(Joined::load(&modules)?),
-                DType::Fp32 => None,
-            },
             moe_norm_router: match precision {
                 DType::Bf16 => {
                     let kernel = modules.overlapping("moe_norm_router", "moe_norm_router")?;
@@ -562,10 +500,6 @@ impl Kernels {
             moe_route: modules.overlapping("moe_route", &typed("moe_route"))?,
             moe_norm_route: match precision {
                 DType::Bf16 => Some(modules.overlapping("moe_route", "moe_norm_route_bf16")?),
-                DType::Fp32 => None,
-            },
-            moe_norm_route_one: match precision {
-                DType::Bf16 => Some(modules.overlapping("moe_route", "moe_norm_route_one_bf16")?),
                 DType::Fp32 => None,
             },
             moe_gate_up: modules.kernel("moe_product", &typed("moe_gate_up"))?,

@@ -253,14 +253,6 @@ pub(crate) struct MlaAttendParams {
     pub(crate) reserved: u32,
 }
 
-/// `mla/mla_merge_values.cu`
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub(crate) struct MlaMergeValuesParams {
-    pub(crate) attend: MlaAttendParams,
-    pub(crate) values: MlaValuesParams,
-}
-
 /// `mla/params.h`
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]

@@ -259,7 +259,6 @@ impl Lane {
             merges: plan.merges.len(),
             item_tokens: plan.item_tokens,
             dealt: Some(dealt).filter(|dealt| dealt.blocks > 0),
-            leaves_merge: false,
         };
         reader.kernels.launch(&self.stream, &params, &launch)?;
         let found = &mut host.as_mut_slice()[output..lse + rows * 4];

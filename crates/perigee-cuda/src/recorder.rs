@@ -74,7 +74,6 @@ impl CudaBackend {
     /// Gives up a recording whose step failed.
     pub(crate) fn abandon_recording(&mut self) {
         (self.deferred_sum, self.deferred_norm, self.moved_stream) = (None, None, None);
-        self.deferred_merge = None;
         if self.recorder.recording.take().is_some() {
             Graph::abandon(&self.stream);
         }

@@ -12,7 +12,6 @@ use crate::needs::{CHUNK_TOKENS, ITEM_ROWS};
 use crate::params::{AttendItem, AttendMerge, AttendRange, KdaChunk, KdaRow};
 use crate::stream::Stream;
 use crate::transfer::Upload;
-use crate::tuning::tuning;
 
 /// An item's result that needs no merge.
 const NO_PART: u32 = u32::MAX;
@@ -20,6 +19,8 @@ const NO_PART: u32 = u32::MAX;
 const NO_PLACE: u32 = u32::MAX;
 /// Least keys of a split: below it a split costs more than it gains.
 const LEAST_SPLIT: usize = 64;
+/// Least pages that a block is dealt.
+const LEAST_PAGES: usize = 2;
 
 /// A section of the block: where it lies on the device and how many elements it has.
 #[derive(Debug, Clone, Copy, Default)]
@@ -422,7 +423,7 @@ impl Attention {
     fn deal(&mut self, batch: &StepBatch, planning: Planning) {
         let single = || batch.rows.iter().filter(|row| row.tokens == 1);
         let pages: usize = single().map(|row| pages_before(row, row.position + 1)).sum();
-        let share = pages.div_ceil(planning.blocks).max(tuning().pages);
+        let share = pages.div_ceil(planning.blocks).max(LEAST_PAGES);
         let mut room = share;
         self.first_items.push(0);
         let mut first_token = 0;

@@ -18,52 +18,14 @@ pub(crate) struct Tuning {
     pub(crate) gates: usize,
     /// Rows of one token from which KDA's step is bound by the states' bytes.
     pub(crate) bulk: usize,
-    /// Rows of one token up to which a cluster of blocks shares a head of the kernel that computes KDA's gates too.
-    pub(crate) split: usize,
-    /// Whether the product behind that kernel begins as early as it can: 0 or 1.
-    pub(crate) early: usize,
-    /// Whether a recorded step of one token merges attention's parts where values are made of them: 0 or 1.
-    pub(crate) values: usize,
-    /// Whether one token is normed and routed by a kernel of its own: 0 or 1.
-    pub(crate) lone: usize,
-    /// Least pages that a block of decode attention is dealt.
-    pub(crate) pages: usize,
-    /// Merges of attention's parts up to which blocks have few channels of many parts.
-    pub(crate) merge: usize,
-    /// Tokens from which all blocks of the selection place entries, not the last one.
-    pub(crate) spread: usize,
-    /// Tokens from which the router adds up its parts in clusters, where its weights are bfloat16 as stored.
-    pub(crate) join: usize,
-    /// Tokens up to which a router by clusters computes the norm ahead of it, while a step is recorded.
+    /// Tokens up to which a recorded step's router computes the norm ahead of it, by clusters of blocks.
     pub(crate) normed: usize,
-    /// Tokens up to which clusters of blocks share the depth of products of few rows of weights.
-    pub(crate) output: usize,
-    /// The same of products of many rows of weights: what reads a mixer's input.
-    pub(crate) input: usize,
-    /// Gates of KDA by a kernel of ours up to so many tokens.
-    pub(crate) low: usize,
+    /// Tokens with several parts of attention up to which blocks merge few channels each.
+    pub(crate) merge: usize,
 }
 
 /// What is shipped.
-static SHIPPED: Tuning = Tuning {
-    shared: 256,
-    router: 33,
-    select: 17,
-    gates: 8,
-    bulk: 24,
-    split: 0,
-    early: 0,
-    values: 0,
-    lone: 0,
-    pages: 2,
-    merge: 0,
-    spread: usize::MAX,
-    join: usize::MAX,
-    normed: 0,
-    output: 0,
-    input: 0,
-    low: 0,
-};
+static SHIPPED: Tuning = Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24, normed: 128, merge: 1 };
 
 /// The thresholds of this process.
 #[cfg(not(feature = "tuning"))]
@@ -135,18 +97,8 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "select" => &mut tuning.select,
             "gates" => &mut tuning.gates,
             "bulk" => &mut tuning.bulk,
-            "split" => &mut tuning.split,
-            "early" => &mut tuning.early,
-            "values" => &mut tuning.values,
-            "lone" => &mut tuning.lone,
-            "pages" => &mut tuning.pages,
-            "merge" => &mut tuning.merge,
-            "spread" => &mut tuning.spread,
-            "join" => &mut tuning.join,
             "normed" => &mut tuning.normed,
-            "output" => &mut tuning.output,
-            "input" => &mut tuning.input,
-            "low" => &mut tuning.low,
+            "merge" => &mut tuning.merge,
             _ => return Err(unknown()),
         };
         *field = value.parse().map_err(|_| unknown())?;

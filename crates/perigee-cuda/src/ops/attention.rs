@@ -16,7 +16,7 @@ const DECODE_THREADS: u32 = 384;
 /// Warps of a block that merges, and channels that one of them merges.
 const MERGE_WARPS: usize = 8;
 const MERGE_CHANNELS: usize = 256;
-/// The same of a block that has few channels of many parts.
+/// Channels of a block that merges the many parts of one token.
 const WIDE_CHANNELS: usize = 128;
 /// Merges up to which all warps of a block work at one, since many parts are then likely.
 const FEW_MERGES: usize = 8;
@@ -32,8 +32,6 @@ pub(crate) struct Launch {
     pub(crate) item_tokens: usize,
     /// Where the items are those of single tokens and were dealt out to blocks.
     pub(crate) dealt: Option<Dealt>,
-    /// Whether another kernel merges.
-    pub(crate) leaves_merge: bool,
 }
 
 /// Items by the block that works at them.
@@ -52,9 +50,6 @@ impl AttentionKernels {
         let rows = plan.item_tokens * params.heads as usize;
         if !self.launch_decode(stream, params, plan)? {
             self.launch_items(stream, params, plan, rows)?;
-        }
-        if plan.leaves_merge {
-            return Ok(());
         }
         let units = rows * (params.latent as usize).div_ceil(MERGE_CHANNELS);
         let threads = 32 * MERGE_WARPS as u32;

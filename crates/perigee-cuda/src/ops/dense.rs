@@ -4,18 +4,14 @@ use perigee_backend::{DType, Result};
 
 use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
-use crate::kernels::{JOINED_SHARED, Joined, NORMED_DEPTH, RING_STAGES, RING_WARPS, Single, Skinny};
-use crate::module::Kernel;
+use crate::kernels::{NORMED_DEPTH, RING_STAGES, RING_WARPS, Single, Skinny};
 use crate::params::{NormedProductParams, SkinnyParams};
 use crate::stream::Grid;
-use crate::tuning::tuning;
 
 /// Depth of a step of the kernels for few tokens.
 const DEPTH: usize = 64;
 /// Blocks below which the weight rows are shared out more finely, with more warps on each.
 const FEW_BLOCKS: usize = 100;
-/// Weight rows up to which a product is one of a mixer's output.
-const OUTPUT_ROWS: usize = 4096;
 
 impl CudaBackend {
     /// Queues a product.
@@ -23,12 +19,7 @@ impl CudaBackend {
         if let Some(form) = self.single(product) {
             return self.dense_single(form, product, operands);
         }
-        let Some(form) = self.skinny(product) else {
-            if let Some((blocks, kernel)) = self.joined(product, operands) {
-                return self.launch_joined((kernel, Joined::ROWS_BF16, *blocks), product, operands);
-            }
-            return self.blas.run(&self.stream, product, operands);
-        };
+        let Some(form) = self.skinny(product) else { return self.blas.run(&self.stream, product, operands) };
         let params = SkinnyParams {
             input: operands.input,
             weight: operands.weight,
@@ -45,76 +36,6 @@ impl CudaBackend {
             DType::Fp32 => &form.to_fp32,
         };
         let grid = Grid::new(product.out.div_ceil(form.rows), 1, 256).shared(form.shared);
-        self.stream.launch(kernel, grid, &params)
-    }
-
-    /// The kernel by clusters of blocks for a product in bfloat16, of the most blocks that have room at once, and those of a cluster.
-    fn joined(&self, product: &Product, operands: Operands) -> Option<&(usize, Kernel<SkinnyParams>)> {
-        let most = if product.out <= OUTPUT_ROWS { tuning().output } else { tuning().input };
-        let fits = product.rows <= most
-            && product.batch == 1
-            && product.transposed
-            && (product.operand, product.result) == (DType::Bf16, DType::Bf16)
-            && product.depth.is_multiple_of(DEPTH)
-            && product.weight_pitch == product.depth
-            && product.input_pitch.is_multiple_of(8)
-            && product.out.is_multiple_of(4)
-            && product.out_pitch.is_multiple_of(4)
-            && (operands.input | operands.weight | operands.out).is_multiple_of(16);
-        let room = 2 * self.stream.device().multiprocessors() as usize;
-        let tiles = product.out.div_ceil(Joined::ROWS_BF16);
-        let joined = self.kernels.joined.as_ref().filter(|_| fits)?;
-        joined.to_bf16.iter().find(|(blocks, _)| tiles * blocks <= room)
-    }
-
-    /// Queues a product in float32 whose depth is shared by the blocks of clusters.
-    pub(crate) fn dense_joined(&self, product: &Product, operands: Operands) -> Result<()> {
-        let Some(joined) = &self.kernels.joined else { return Ok(()) };
-        self.launch_joined((&joined.to_fp32, Joined::ROWS_FP32, Joined::BLOCKS_FP32), product, operands)
-    }
-
-    /// Queues both products of KDA's gates, where a kernel of ours computes them: the second reads its tokens behind the first's.
-    pub(crate) fn dense_low(&self, product: &Product, operands: Operands) -> Result<bool> {
-        let fits = product.rows <= tuning().low
-            && product.transposed
-            && (product.operand, product.result) == (DType::Bf16, DType::Fp32)
-            && product.depth.is_multiple_of(DEPTH)
-            && product.weight_pitch == product.depth
-            && product.weight_stride == product.out * product.depth
-            && (product.input_stride, product.out_stride) == (product.depth, product.out)
-            && product.input_pitch.is_multiple_of(8)
-            && product.out.is_multiple_of(Joined::ROWS_FP32)
-            && product.out_pitch.is_multiple_of(4)
-            && (operands.input | operands.weight | operands.out).is_multiple_of(16);
-        match &self.kernels.joined {
-            Some(joined) if fits => {
-                let form = (&joined.low, Joined::ROWS_FP32, product.batch);
-                self.launch_joined(form, product, operands).map(|()| true)
-            }
-            _ => Ok(false),
-        }
-    }
-
-    fn launch_joined(
-        &self,
-        (kernel, weight_rows, deep): (&Kernel<SkinnyParams>, usize, usize),
-        product: &Product,
-        operands: Operands,
-    ) -> Result<()> {
-        let params = SkinnyParams {
-            input: operands.input,
-            weight: operands.weight,
-            out: operands.out,
-            tokens: product.rows as u32,
-            rows: product.out as u32,
-            depth: product.depth as u32,
-            in_pitch: product.input_pitch as u32,
-            out_pitch: product.out_pitch as u32,
-            stages: 0,
-        };
-        let (rows, tokens) = (product.out.div_ceil(weight_rows), product.rows.div_ceil(Joined::TOKENS));
-        let mut grid = Grid::new(rows, tokens, 256).shared(JOINED_SHARED);
-        grid.blocks.2 = deep as u32;
         self.stream.launch(kernel, grid, &params)
     }
 

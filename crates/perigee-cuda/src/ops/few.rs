@@ -6,10 +6,10 @@ use perigee_backend::{DType, Result};
 
 use crate::backend::CudaBackend;
 use crate::formula::Fault;
-use crate::kernels::{MoeSingle, NORM_ROUTER_SHARED, NORM_ROUTER_WIDTH};
+use crate::kernels::{MoeSingle, NORM_ROUTER_SHARED};
+use crate::needs::MOVED_ROWS;
 use crate::ops::dense::{ring_bytes, single_stages};
 use crate::ops::moe::{ExpertWeights, Moe, Work};
-use crate::ops::norm::COPIED_ROWS;
 use crate::params::{MoeRouteParams, MoeRouterParams, MoeSelectParams, MoeSingleParams, MoeSortParams, NormParams};
 use crate::stream::Grid;
 use crate::tuning::tuning;
@@ -30,13 +30,15 @@ const BLOCK_EXPERTS: usize = 4;
 /// Most tokens that are normed on the way, by every block that scores them; and the widest.
 const NORM_TOKENS: usize = 1;
 const MOST_NORMED: usize = 2560;
+/// Tokens, experts and blocks of a cluster that norms more of them on the way to the router, and the widest token (moe_norm_router.cu).
+const CLUSTER_TOKENS: usize = 32;
+const CLUSTER_EXPERTS: usize = 64;
+const CLUSTER_BLOCKS: usize = 6;
+const CLUSTER_WIDTH: usize = 384 * CLUSTER_BLOCKS;
+/// The width is a multiple of this.
+const CLUSTER_STEP: usize = 64;
 /// Bytes of the counts of blocks that the routing keeps, behind the count of experts.
-const ROUTE_COUNTS: usize = 4 * (1 + ROUTE_TOKENS / BLOCK_TOKENS);
-/// Where the blocks of moe_select_spread.cu meet behind the count of experts and those of blocks, and most tokens of it.
-const MEETING: usize = (8 + ROUTE_COUNTS).next_multiple_of(16);
-const MEETING_TOKENS: usize = 256;
-/// Bytes of all of them.
-pub(crate) const ROUTE_MEMORY: usize = MEETING + 8 + 8 * 8 * MEETING_TOKENS;
+pub(crate) const ROUTE_COUNTS: usize = 4 * (1 + ROUTE_TOKENS / BLOCK_TOKENS);
 
 impl CudaBackend {
     /// Whether one kernel routes the step's tokens.
@@ -71,14 +73,6 @@ impl CudaBackend {
         &self,
         (router, select, sort): (MoeRouterParams, MoeSelectParams, MoeSortParams),
     ) -> Result<()> {
-        let tokens = router.tokens as usize;
-        // Its blocks wait for each other, so all of them have to have room at once.
-        let have_room = tokens <= MEETING_TOKENS && tokens <= 2 * self.stream.device().multiprocessors() as usize;
-        if tokens >= tuning().spread && have_room {
-            let arrived = self.touched.address() + MEETING as u64;
-            let params = MoeRouteParams { router, select, sort, norm: NormParams::zeroed(), arrived };
-            return self.stream.launch(&self.kernels.moe_select_spread, Grid::new(tokens, 1, 256), &params);
-        }
         let arrived = self.touched.address() + 8;
         let params = MoeRouteParams { router, select, sort, norm: NormParams::zeroed(), arrived };
         self.stream.launch(&self.kernels.moe_select_many, Grid::new(router.tokens as usize, 1, 256), &params)
@@ -97,9 +91,7 @@ impl CudaBackend {
         let grid = Grid::new(experts.div_ceil(BLOCK_EXPERTS), tokens.div_ceil(BLOCK_TOKENS), 256);
         let norm = self.deferred_norm.filter(|norm| norm.out == router.x && norm.width == router.hidden);
         let arrived = self.touched.address() + 8;
-        let is_lone = tokens == 1 && tuning().lone > 0;
-        let kernel = if is_lone { &self.kernels.moe_norm_route_one } else { &self.kernels.moe_norm_route };
-        if let (Some(kernel), Some(norm)) = (kernel, norm) {
+        if let (Some(kernel), Some(norm)) = (&self.kernels.moe_norm_route, norm) {
             let params = MoeRouteParams { router, select, sort, norm, arrived };
             self.stream.launch(kernel, grid, &params)?;
             self.deferred_norm = None;
@@ -114,26 +106,39 @@ impl CudaBackend {
     pub(crate) fn may_defer_norm(&self, norm: &NormParams) -> bool {
         let has_kernel = self.kernels.moe_norm_route.is_some();
         let is_whole = norm.width.is_multiple_of(4) && norm.width as usize <= MOST_NORMED && norm.delta != 0;
-        let tokens = self.tokens();
-        let is_normed = tokens <= NORM_TOKENS || (tokens >= tuning().join && tokens <= most_normed());
+        let is_normed = self.tokens() <= NORM_TOKENS || self.norms_by_clusters();
         self.recorder.is_recording() && is_normed && is_whole && has_kernel
     }
 
-    /// Queues the router by clusters with the norm that was put off, if that is what makes its x; else says so.
+    /// Whether the step's tokens are as many as are normed by clusters of the router's blocks.
+    fn norms_by_clusters(&self) -> bool {
+        (ROUTE_TOKENS + 1..=tuning().normed.min(MOVED_ROWS)).contains(&self.tokens())
+    }
+
+    /// Takes the norm that was put off, if it is what makes the router's x and the router by clusters computes it; and its weights.
+    pub(crate) fn moe_norm_of_router(&mut self, layer: &Moe, x: u64) -> Option<(NormParams, u64)> {
+        let shape = &layer.shape;
+        let fits = self.norms_by_clusters()
+            && shape.hidden <= CLUSTER_WIDTH
+            && shape.hidden.is_multiple_of(CLUSTER_STEP)
+            && shape.experts.is_multiple_of(4)
+            && self.kernels.moe_norm_router.is_some();
+        let weight = layer.narrow_router.as_ref().filter(|_| fits)?.address();
+        Some((self.take_norm(x, shape.hidden)?, weight))
+    }
+
+    /// Queues that router with the norm.
     pub(crate) fn moe_norm_router(
-        &mut self,
+        &self,
+        (norm, weight): (NormParams, u64),
         (router, select, sort): (MoeRouterParams, MoeSelectParams, MoeSortParams),
-    ) -> Result<bool> {
-        let tokens = router.tokens as usize;
-        let has_kernel = self.kernels.moe_norm_router.is_some();
-        let fits = has_kernel && tokens <= most_normed() && router.hidden as usize <= NORM_ROUTER_WIDTH;
-        let norm = if fits { self.take_norm(router.x, router.hidden as usize) } else { None };
-        let (Some(norm), Some(kernel)) = (norm, &self.kernels.moe_norm_router) else { return Ok(false) };
-        let params = MoeRouteParams { router, select, sort, norm, arrived: 0 };
-        let (rows, columns) = ((router.experts as usize).div_ceil(64), tokens.div_ceil(32));
-        let mut grid = Grid::new(rows, columns, 256).shared(NORM_ROUTER_SHARED);
-        grid.blocks.2 = 6;
-        self.stream.launch(kernel, grid, &params).map(|()| true)
+    ) -> Result<()> {
+        let Some(kernel) = &self.kernels.moe_norm_router else { return Ok(()) };
+        let router = MoeRouterParams { weight, ..router };
+        let experts = (router.experts as usize).div_ceil(CLUSTER_EXPERTS);
+        let mut grid = Grid::new(experts, (router.tokens as usize).div_ceil(CLUSTER_TOKENS), 256).shared(NORM_ROUTER_SHARED);
+        grid.blocks.2 = CLUSTER_BLOCKS as u32;
+        self.stream.launch(kernel, grid, &MoeRouteParams { router, select, sort, norm, arrived: 0 })
     }
 
     /// The kernels for one token's experts, where they fit.
@@ -196,11 +201,6 @@ impl CudaBackend {
         self.stream.launch(&kernels.gate_up, self.single_grid().shared(rings(&up)), &up)?;
         self.stream.launch(kernel, self.single_grid().shared(group * rings(&down) + inner), &down)
     }
-}
-
-/// Tokens up to which the router by clusters norms.
-fn most_normed() -> usize {
-    tuning().normed.min(COPIED_ROWS)
 }
 
 /// Neighbouring channels of one token's product down that are one piece for the copy engine.

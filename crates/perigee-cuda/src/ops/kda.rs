@@ -112,10 +112,7 @@ impl CudaBackend {
                 ..Product::dense(tokens, shape.head_dim, channels, self.precision)
             };
             let input = projected + (3 * channels * element) as u64;
-            let operands = Operands { input, weight: layer.gates.address(), out: gates };
-            if !self.dense_low(&product, operands)? {
-                self.dense(&product, operands)?;
-            }
+            self.dense(&product, Operands { input, weight: layer.gates.address(), out: gates })?;
         }
 
         self.kda_kernels(layer, index, [projected, gates, mixed])?;
@@ -236,13 +233,8 @@ impl CudaBackend {
     fn kda_gates_kernel(&self, layer: &Kda) -> Option<&Kernel<KdaParams>> {
         let fast = self.kda_fast(layer.shape.head_dim)?;
         let is_few = self.step.prefill_rows.count == 0 && self.step.decode_rows.count <= tuning().gates;
-        self.kernels.kda_fast[fast].decode_gates.as_ref().filter(|_| is_few)
-    }
-
-    /// Whether that kernel shares out its heads.
-    fn kda_splits(&self, layer: &Kda) -> bool {
-        let is_few = self.step.decode_rows.count <= tuning().split;
-        is_few && layer.shape.conv == KdaFast::SPLIT_TAPS && self.kda_gates_kernel(layer).is_some()
+        let fits = is_few && layer.shape.conv == KdaFast::SPLIT_TAPS;
+        self.kernels.kda_fast[fast].decode_split.as_ref().filter(|_| fits)
     }
 
     /// Rows of one token in one fused kernel.
@@ -252,13 +244,11 @@ impl CudaBackend {
         // Heads of a row follow each other, as their states do.
         let grid = Grid::new(params.heads as usize, rows.count, 256);
         let fast = &self.kernels.kda_fast[fast];
-        let split = if tuning().early > 0 { &fast.decode_split_early } else { &fast.decode_split };
-        if let Some(split) = split.as_ref().filter(|_| self.kda_splits(layer)) {
-            let grid = Grid::new(KdaFast::SPLIT * params.heads as usize, rows.count, 256);
-            return self.stream.launch(split, grid, &params);
-        }
         match (self.kda_gates_kernel(layer), &fast.decode_bulk) {
-            (Some(kernel), _) => self.stream.launch(kernel, grid, &params),
+            (Some(kernel), _) => {
+                let grid = Grid::new(KdaFast::SPLIT * params.heads as usize, rows.count, 256);
+                self.stream.launch(kernel, grid, &params)
+            }
             (None, Some(bulk)) if rows.count >= tuning().bulk => {
                 self.stream.launch(bulk, grid.shared(fast.state_shared), &params)
             }

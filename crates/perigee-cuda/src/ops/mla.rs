@@ -14,13 +14,9 @@ use crate::needs;
 use crate::ops::attention::{Dealt, Launch};
 use crate::ops::expanded::{value_pitch, values_address};
 use crate::ops::norm::{Norm, NormRows};
-use crate::params::{
-    ElementParams, MlaAbsorbParams, MlaAttendParams, MlaMergeParams, MlaMergeValuesParams, MlaStoreParams,
-    MlaValuesParams,
-};
+use crate::params::{ElementParams, MlaAbsorbParams, MlaAttendParams, MlaMergeParams, MlaStoreParams, MlaValuesParams};
 use crate::stream::Grid;
 use crate::tensor::{Matrix, Tensor};
-use crate::tuning::tuning;
 
 /// Most numbers of a cached token, R + r.
 const MOST_WIDTH: usize = 768;
@@ -183,16 +179,6 @@ impl CudaBackend {
         self.kernels.mla_few.as_ref().filter(|_| fits)
     }
 
-    /// Whether the kernel that makes values of the step's one token merges its parts too.
-    fn mla_merges_with_values(&self, shape: &MlaShape) -> bool {
-        tuning().values > 0
-            && self.recorder.records_whole()
-            && (self.tokens(), self.step.merges.count) == (1, 1)
-            && self.step.expansion.spans.is_empty()
-            && (shape.latent, shape.value) == MlaFew::MERGE_SHAPE
-            && self.mla_few(shape, 1).is_some()
-    }
-
     /// The latent store of a layer, without what it stores.
     pub(crate) fn mla_store_params(&self, layer: &Mla, index: usize) -> Result<MlaStoreParams> {
         let shape = layer.shape;
@@ -301,10 +287,7 @@ impl CudaBackend {
         };
         let (first_items, blocks) = (self.step.first_items, self.step.first_items.count.saturating_sub(1));
         let dealt = Dealt { first_items: first_items.address, blocks, pages: self.cache()?.shape().pages };
-        let leaves_merge = self.mla_merges_with_values(&shape);
-        self.deferred_merge = leaves_merge.then_some(params);
         let plan = Launch {
-            leaves_merge,
             items: self.step.items.count,
             merges: self.step.merges.count,
             item_tokens: self.step.item_tokens,
@@ -362,10 +345,6 @@ impl CudaBackend {
         out.expect("mla_output", tokens, shape.hidden, self.precision)?;
         let width = shape.heads * shape.value;
         self.scratch.reset();
-        if self.deferred_merge.is_some() {
-            // Values go behind the parts that are still to be merged.
-            self.scratch.take(self.mla_part_bytes(shape.latent))?;
-        }
         let (values, pitch) = if self.step.expansion.spans.is_empty() {
             let values = self.scratch.take(tokens * width * element)?;
             self.mla_values(layer, partials, (0, tokens), (values, width))?;
@@ -395,7 +374,6 @@ impl CudaBackend {
         (values, pitch): (u64, usize),
     ) -> Result<()> {
         let (shape, element) = (layer.shape, self.precision.bytes());
-        let merge = self.deferred_merge.take();
         let count = tokens * shape.heads * shape.latent;
         let is_dense = pitch == shape.heads * shape.value;
         let input = partials.output.address() + (first * shape.heads * shape.latent * 4) as u64;
@@ -409,11 +387,6 @@ impl CudaBackend {
                 value: shape.value as u32,
                 latent: shape.latent as u32,
             };
-            if let Some(attend) = merge {
-                let params = MlaMergeValuesParams { attend, values: params };
-                let grid = Grid::new(MlaFew::MERGE_BLOCKS * shape.heads, 1, 256);
-                return self.stream.launch(&kernels.merge_values, grid, &params);
-            }
             let mut grid = Grid::new(shape.heads, shape.value.div_ceil(MlaFew::VALUES), 256);
             grid.blocks.2 = tokens as u32;
             return self.stream.launch(&kernels.values, grid, &params);

@@ -358,8 +358,8 @@ impl CudaBackend {
         let (tokens, shape) = (self.tokens(), layer.shape);
         let entries = tokens * layer.choices(tokens);
         let narrow = layer.narrow_router.as_ref().filter(|_| tokens >= ROUTER_PRODUCT);
-        let joined = self.moe_router_joined(layer, tokens);
-        let is_whole = narrow.is_some() || joined.is_some() || self.moe_routes_few(layer, forced);
+        let normed = self.moe_norm_of_router(layer, x.address());
+        let is_whole = narrow.is_some() || normed.is_some() || self.moe_routes_few(layer, forced);
         let parts = if is_whole { 1 } else { router_parts(&shape, tokens) };
         let params = MoeRouterParams {
             x: x.address(),
@@ -404,23 +404,14 @@ impl CudaBackend {
         if self.moe_routes_few(layer, forced) {
             return self.moe_route_few(layer, (params, select, sort));
         }
-        let is_normed = match self.moe_router_joined(layer, tokens).map(|weight| weight.address()) {
-            Some(weight) => self.moe_norm_router((MoeRouterParams { weight, ..params }, select, sort))?,
-            None => false,
-        };
         self.settle_norm()?;
-        if is_normed {
-            // Scores are there.
+        if let Some(normed) = normed {
+            self.moe_norm_router(normed, (params, select, sort))?;
         } else if let Some(weight) = narrow {
             let product =
                 Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
             let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };
             self.blas.run(&self.stream, &product, operands)?;
-        } else if let Some(weight) = self.moe_router_joined(layer, tokens) {
-            let product =
-                Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
-            let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };
-            self.dense_joined(&product, operands)?;
         } else {
             let tile = ROUTER_TILE;
             let mut grid = Grid::new(shape.experts.div_ceil(tile), tokens.div_ceil(tile), 256);
@@ -445,18 +436,6 @@ impl CudaBackend {
         let grid = Grid::new(tokens.div_ceil(4), 1, 128).shared(4 * select_shared(&shape));
         self.stream.launch(&self.kernels.moe_select, grid, &select)?;
         self.stream.launch(&self.kernels.moe_sort, Grid::new(1, 1, 1024).shared(layer.experts(tokens) * 4), &sort)
-    }
-
-    /// The router's weights, where clusters of blocks add up its parts.
-    fn moe_router_joined<'a>(&self, layer: &'a Moe, tokens: usize) -> Option<&'a Matrix> {
-        let shape = &layer.shape;
-        let fits = tokens >= tuning().join
-            && tokens > ROUTER_MANY
-            && tokens < ROUTER_PRODUCT
-            && shape.hidden.is_multiple_of(ROUTER_DEPTH)
-            && shape.experts.is_multiple_of(4)
-            && self.kernels.joined.is_some();
-        layer.narrow_router.as_ref().filter(|_| fits)
     }
 
     /// The router on tensor cores and its weights, where they fit and tokens are many.

@@ -5,12 +5,10 @@ use perigee_backend::{DType, Result, TensorSlice};
 use crate::backend::CudaBackend;
 use crate::buffer::Buffer;
 use crate::module::Kernel;
+use crate::needs::MOVED_ROWS;
 use crate::params::NormParams;
 use crate::stream::Grid;
 use crate::tensor::Tensor;
-
-/// Rows of the residual stream that have a second place, for kernels whose blocks all read them.
-pub(crate) const COPIED_ROWS: usize = if cfg!(feature = "tuning") { 256 } else { 1 };
 
 /// Weight of an RMS norm, in float32.
 #[derive(Debug)]
@@ -35,7 +33,7 @@ pub(crate) struct NormRows {
 impl CudaBackend {
     pub(crate) fn norm_load(&mut self, weight: &TensorSlice<'_>, eps: f32) -> Result<Norm> {
         let width = weight.elements();
-        let bytes = COPIED_ROWS * width * 4;
+        let bytes = MOVED_ROWS * width * 4;
         if self.stream_copy.as_ref().is_none_or(|copy| copy.bytes() < bytes) {
             self.stream_copy = Some(Buffer::new(self.stream.device(), bytes, "rows of the residual stream")?);
         }

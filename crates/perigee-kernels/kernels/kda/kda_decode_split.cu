@@ -1,5 +1,5 @@
-// As kda_decode_gates_bf16_128, with a head shared out over a cluster of four blocks, 32 value channels each: one row's 32 heads are then
-// read by 128 multiprocessors. A block has 32 channels of each convolution, of the decay and of the output gate; queries, keys and
+// The step of kda_decode.cu with the product of the gates' low-rank halves, whose weights are read by every row: for a few of them. A head is
+// shared out over a cluster of four blocks, 32 value channels each: one row's 32 heads are then read by 128 multiprocessors. A block has 32 channels of each convolution, of the decay and of the output gate; queries, keys and
 // decays, which every block needs whole, go to all of them through distributed shared memory, as do the sums of squares of both norms.
 #include "common/hopper.cuh"
 #include "kda/inputs.cuh"
@@ -61,10 +61,9 @@ __device__ __forceinline__ void gather(float4 sum, float (&to)[kWarps][kColumns]
   if (lane < kRowLanes) *reinterpret_cast<float4*>(&to[threadIdx.x / kWarp][lane * 4]) = sum;
 }
 
-// blockIdx.x counts blocks of heads, kBlocks each; blockIdx.y rows. With kEarly the product behind asks for its weights as soon as the block
-// has asked for what does not wait for the kernel ahead, else when the block has read all that it does.
-template <bool kEarly>
-__device__ __forceinline__ void decode(const KdaParams& p) {
+// blockIdx.x counts blocks of heads, kBlocks each; blockIdx.y rows.
+extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 2)
+    kda_decode_split_bf16_128(const __grid_constant__ KdaParams p) {
   __shared__ Shared s;
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t head = blockIdx.x / kBlocks, rank = cluster_rank();
@@ -115,7 +114,6 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
   }
   __syncwarp();
   cluster_begin();
-  if (kEarly) grid_trigger();
 
   grid_wait();
   const bf16* projected = static_cast<const bf16*>(p.projected) + static_cast<uint64_t>(row.first_token) * p.projected_pitch;
@@ -156,7 +154,7 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
   }
   barrier_wait_cluster(&s.inputs, 0);
   // With few rows the product behind asks for weights while this kernel computes, not before it has read.
-  if (!kEarly) grid_trigger();
+  grid_trigger();
 
   float q_total = 0.0f, k_total = 0.0f;
 #pragma unroll
@@ -227,13 +225,4 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
   for (int block = 0; block < kBlocks; block++) total += s.norm[block];
   const float scale = 1.0f / sqrtf(total / kDim + p.eps);
   static_cast<bf16*>(p.mixed)[static_cast<uint64_t>(row.first_token) * width + first + lane] = narrow<bf16>(output * scale * s.gate[lane]);
-}
-
-extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 2)
-    kda_decode_split_bf16_128(const __grid_constant__ KdaParams p) {
-  decode<false>(p);
-}
-extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 2)
-    kda_decode_split_early_bf16_128(const __grid_constant__ KdaParams p) {
-  decode<true>(p);
 }

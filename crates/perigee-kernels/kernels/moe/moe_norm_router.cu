@@ -24,26 +24,6 @@ struct Shared {
   bf16 experts[kExperts][kPitch];
 };
 
-// The address of shared memory in a block of the cluster.
-__device__ __forceinline__ uint32_t there(const void* mine, uint32_t rank) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
-  return address;
-}
-__device__ __forceinline__ float read_there(const float* mine, uint32_t rank) {
-  float x;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there(mine, rank)) : "memory");
-  return x;
-}
-__device__ __forceinline__ float4 read4_there(const float* mine, uint32_t rank) {
-  float4 x;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(there(mine, rank))
-               : "memory");
-  return x;
-}
-
 extern "C" __global__ void __cluster_dims__(1, 1, kCluster) __launch_bounds__(kThreads, 1)
     moe_norm_router(const __grid_constant__ MoeRouteParams both) {
   extern __shared__ uint4 dynamic[];
@@ -106,7 +86,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, kCluster) __launch_bounds__(kT
     const uint32_t row = warp * kRows + t;
     float sum = 0.0f;
 #pragma unroll
-    for (int r = 0; r < kCluster; r++) sum += read_there(&squares[row], r);
+    for (int r = 0; r < kCluster; r++) sum += load_at(address_at(&squares[row], r));
     const float scale = 1.0f / sqrtf(sum / static_cast<float>(norm.width) + norm.eps);
 #pragma unroll
     for (int i = 0; i < kPieces; i++) {
@@ -150,7 +130,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, kCluster) __launch_bounds__(kT
 #pragma unroll
     for (int r = 0; r < kCluster; r++) {
 #pragma unroll
-      for (int h = 0; h < kHalves; h++) parts[r][h] = read4_there(&s.sums[h][token][at], r);
+      for (int h = 0; h < kHalves; h++) parts[r][h] = load4_at(address_at(&s.sums[h][token][at], r));
     }
     Quad score = {};
 #pragma unroll

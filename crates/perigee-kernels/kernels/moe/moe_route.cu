@@ -35,8 +35,8 @@ __device__ __forceinline__ void sort(const MoeSortParams& p) {
   }
 }
 
-// With kLate what no block waits for is written behind the arrival.
-template <class T, bool kNorm, int kTokens = kRouterTokens, bool kLate = false>
+// What the norm leaves no block waits for, so it is written behind the arrival.
+template <class T, bool kNorm, int kTokens = kRouterTokens>
 __device__ __forceinline__ void route(const MoeRouteParams& p) {
   __shared__ alignas(16) T normed[kNorm ? kTokens : 1][kMostNormed];
   __shared__ Selecting selecting;
@@ -58,14 +58,13 @@ __device__ __forceinline__ void route(const MoeRouteParams& p) {
   if constexpr (kNorm) {
     norm.run(p.norm, few.first, end - few.first, normed);
     grid_trigger();
-    if (!kLate) write_normed();
     few.scores(p.router, [&](uint32_t t, uint32_t i) { return &normed[few.first + t < p.router.tokens ? t : 0][i]; });
   } else {
     few.scores(p.router, [&](uint32_t t, uint32_t i) { return few.token(p.router, t) + i; });
     grid_trigger();
   }
   if (!is_last(p.arrived + 1 + blockIdx.y, gridDim.x)) {
-    if (kNorm && kLate) write_normed();
+    if (kNorm) write_normed();
     return;
   }
   for (uint32_t token = few.first; token < end; token++) {
@@ -74,7 +73,7 @@ __device__ __forceinline__ void route(const MoeRouteParams& p) {
     select(p.select, token, token < live, raw, bias, selecting);
     __syncthreads();
   }
-  if (kNorm && kLate) write_normed();
+  if (kNorm) write_normed();
   // Every block with these tokens has read the residual stream.
   if (kNorm && !is_moved) add_to_stream<T>(p.norm, few.first, end, threadIdx.x, kRouterThreads);
   if (p.sort.entries == 0) {
@@ -87,6 +86,5 @@ __device__ __forceinline__ void route(const MoeRouteParams& p) {
 
 extern "C" __global__ void __launch_bounds__(kRouterThreads, 2) moe_route_fp32(const __grid_constant__ MoeRouteParams p) { route<float, false>(p); }
 extern "C" __global__ void __launch_bounds__(kRouterThreads, 2) moe_route_bf16(const __grid_constant__ MoeRouteParams p) { route<bf16, false>(p); }
-extern "C" __global__ void __launch_bounds__(kRouterThreads, 1) moe_norm_route_bf16(const __grid_constant__ MoeRouteParams p) { route<bf16, true>(p); }
 // For one token: nothing is computed for three more.
-extern "C" __global__ void __launch_bounds__(kRouterThreads, 1) moe_norm_route_one_bf16(const __grid_constant__ MoeRouteParams p) { route<bf16, true, 1, true>(p); }
+extern "C" __global__ void __launch_bounds__(kRouterThreads, 1) moe_norm_route_bf16(const __grid_constant__ MoeRouteParams p) { route<bf16, true, 1>(p); }

@@ -68,15 +68,6 @@ struct MoeRouteParams {
   uint32_t* arrived;        // [1 + groups of 4 tokens], 0 between launches: groups that are selected, and blocks whose scores are there
 };
 
-// Where the blocks of moe_select_spread meet, in memory that only it writes, zeros at first.
-constexpr uint32_t kMostMeeting = 256;  // tokens
-constexpr int kMeetingWords = 8;        // of 32 experts
-struct MoeMeeting {
-  uint32_t launches;        // that are complete
-  uint32_t reserved;
-  unsigned long long words[kMeetingWords][kMostMeeting];  // of a token, low half: which of 32 experts are its; high half: the launch
-};
-
 // The sort by several blocks, for steps of many tokens. As MoeSortParams, but for what is said.
 struct MoeSpreadParams {
   const uint32_t* chosen;
