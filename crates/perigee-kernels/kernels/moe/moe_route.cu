@@ -8,33 +8,6 @@ constexpr uint32_t kMostEntries = 512;            // k + s of all tokens
 static_assert(kRouterThreads == kNormedThreads, "the same blocks");
 static_assert(kRouterThreads == kWarpExperts, "a thread an expert");
 
-// The whole block: as `sort` of moe_select.cu, for up to kMostEntries.
-__device__ __forceinline__ void sort(const MoeSortParams& p) {
-  constexpr int kEach = kMostEntries / kRouterThreads;
-  __shared__ uint32_t counts[kWarpExperts + kMostChoices];
-  for (uint32_t e = threadIdx.x; e < p.experts; e += kRouterThreads) counts[e] = 0;
-  uint32_t experts[kEach], within[kEach];
-#pragma unroll
-  for (int i = 0; i < kEach; i++) {
-    const uint32_t entry = threadIdx.x + i * kRouterThreads;
-    experts[i] = entry < p.entries ? __ldcg(p.chosen + entry) : kNoExpert;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kEach; i++) within[i] = experts[i] != kNoExpert ? atomicAdd(&counts[experts[i]], 1u) : 0;
-  __syncthreads();
-  if (threadIdx.x < kWarp) place_experts(p, counts);
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kEach; i++) {
-    const uint32_t entry = threadIdx.x + i * kRouterThreads;
-    if (entry >= p.entries) continue;
-    const uint32_t row = experts[i] != kNoExpert ? counts[experts[i]] + within[i] : kNoExpert;
-    if (experts[i] != kNoExpert) p.source[row] = entry;
-    p.position[entry] = row;
-  }
-}
-
 // What the norm leaves no block waits for, so it is written behind the arrival.
 template <class T, bool kNorm, int kTokens = kRouterTokens>
 __device__ __forceinline__ void route(const MoeRouteParams& p) {
@@ -80,7 +53,7 @@ __device__ __forceinline__ void route(const MoeRouteParams& p) {
     // One token, whose products need no order.
     if (threadIdx.x == 0 && live > 0) *p.sort.touched += p.select.top_k;
   } else if (is_last(p.arrived, gridDim.y)) {
-    sort(p.sort);
+    sort<kMostEntries>(p.sort);
   }
 }
 
