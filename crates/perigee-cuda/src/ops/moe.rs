@@ -56,7 +56,7 @@ pub struct Moe {
     /// [E, d] float32
     router: Matrix,
     /// The same in bfloat16, where that is how it was stored: products with it are exact, and many tokens go through tensor cores.
-    narrow_router: Option<Matrix>,
+    pub(super) narrow_router: Option<Matrix>,
     bias: Buffer,
     /// Shared experts that are as wide as a routed one lie behind the others as one more expert: 1, else 0.
     extra: usize,
