@@ -282,6 +282,8 @@ pub(crate) struct MoeTensor {
     pub(crate) columns: usize,
     pub(crate) gate_up: Kernel<MoeProductParams>,
     pub(crate) down: Kernel<MoeProductParams>,
+    /// Gate and up, and down, by blocks that take tiles in turn, so a grid need not be as high as the list of tiles can be long.
+    pub(crate) turns: Option<[Kernel<MoeProductParams>; 2]>,
     pub(crate) shared: usize,
 }
 
@@ -378,9 +380,14 @@ impl MoeTensor {
         let shared = 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2;
         let gate_up = modules.overlapping("moe_product_skinny", &format!("moe_gate_up_skinny_{row_warps}"))?;
         let down = modules.overlapping("moe_product_skinny", &format!("moe_down_skinny_{row_warps}"))?;
-        gate_up.allow_shared(shared)?;
-        down.allow_shared(shared)?;
-        Ok(Self { rows: 32, columns: 16 * row_warps, gate_up, down, shared })
+        let turns = [
+            modules.overlapping("moe_product_skinny", &format!("moe_gate_up_skinny_{row_warps}_turns"))?,
+            modules.overlapping("moe_product_skinny", &format!("moe_down_skinny_{row_warps}_turns"))?,
+        ];
+        for kernel in [&gate_up, &down].into_iter().chain(&turns) {
+            kernel.allow_shared(shared)?;
+        }
+        Ok(Self { rows: 32, columns: 16 * row_warps, gate_up, down, turns: Some(turns), shared })
     }
 
     fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
@@ -390,7 +397,7 @@ impl MoeTensor {
         let down = modules.overlapping("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
-        Ok(Self { rows, columns: 128, gate_up, down, shared })
+        Ok(Self { rows, columns: 128, gate_up, down, turns: None, shared })
     }
 }
 

@@ -22,10 +22,28 @@ pub(crate) struct Tuning {
     pub(crate) normed: usize,
     /// Tokens with several parts of attention up to which blocks merge few channels each.
     pub(crate) merge: usize,
+    /// Tiles that experts' products of few rows have blocks for, in per cent of those that even routing gives; blocks take what is beyond
+    /// in turn. 0: as many as there may be.
+    pub(crate) tiles: usize,
+    /// Tokens up to which blocks of experts' gate and up have half as many rows of weights.
+    pub(crate) narrow: usize,
+    /// The same of experts' product down.
+    pub(crate) narrow_down: usize,
 }
 
 /// What is shipped.
-static SHIPPED: Tuning = Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24, normed: 128, merge: 1 };
+static SHIPPED: Tuning = Tuning {
+    shared: 256,
+    router: 33,
+    select: 17,
+    gates: 8,
+    bulk: 24,
+    normed: 128,
+    merge: 1,
+    tiles: 0,
+    narrow: 32,
+    narrow_down: 32,
+};
 
 /// The thresholds of this process.
 #[cfg(not(feature = "tuning"))]
@@ -99,6 +117,9 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "bulk" => &mut tuning.bulk,
             "normed" => &mut tuning.normed,
             "merge" => &mut tuning.merge,
+            "tiles" => &mut tuning.tiles,
+            "narrow" => &mut tuning.narrow,
+            "narrow_down" => &mut tuning.narrow_down,
             _ => return Err(unknown()),
         };
         *field = value.parse().map_err(|_| unknown())?;
