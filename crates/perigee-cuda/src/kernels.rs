@@ -67,6 +67,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_tensor: Option<MoeTensor>,
     /// For experts of few rows each, by ascending weight rows of a block; with bfloat16 activations only.
     pub(crate) moe_skinny: Vec<MoeTensor>,
+    /// The last of them for many tokens.
+    pub(crate) moe_skinny_many: Option<MoeTensor>,
     /// For steps of many rows an expert; with bfloat16 activations only.
     pub(crate) moe_wide: Option<MoeWide>,
     pub(crate) moe_combine: Kernel<MoeCombineParams>,
@@ -282,8 +284,8 @@ pub(crate) struct MoeTensor {
     pub(crate) columns: usize,
     pub(crate) gate_up: Kernel<MoeProductParams>,
     pub(crate) down: Kernel<MoeProductParams>,
-    /// Gate and up, and down, by blocks that take tiles in turn, so a grid need not be as high as the list of tiles can be long.
-    pub(crate) turns: Option<[Kernel<MoeProductParams>; 2]>,
+    /// Whether blocks take tiles in turn, so that a grid need not be as high as the list of tiles can be long.
+    pub(crate) takes_turns: bool,
     pub(crate) shared: usize,
 }
 
@@ -375,19 +377,18 @@ impl Skinny {
 
 impl MoeTensor {
     /// For experts of few rows each.
-    fn skinny(modules: &Modules, row_warps: usize) -> Result<Self> {
+    fn skinny(modules: &Modules, row_warps: usize, takes_turns: bool) -> Result<Self> {
         // The size of the buffers of gemm/skinny.cuh for 32 tokens, which moe_product_skinny.cu asserts.
         let shared = 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2;
-        let gate_up = modules.overlapping("moe_product_skinny", &format!("moe_gate_up_skinny_{row_warps}"))?;
-        let down = modules.overlapping("moe_product_skinny", &format!("moe_down_skinny_{row_warps}"))?;
-        let turns = [
-            modules.overlapping("moe_product_skinny", &format!("moe_gate_up_skinny_{row_warps}_turns"))?,
-            modules.overlapping("moe_product_skinny", &format!("moe_down_skinny_{row_warps}_turns"))?,
-        ];
-        for kernel in [&gate_up, &down].into_iter().chain(&turns) {
+        let suffix = if takes_turns { "_turns" } else { "" };
+        let load = |name: &str| {
+            let kernel =
+                modules.overlapping("moe_product_skinny", &format!("moe_{name}_skinny_{row_warps}{suffix}"))?;
             kernel.allow_shared(shared)?;
-        }
-        Ok(Self { rows: 32, columns: 16 * row_warps, gate_up, down, turns: Some(turns), shared })
+            Ok(kernel)
+        };
+        let (gate_up, down) = (load("gate_up")?, load("down")?);
+        Ok(Self { rows: 32, columns: 16 * row_warps, gate_up, down, takes_turns, shared })
     }
 
     fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
@@ -397,7 +398,7 @@ impl MoeTensor {
         let down = modules.overlapping("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
-        Ok(Self { rows, columns: 128, gate_up, down, turns: None, shared })
+        Ok(Self { rows, columns: 128, gate_up, down, takes_turns: false, shared })
     }
 }
 
@@ -516,8 +517,12 @@ impl Kernels {
                 DType::Fp32 => None,
             },
             moe_skinny: match precision {
-                DType::Bf16 => vec![MoeTensor::skinny(&modules, 4)?, MoeTensor::skinny(&modules, 8)?],
+                DType::Bf16 => vec![MoeTensor::skinny(&modules, 4, true)?, MoeTensor::skinny(&modules, 8, true)?],
                 DType::Fp32 => Vec::new(),
+            },
+            moe_skinny_many: match precision {
+                DType::Bf16 => Some(MoeTensor::skinny(&modules, 8, false)?),
+                DType::Fp32 => None,
             },
             moe_wide: match precision {
                 DType::Bf16 => Some(MoeWide::load(&modules)?),

@@ -193,7 +193,9 @@ pub fn working_bytes(shapes: &LayerShapes, tokens: usize, precision: DType) -> u
     let most = needs.iter().map(|need| need.bytes(tokens)).max().unwrap_or(0);
     let moved = MOVED_ROWS * shapes.mla.hidden * DType::Fp32.bytes();
     // Twice what fills a device of up to 160 multiprocessors: more items are not split.
-    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64 + moved as u64 + widened_bytes(&shapes.moe, precision)
+    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64
+        + moved as u64
+        + widened_bytes(&shapes.moe, precision)
 }
 
 /// Bytes of the logits of all ranks in each rank's order, for `rows` rows of at most `head_rows` columns from each of `ranks`.

@@ -22,13 +22,12 @@ pub(crate) struct Tuning {
     pub(crate) normed: usize,
     /// Tokens with several parts of attention up to which blocks merge few channels each.
     pub(crate) merge: usize,
-    /// Tiles that experts' products of few rows have blocks for, in per cent of those that even routing gives; blocks take what is beyond
-    /// in turn. 0: as many as there may be.
+    /// Tokens up to which blocks of experts' products take tiles in turn.
+    pub(crate) turns: usize,
+    /// Tiles that they have blocks for, in per cent of those that even routing gives.
     pub(crate) tiles: usize,
-    /// Tokens up to which blocks of experts' gate and up have half as many rows of weights.
+    /// Tokens up to which blocks of those products have half as many rows of weights.
     pub(crate) narrow: usize,
-    /// The same of experts' product down.
-    pub(crate) narrow_down: usize,
 }
 
 /// What is shipped.
@@ -40,9 +39,9 @@ static SHIPPED: Tuning = Tuning {
     bulk: 24,
     normed: 128,
     merge: 1,
-    tiles: 0,
-    narrow: 32,
-    narrow_down: 32,
+    turns: 128,
+    tiles: 60,
+    narrow: 16,
 };
 
 /// The thresholds of this process.
@@ -117,9 +116,9 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "bulk" => &mut tuning.bulk,
             "normed" => &mut tuning.normed,
             "merge" => &mut tuning.merge,
+            "turns" => &mut tuning.turns,
             "tiles" => &mut tuning.tiles,
             "narrow" => &mut tuning.narrow,
-            "narrow_down" => &mut tuning.narrow_down,
             _ => return Err(unknown()),
         };
         *field = value.parse().map_err(|_| unknown())?;

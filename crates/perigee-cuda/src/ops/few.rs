@@ -136,7 +136,8 @@ impl CudaBackend {
         let Some(kernel) = &self.kernels.moe_norm_router else { return Ok(()) };
         let router = MoeRouterParams { weight, ..router };
         let experts = (router.experts as usize).div_ceil(CLUSTER_EXPERTS);
-        let mut grid = Grid::new(experts, (router.tokens as usize).div_ceil(CLUSTER_TOKENS), 256).shared(NORM_ROUTER_SHARED);
+        let mut grid =
+            Grid::new(experts, (router.tokens as usize).div_ceil(CLUSTER_TOKENS), 256).shared(NORM_ROUTER_SHARED);
         grid.blocks.2 = CLUSTER_BLOCKS as u32;
         self.stream.launch(kernel, grid, &MoeRouteParams { router, select, sort, norm, arrived: 0 })
     }

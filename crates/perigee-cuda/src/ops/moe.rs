@@ -29,7 +29,7 @@ const TILE_ROWS: usize = 64;
 const TILE_COLUMNS: usize = 64;
 /// Rows an expert, on average, up to which the product is one of reading weights.
 const FEW_ROWS: usize = 16;
-/// Depth of a step of that product, and weight rows of a block: half as many where blocks would be too few otherwise, by few tokens.
+/// Depth of a step of that product, and weight rows of a block: half as many where blocks would be too few otherwise.
 const SKINNY_DEPTH: usize = 64;
 const SKINNY_COLUMNS: usize = 128;
 /// Rows of the smallest tile.
@@ -242,19 +242,19 @@ impl CudaBackend {
         self.stream.launch(&self.kernels.moe_combine_norm, grid, &MoeCombineNormParams { combine, norm })
     }
 
-    /// The tensor-core kernels for this layer and a step of few rows an expert, if there are any. Tiles are the same whatever `narrow` is:
-    /// tokens up to which a block has half as many rows of weights.
-    fn moe_tensor(&self, layer: &Moe, narrow: usize) -> Option<&MoeTensor> {
+    /// The tensor-core kernels for this layer and a step of few rows an expert, if there are any.
+    fn moe_tensor(&self, layer: &Moe) -> Option<&MoeTensor> {
         if !layer.shape.hidden.is_multiple_of(BLOCK) {
             return None;
         }
         let rows = self.tokens() * layer.shape.top_k / layer.shape.experts;
         let (hidden, width) = (layer.shape.hidden, layer.width);
         let is_deep = hidden.is_multiple_of(SKINNY_DEPTH) && width.is_multiple_of(SKINNY_DEPTH);
-        let most = if self.tokens() <= narrow { SKINNY_COLUMNS / 2 } else { SKINNY_COLUMNS };
+        let most = if self.tokens() <= tuning().narrow { SKINNY_COLUMNS / 2 } else { SKINNY_COLUMNS };
         let skinny = self.kernels.moe_skinny.iter().rfind(|kernel| kernel.columns <= most.min(hidden).min(2 * width));
         if rows <= FEW_ROWS && is_deep && skinny.is_some() {
-            return skinny;
+            let many = self.kernels.moe_skinny_many.as_ref().filter(|_| self.tokens() > tuning().turns);
+            return skinny.map(|skinny| many.filter(|many| many.columns == skinny.columns).unwrap_or(skinny));
         }
         self.kernels.moe_tensor.as_ref()
     }
@@ -303,33 +303,26 @@ impl CudaBackend {
         if let Some((kernels, weights)) = self.moe_wide(layer) {
             return self.moe_wide_products(layer, kernels, weights, x.address(), work);
         }
-        let tensors = self.moe_tensor(layer, tuning().narrow).zip(self.moe_tensor(layer, tuning().narrow_down));
-        if let Some((first, second)) = tensors {
-            let likely = self.moe_likely_tiles(layer, first.rows);
-            let launch = |tensor: &MoeTensor, which: usize, weight_rows: usize, params: &MoeProductParams| {
-                let most = tiles(tensor.rows);
-                let (kernel, height) = match (&tensor.turns, likely) {
-                    (Some(turns), Some(likely)) => (&turns[which], likely.min(most)),
-                    _ => ([&tensor.gate_up, &tensor.down][which], most),
-                };
-                let grid = Grid::new(weight_rows.div_ceil(tensor.columns), height, 256).shared(tensor.shared);
-                self.stream.launch(kernel, grid, params)
-            };
-            launch(first, 0, 2 * layer.width, &up)?;
-            return launch(second, 1, shape.hidden, &down);
+        if let Some(tensor) = self.moe_tensor(layer) {
+            let most = tiles(tensor.rows);
+            let height = if tensor.takes_turns { self.moe_likely_tiles(layer, tensor.rows).min(most) } else { most };
+            let grid =
+                |weight_rows: usize| Grid::new(weight_rows.div_ceil(tensor.columns), height, 256).shared(tensor.shared);
+            self.stream.launch(&tensor.gate_up, grid(2 * layer.width), &up)?;
+            return self.stream.launch(&tensor.down, grid(shape.hidden), &down);
         }
         let grid = |columns: usize| Grid::new(columns.div_ceil(TILE_COLUMNS), tiles(TILE_ROWS), 256);
         self.stream.launch(&self.kernels.moe_gate_up, grid(layer.width), &up)?;
         self.stream.launch(&self.kernels.moe_down, grid(shape.hidden), &down)
     }
 
-    /// Tiles that this step's products have blocks for: a part of those that even routing gives, as few sessions' tokens touch fewer
-    /// experts. How many there are only the device knows.
-    fn moe_likely_tiles(&self, layer: &Moe, rows: usize) -> Option<usize> {
-        let (tokens, shape, part) = (self.tokens(), layer.shape, tuning().tiles);
+    /// Tiles that this step's products have blocks for where these take them in turn: a part of those that even routing gives. How many there
+    /// are only the device knows.
+    fn moe_likely_tiles(&self, layer: &Moe, rows: usize) -> usize {
+        let (tokens, shape) = (self.tokens(), layer.shape);
         let untouched = (1.0 - shape.top_k as f64 / shape.experts as f64).powf(tokens as f64);
-        let routed = shape.experts as f64 * (1.0 - untouched) * part as f64 / 100.0;
-        (part > 0).then(|| routed.ceil() as usize + layer.shared_choices(tokens) * tokens.div_ceil(rows))
+        let routed = shape.experts as f64 * (1.0 - untouched) * tuning().tiles as f64 / 100.0;
+        routed.ceil() as usize + layer.shared_choices(tokens) * tokens.div_ceil(rows)
     }
 
     /// Forced choices on the device, or 0.
@@ -415,7 +408,7 @@ impl CudaBackend {
             touched: self.touched.address(),
             entries: entries as u32,
             experts: layer.experts(tokens) as u32,
-            tile_rows: self.moe_tensor(layer, tuning().narrow).map_or(TILE_ROWS, |tensor| tensor.rows) as u32,
+            tile_rows: self.moe_tensor(layer).map_or(TILE_ROWS, |tensor| tensor.rows) as u32,
             routed: shape.experts as u32,
         };
         if self.moe_routes_few(layer, forced) {

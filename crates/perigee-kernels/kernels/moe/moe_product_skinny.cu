@@ -58,7 +58,7 @@ __device__ __forceinline__ MoeTile read_tile(const MoeProductParams& p, uint32_t
 }
 
 // kTurns: the grid may be lower than the list is long. Tile i is that of block row i modulo the grid's height, so blocks with several
-// tiles are those that begin first. Without it the grid is as high as the list can be.
+// tiles are those that begin first. Without it, which is a little faster where nearly all tiles have rows, the grid is as high as the list can be.
 template <int kRowWarps, bool kGated, bool kTurns>
 __device__ __forceinline__ void grouped(const MoeProductParams& p) {
   // Gate and up let the product down begin only once the list of tiles is there, so that it may read the list before it waits.
@@ -105,7 +105,6 @@ __device__ __forceinline__ void grouped(const MoeProductParams& p) {
   }                                                                                                                                   \
   static_assert(Form<32, row_warps>::kShared == 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2, "launcher's size");                     \
   static_assert(Form<16, row_warps>::kShared <= Form<32, row_warps>::kShared, "the same launch");
-MOE_SKINNY(4, 4, false)
-MOE_SKINNY(8, 8, false)
 MOE_SKINNY(4_turns, 4, true)
 MOE_SKINNY(8_turns, 8, true)
+MOE_SKINNY(8, 8, false)
