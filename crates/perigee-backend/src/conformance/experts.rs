@@ -74,8 +74,14 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     let deep = MoeShape { hidden: 640, experts: 2, top_k: 1, width: 576, shared_width: 0, ..PLAIN };
     let many = MoeShape { hidden: 448, experts: 56, top_k: 8, width: 128, shared_width: 0, ..PLAIN };
     let wide = MoeShape { hidden: 1152, experts: 16, top_k: 8, width: 128, shared_width: 0, ..PLAIN };
-    let large: [(_, _, &'static [usize]); 3] =
-        [("deep", deep, &[3, 70, 100]), ("many tiles", many, &[40, 100, 200, 301]), ("wide", wide, &[1, 2, 5])];
+    // Few rows an expert of many tokens.
+    let few = MoeShape { hidden: 448, experts: 128, top_k: 8, width: 64, shared_width: 0, ..PLAIN };
+    let large: [(_, _, &'static [usize]); 4] = [
+        ("deep", deep, &[3, 70, 100]),
+        ("many tiles", many, &[40, 100, 200, 301]),
+        ("many experts of few rows", few, &[130, 256]),
+        ("wide", wide, &[1, 2, 5]),
+    ];
     for (name, shape, counts) in large {
         cases.push(Case::new(format!("moe/{name}"), move |factory: &mut F, checks| {
             moe(factory, checks, (shape, Bias::Mixed), Origin::Bytes, [counts, counts])
