@@ -50,6 +50,8 @@ impl HttpError {
     pub(crate) fn with_names(mut self, prompt: &str) -> Self {
         self.error.field = self.error.field.map(|field| match field.as_str() {
             "text" | "token_ids" | "messages" => prompt.to_owned(),
+            // Chat has a switch and a number.
+            "sampling.logprobs" if prompt == "messages" => "top_logprobs".to_owned(),
             "grammar" => "response_format".to_owned(),
             other => other.strip_prefix("sampling.").unwrap_or(other).to_owned(),
         });
@@ -115,6 +117,9 @@ mod tests {
         assert_eq!(told("sampling.top_p"), "top_p");
         assert_eq!(told("token_ids"), "prompt");
         assert_eq!(told("stop"), "stop");
+        assert_eq!(told("sampling.logprobs"), "logprobs");
+        let chat = HttpError::invalid("sampling.logprobs", "no").with_names("messages");
+        assert_eq!(chat.body()["error"]["param"], "top_logprobs");
     }
 
     #[test]
