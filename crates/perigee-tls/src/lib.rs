@@ -13,7 +13,7 @@ mod stream;
 mod verify;
 
 pub use blocking::{Reader, Writer};
-pub use client::Dialer;
+pub use client::{Dialer, with_causes};
 pub use error::TlsError;
 pub use listener::{Incoming, Listening, Purpose};
 pub use material::{RankTls, Tls, TlsFiles};
