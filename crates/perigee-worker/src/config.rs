@@ -190,7 +190,8 @@ impl EngineOptions {
             ("--max-batch", 1, self.max_batch),
             ("--token-budget", 1, self.token_budget),
             ("--latent-pages", 1, self.latent_pages),
-            ("--max-model-len", 1, self.max_model_len),
+            // One token of a prompt and one to generate.
+            ("--max-model-len", 2, self.max_model_len),
             ("--threads", 1, self.threads),
         ] {
             if let Some(value) = value.filter(|value| !(least..=1 << 24).contains(value)) {
@@ -375,12 +376,13 @@ mod tests {
         for (flag, fault) in [
             ("--state-slots=0", "--state-slots: expected 1 to 16777216, found 0"),
             ("--max-batch=0", "--max-batch: expected 1 to"),
+            ("--max-model-len=1", "--max-model-len: expected 2 to"),
             ("--threads=99999999", "--threads: expected 1 to"),
         ] {
             let faults = Line::parse_from(["line", flag]).engine.faults();
             assert!(faults.len() == 1 && faults[0].starts_with(fault), "{faults:?}");
         }
-        let good = ["line", "--state-slots=1", "--max-batch=1", "--max-model-len=1", "--token-budget=1"];
+        let good = ["line", "--state-slots=1", "--max-batch=1", "--max-model-len=2", "--token-budget=1"];
         assert_eq!(Line::parse_from(good).engine.faults(), Vec::<String>::new());
     }
 }

@@ -20,6 +20,7 @@ fn sample(option: &str) -> &'static str {
         "log-format" => "json",
         "otlp-endpoint" => "http://collector:4317",
         "otlp-sample" | "memory-fraction" => "0.25",
+        "lease-ms" | "prepare-ms" => "700",
         "pages-follow" => "never",
         "handoff" => "pair",
         "balance" => "dry-run",
