@@ -1,6 +1,8 @@
 //! Bodies of requests: JSON within the limit of bytes, whatever the content type says, as OpenAI's servers take it. What is
 //! not of the right form is refused by the name of its field.
 
+use std::time::Duration;
+
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, Request};
@@ -14,6 +16,9 @@ use crate::service::InferenceService;
 /// Longest body in which the field at fault is looked for: each value takes several times its text then.
 const SEARCHED_BYTES: usize = 1 << 20;
 
+/// How long a body may take to come.
+const TIME: Duration = Duration::from_secs(300);
+
 /// A body that was read.
 pub(crate) struct Body<T>(pub(crate) T);
 
@@ -26,7 +31,9 @@ impl<T: DeserializeOwned> FromRequest<InferenceService> for Body<T> {
         if stated_bytes(&request).is_some_and(|bytes| bytes > limit as u64) {
             return Err(HttpError::too_large(limit));
         }
-        let bytes = Bytes::from_request(request, service).await.map_err(|rejected: BytesRejection| {
+        let read = tokio::time::timeout(TIME, Bytes::from_request(request, service)).await;
+        let read = read.map_err(|_| HttpError::too_slow(TIME))?;
+        let bytes = read.map_err(|rejected: BytesRejection| {
             if rejected.status() == StatusCode::PAYLOAD_TOO_LARGE {
                 return HttpError::too_large(limit);
             }

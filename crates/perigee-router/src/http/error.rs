@@ -1,6 +1,8 @@
 //! Errors in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`. Statuses are those of the one table of
 //! kinds; only what HTTP itself refuses has others.
 
+use std::time::Duration;
+
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use perigee_proto::status::{ErrorKind, WireError};
@@ -36,6 +38,12 @@ impl HttpError {
     pub(crate) fn too_large(limit: usize) -> Self {
         let message = format!("the body has more than {limit} bytes");
         Self { status: Some(StatusCode::PAYLOAD_TOO_LARGE), ..Self::malformed(message) }
+    }
+
+    /// The body did not come to its end in time.
+    pub(crate) fn too_slow(limit: Duration) -> Self {
+        let message = format!("the body did not come within {limit:?}");
+        Self { status: Some(StatusCode::REQUEST_TIMEOUT), ..Self::malformed(message) }
     }
 
     /// Another model is asked for than is served.
@@ -107,8 +115,6 @@ pub(crate) async fn method_not_allowed(method: axum::http::Method, uri: axum::ht
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

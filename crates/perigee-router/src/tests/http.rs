@@ -252,6 +252,15 @@ async fn bad_requests_are_refused_in_openais_shape() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_body_that_does_not_come_is_not_waited_for_without_end() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let begun = tokio_stream::iter([Ok::<_, std::io::Error>(Bytes::from("{\"prompt\""))]);
+    let body = Body::from_stream(begun.chain(tokio_stream::pending()));
+    let (status, object) = read(send(&sandbox, Request::post("/v1/completions").body(body).expect("a request"))).await;
+    assert_eq!(status, StatusCode::REQUEST_TIMEOUT, "{object}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_cluster_without_a_tokenizer_has_no_chat_and_no_text() {
     let sandbox = Sandbox::start(RouterConfig::default()).await;
     let (_replica, _attached) = sandbox.add("a").await;
