@@ -115,8 +115,10 @@ impl ReplicaProcesses {
             }
             let rank = self.culprit(rank)?;
             let status = self.status(rank)?;
+            // One that was killed has said nothing.
+            let above = status.and_then(|status| status.code()).map_or("", |_| "; its own message is above");
             let status = status.map_or_else(|| "never started".to_string(), |status| status.to_string());
-            bail!("rank {rank} of {} ended early ({status}); its own message is above", self.replica)
+            bail!("rank {rank} of {} ended early ({status}){above}", self.replica)
         }
     }
 

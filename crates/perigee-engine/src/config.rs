@@ -86,7 +86,7 @@ impl EngineConfig {
     /// # Errors
     /// [`StartError::Limit`] names what is zero or does not fit, where nothing could ever run.
     pub(crate) fn limits(&self, executor: &ExecutorLimits, bytes: CacheBytes) -> Result<Limits, StartError> {
-        Ok(Limits {
+        let limits = Limits {
             slots: count("state slots", executor.slots)?,
             pages: count("latent pages", executor.pages)?,
             step_tokens: count("token budget", executor.step_tokens.min(self.token_budget))?.into(),
@@ -97,7 +97,18 @@ impl EngineConfig {
             slot_bytes: bytes.slot,
             page_bytes: bytes.page,
             bypass_limit: self.bypass_limit,
-        })
+        };
+        let (idle, sessions) = (limits.idle_slots(), limits.max_running());
+        if idle > 0 {
+            let slots = limits.slots;
+            tracing::warn!(
+                slots,
+                idle,
+                sessions,
+                "more state slots than the batch size and the token budget let sessions run"
+            );
+        }
+        Ok(limits)
     }
 }
 

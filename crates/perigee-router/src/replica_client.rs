@@ -13,12 +13,12 @@ use perigee_proto::internal::{
     replica_message, router_message,
 };
 use perigee_registry::{BoxFuture, ReplicaRecord};
-use perigee_tls::Dialer;
+use perigee_tls::{Dialer, with_causes};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::Streaming;
 use tonic::transport::Channel;
+use tonic::{Status, Streaming};
 
 use crate::attachment::{Attachment, Identity};
 use crate::relay::Relay;
@@ -123,8 +123,9 @@ async fn attach(context: &ClientContext, record: &ReplicaRecord) -> Result<LiveS
         let hello = RouterMessage { body: Some(router_message::Body::Hello(hello)) };
         outbox.send(hello).map_err(|_| "the stream closed".to_owned())?;
         let response = client.attach(UnboundedReceiverStream::new(inbox)).await;
-        let mut messages = response.map_err(|status| status.message().to_owned())?.into_inner();
-        let first = messages.message().await.map_err(|status| status.message().to_owned())?;
+        let refused = |status: Status| with_causes(status.message(), &status);
+        let mut messages = response.map_err(refused)?.into_inner();
+        let first = messages.message().await.map_err(refused)?;
         match first.and_then(|message| message.body) {
             Some(replica_message::Body::Welcome(welcome)) => Ok((messages, welcome)),
             _ => Err("its first message is not a welcome".to_owned()),

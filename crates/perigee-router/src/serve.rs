@@ -12,7 +12,7 @@ use perigee_proto::v1::cluster_server::ClusterServer;
 use perigee_registry::Registry;
 use perigee_telemetry::{Metrics, Readiness, probes};
 use perigee_text::{ChatTemplate, Tokenizer};
-use perigee_tls::{Dialer, Listening, Purpose, Tls, require_certificate};
+use perigee_tls::{Dialer, Listening, Purpose, Tls, require_certificate, serve_http};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
@@ -251,9 +251,8 @@ impl Router {
         let (http, incoming) =
             (listening(listeners.http, Purpose::Http), listening(listeners.grpc, Purpose::Public).incoming());
         let probes = probes::routes(self.metrics.clone(), self.readiness.clone(), Arc::new(|| {}));
-        let http = axum::serve(http, http::routes(self.inference.clone()).merge(probes));
         // Probes are answered while requests still run, so that whoever asks hears why no more are taken.
-        let http = http.with_graceful_shutdown({
+        let http = serve_http(http, http::routes(self.inference.clone()).merge(probes), {
             let (stopped, relay) = (until_stopped(), self.inference.relay.clone());
             async move {
                 stopped.await;
@@ -263,11 +262,12 @@ impl Router {
         let incoming = incoming.map(|stream| stream.map(Gathered::new));
         let (server, front) = self.grpc()?;
         let grpc = server.serve_with_incoming_shutdown(front, incoming, until_stopped());
-        let failed = |what, reason: String| RouterError::Listener { what, reason };
+        let failed = |error: tonic::transport::Error| RouterError::Listener { what: "gRPC", reason: error.to_string() };
         let both = async {
-            tokio::try_join!(async { grpc.await.map_err(|error| failed("gRPC", error.to_string())) }, async {
-                http.await.map_err(|error| failed("HTTP", error.to_string()))
-            },)
+            tokio::try_join!(async { grpc.await.map_err(failed) }, async {
+                http.await;
+                Ok(())
+            })
         };
         let overdue = async {
             until_stopped().await;

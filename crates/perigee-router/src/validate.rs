@@ -311,9 +311,9 @@ fn numbers(sampling: &v1::SamplingParams, model: &Model, limits: &Limits) -> Res
     let presence_penalty = sampling.presence_penalty.unwrap_or(0.0);
     let frequency_penalty = sampling.frequency_penalty.unwrap_or(0.0);
     in_range("sampling.temperature", temperature, 0.0, 100.0)?;
-    in_range("sampling.top_p", top_p, f32::MIN_POSITIVE, 1.0)?;
+    above_zero("sampling.top_p", top_p, 1.0)?;
     in_range("sampling.min_p", min_p, 0.0, 1.0)?;
-    in_range("sampling.repetition_penalty", repetition_penalty, f32::MIN_POSITIVE, 10.0)?;
+    above_zero("sampling.repetition_penalty", repetition_penalty, 10.0)?;
     in_range("sampling.presence_penalty", presence_penalty, -2.0, 2.0)?;
     in_range("sampling.frequency_penalty", frequency_penalty, -2.0, 2.0)?;
 
@@ -351,6 +351,14 @@ fn in_range<T: PartialOrd + std::fmt::Display>(field: &str, value: T, least: T, 
         return Ok(());
     }
     Err(WireError::invalid(field, format!("it is {value}, but it must be from {least} to {most}")))
+}
+
+/// The same for what divides, or must leave something.
+fn above_zero(field: &str, value: f32, most: f32) -> Result<()> {
+    if value >= f32::MIN_POSITIVE && value <= most {
+        return Ok(());
+    }
+    Err(WireError::invalid(field, format!("it is {value}, but it must be above 0 and at most {most}")))
 }
 
 #[cfg(test)]

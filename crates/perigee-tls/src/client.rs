@@ -72,16 +72,21 @@ async fn dial(
     Ok(TokioIo::new(connector.connect(name, stream).await?))
 }
 
-/// The whole chain of causes: tonic's own text names none of them.
 fn refused(address: &str, error: &dyn std::error::Error) -> TlsError {
-    let mut reason = error.to_string();
+    TlsError::Connect { address: address.to_owned(), reason: with_causes(&error.to_string(), error) }
+}
+
+/// What is said of an error, and the whole chain of its causes, each told once: tonic's own texts name none of them, and a
+/// certificate that was refused is only there.
+pub fn with_causes(said: &str, error: &dyn std::error::Error) -> String {
+    let mut told = said.to_owned();
     let mut cause = error.source();
     while let Some(error) = cause {
         let text = error.to_string();
-        if !reason.contains(&text) {
-            reason = format!("{reason}: {text}");
+        if !told.contains(&text) {
+            told = format!("{told}: {text}");
         }
         cause = error.source();
     }
-    TlsError::Connect { address: address.to_owned(), reason }
+    told
 }

@@ -5,6 +5,7 @@
 mod blocking;
 mod client;
 mod error;
+mod http;
 mod listener;
 mod material;
 mod options;
@@ -13,8 +14,9 @@ mod stream;
 mod verify;
 
 pub use blocking::{Reader, Writer};
-pub use client::Dialer;
+pub use client::{Dialer, with_causes};
 pub use error::TlsError;
+pub use http::serve_http;
 pub use listener::{Incoming, Listening, Purpose};
 pub use material::{RankTls, Tls, TlsFiles};
 pub use options::{ClientTlsOptions, ServerTlsOptions};

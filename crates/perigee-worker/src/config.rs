@@ -16,6 +16,8 @@ use crate::move_options::{HandoffWay, MoveOptions};
 /// Most tokens in one step where nothing else is said.
 const CPU_STEP_TOKENS: usize = 512;
 const GPU_STEP_TOKENS: usize = 8192;
+/// Sessions for which there is room where nothing else is said.
+const USUAL_SESSIONS: usize = 64;
 /// More positions than any prompt has.
 const FILL_ALL: &str = "18446744073709551615";
 
@@ -56,7 +58,7 @@ pub struct EngineOptions {
     #[arg(long)]
     pub dtype: Option<Precision>,
     /// State slots: sessions that are live at once, one each.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = USUAL_SESSIONS)]
     pub state_slots: usize,
     /// Latent pages of 64 positions; by default what the card has room for, and on CPUs enough for every slot at 1,024
     /// positions and for one longest session.
@@ -66,9 +68,9 @@ pub struct EngineOptions {
     /// 32,768.
     #[arg(long)]
     pub max_model_len: Option<usize>,
-    /// Most sessions in one step.
-    #[arg(long, default_value_t = 64)]
-    pub max_batch: usize,
+    /// Most sessions in one step; by default one for each state slot, and 64 where there are fewer slots.
+    #[arg(long)]
+    pub max_batch: Option<usize>,
     /// Most tokens in one step: decode rows and prefill chunks together; by default 512 on CPUs and 8,192 on GPUs, which more
     /// tokens make no faster.
     #[arg(long)]
@@ -105,6 +107,11 @@ impl EngineOptions {
     pub fn step_tokens(&self) -> usize {
         let usual = if self.device == Device::Cpu { CPU_STEP_TOKENS } else { GPU_STEP_TOKENS };
         self.token_budget.unwrap_or(usual)
+    }
+
+    /// Most sessions in one step: slots are for sessions that run, so each has a row where no other number is given.
+    pub fn step_rows(&self) -> usize {
+        self.max_batch.unwrap_or(self.state_slots.max(USUAL_SESSIONS))
     }
 
     /// The activation type, by the device where it is not given.
@@ -152,7 +159,6 @@ impl EngineOptions {
             format!("--model={}", self.model),
             format!("--device={}", self.device),
             format!("--state-slots={}", self.state_slots),
-            format!("--max-batch={}", self.max_batch),
             format!("--queue-limit={}", self.queue_limit),
             format!("--memory-fraction={}", self.memory_fraction),
             format!("--join-timeout={}", self.join_timeout),
@@ -167,6 +173,7 @@ impl EngineOptions {
         });
         optional("dtype", precision);
         optional("prompt-slowdown", self.prompt_slowdown.map(|times| times.to_string()));
+        optional("max-batch", self.max_batch.map(|n| n.to_string()));
         optional("latent-pages", self.latent_pages.map(|n| n.to_string()));
         optional("max-model-len", self.max_model_len.map(|n| n.to_string()));
         optional("token-budget", self.token_budget.map(|n| n.to_string()));
@@ -178,16 +185,17 @@ impl EngineOptions {
     /// Faults that do not depend on the model, all of them.
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
-        for (name, value) in [
-            ("--state-slots", self.state_slots),
-            ("--max-batch", self.max_batch),
-            ("--token-budget", self.token_budget.unwrap_or(1)),
-            ("--latent-pages", self.latent_pages.unwrap_or(1)),
-            ("--max-model-len", self.max_model_len.unwrap_or(1)),
-            ("--threads", self.threads.unwrap_or(1)),
+        for (name, least, value) in [
+            ("--state-slots", 1, Some(self.state_slots)),
+            ("--max-batch", 1, self.max_batch),
+            ("--token-budget", 1, self.token_budget),
+            ("--latent-pages", 1, self.latent_pages),
+            // One token of a prompt and one to generate.
+            ("--max-model-len", 2, self.max_model_len),
+            ("--threads", 1, self.threads),
         ] {
-            if value == 0 || value > 1 << 24 {
-                faults.push(format!("{name}: expected 1 to {}, found {value}", 1 << 24));
+            if let Some(value) = value.filter(|value| !(least..=1 << 24).contains(value)) {
+                faults.push(format!("{name}: expected {least} to {}, found {value}", 1 << 24));
             }
         }
         if !(self.memory_fraction > 0.0 && self.memory_fraction <= 1.0) {
@@ -334,5 +342,47 @@ impl WorkerConfig {
     /// How long a rank may be silent inside a step.
     pub fn step_timeout(&self) -> Duration {
         Duration::from_secs(self.engine.step_timeout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        engine: EngineOptions,
+    }
+
+    #[test]
+    fn every_slot_has_a_row_where_no_other_number_is_given() {
+        let rows = |flags: &[&str]| {
+            let options = Line::parse_from([&["line"], flags].concat()).engine;
+            let passed_on = Line::parse_from([vec!["line".to_owned()], options.to_arguments()].concat()).engine;
+            assert_eq!(passed_on.step_rows(), options.step_rows(), "{flags:?} as `up` passes them on");
+            options.step_rows()
+        };
+        assert_eq!(rows(&[]), 64);
+        assert_eq!(rows(&["--state-slots=256"]), 256);
+        assert_eq!(rows(&["--state-slots=2"]), 64);
+        assert_eq!(rows(&["--state-slots=256", "--max-batch=8"]), 8);
+    }
+
+    #[test]
+    fn sizes_with_which_nothing_could_run_are_named() {
+        for (flag, fault) in [
+            ("--state-slots=0", "--state-slots: expected 1 to 16777216, found 0"),
+            ("--max-batch=0", "--max-batch: expected 1 to"),
+            ("--max-model-len=1", "--max-model-len: expected 2 to"),
+            ("--threads=99999999", "--threads: expected 1 to"),
+        ] {
+            let faults = Line::parse_from(["line", flag]).engine.faults();
+            assert!(faults.len() == 1 && faults[0].starts_with(fault), "{faults:?}");
+        }
+        let good = ["line", "--state-slots=1", "--max-batch=1", "--max-model-len=2", "--token-budget=1"];
+        assert_eq!(Line::parse_from(good).engine.faults(), Vec::<String>::new());
     }
 }

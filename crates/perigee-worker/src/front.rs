@@ -9,7 +9,7 @@ use perigee_proto::v1::inference_server::InferenceServer;
 use perigee_registry::ReplicaStatus;
 use perigee_telemetry::probes::Refresh;
 use perigee_telemetry::{Metrics, Readiness, probes};
-use perigee_tls::{Listening, Purpose, Tls};
+use perigee_tls::{Listening, Purpose, Tls, serve_http};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
@@ -142,9 +142,11 @@ impl Front {
         let refresh = front.refresh.clone();
         let refresh: Refresh = Arc::new(move || refresh.get().into_iter().for_each(|refresh| refresh()));
         let routes = probes::routes(front.metrics.clone(), front.readiness.subscribe(), refresh);
-        let http = axum::serve(listening(listeners.http, Purpose::Http), routes);
-        let http = http.with_graceful_shutdown(until_closed());
-        front.services.spawn(async { http.await.map_err(|error| WorkerError::Serve(format!("HTTP port: {error}"))) });
+        let http = serve_http(listening(listeners.http, Purpose::Http), routes, until_closed());
+        front.services.spawn(async {
+            http.await;
+            Ok(())
+        });
         Ok(front)
     }
 

@@ -126,7 +126,7 @@ async fn lead<B: Backend + 'static>(
             token_budget: config.engine.step_tokens(),
             beside_tokens: config.engine.beside_tokens(),
             prompt_slowdown: config.engine.slowdown(),
-            max_batch: config.engine.max_batch,
+            max_batch: config.engine.step_rows(),
             queue_limit: config.engine.queue_limit,
             eos_token_ids: generation.eos_token_ids.clone(),
             tokenizer: tokenizer.clone(),

@@ -66,9 +66,9 @@ pub fn open_engine(options: &EngineOptions, seat: Seat) -> Result<Opened> {
     let source = WeightSource::open(&spec)?;
     source.config().check_tp(seat.tp)?;
     let digest = served_digest(options, &spec)?;
-    let step_tokens = options.step_tokens().max(options.max_batch);
+    let step_tokens = options.step_tokens().max(options.step_rows());
     // The engine asks for no more rows of logits than a step has rows.
-    let logit_rows = options.max_batch;
+    let logit_rows = options.step_rows();
     let steps = StepLimits { tokens: step_tokens, logits: logit_rows };
     let memory = match options.card(seat.rank) {
         Some(card) => Some(divide(options, seat, source.config(), steps, perigee_cuda::memory(card)?)?),
@@ -87,7 +87,7 @@ pub fn open_engine(options: &EngineOptions, seat: Seat) -> Result<Opened> {
         slots: options.state_slots,
         pages,
         step_tokens,
-        step_rows: options.max_batch,
+        step_rows: options.step_rows(),
         max_model_len: longest.min(pages * PAGE_TOKENS),
     };
     Ok(Opened { spec, source, digest, limits, logit_rows, memory, fill_prompts: options.fill_prompts })
@@ -135,7 +135,7 @@ fn divide(
         working: working
             + activation_bytes(model, tp, steps, precision)
             + perigee_cuda::gathered_bytes(steps.logits, model.vocab.div_ceil(tp), tp),
-        graphs: perigee_cuda::ladder(options.max_batch.min(options.state_slots)).len(),
+        graphs: perigee_cuda::ladder(options.step_rows().min(options.state_slots)).len(),
         slots: options.state_slots,
         slot_bytes: cache.slot_bytes(precision),
         pages: options.latent_pages,

@@ -14,9 +14,9 @@ use std::net::IpAddr;
 use anyhow::{Context, anyhow};
 use perigee_proto::v1::cluster_client::ClusterClient;
 use perigee_proto::v1::inference_client::InferenceClient;
-use perigee_tls::{ClientTlsOptions, Dialer};
-use tonic::Status;
+use perigee_tls::{ClientTlsOptions, Dialer, with_causes};
 use tonic::transport::Channel;
+use tonic::{Code, Status};
 
 use crate::DEFAULT_PORT;
 use crate::commands::without_faults;
@@ -81,7 +81,15 @@ pub(crate) fn block_on(command: impl Future<Output = anyhow::Result<()>>) -> any
 
 /// A refusal as a person reads it; the details are for programs.
 pub(crate) fn refused(status: Status) -> anyhow::Error {
-    anyhow!("{:?}: {}", status.code(), status.message())
+    let told = with_causes(status.message(), &status);
+    // Routers never say so: what answers does not speak gRPC, or the connection broke beneath it.
+    let is_no_answer = status.code() == Code::Unknown || told.contains("protocol error");
+    let hint = if is_no_answer {
+        "; is this the gRPC port of a router, and is TLS on there (--tls-ca) or off as here?"
+    } else {
+        ""
+    };
+    anyhow!("{:?}: {told}{hint}", status.code())
 }
 
 /// Prints a value as one line of JSON.
@@ -93,6 +101,16 @@ pub(crate) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_routers_answer_is_told_with_its_causes() {
+        let alert = std::io::Error::other("received fatal alert: CertificateExpired");
+        let broken = Status::from_error(Box::new(std::io::Error::other(alert)));
+        let told = refused(broken).to_string();
+        assert!(told.contains("CertificateExpired") && told.contains("gRPC port"), "{told}");
+        let told = refused(Status::not_found("no such session")).to_string();
+        assert_eq!(told, "NotFound: no such session");
+    }
 
     #[test]
     fn loopback_is_known_by_its_look() {

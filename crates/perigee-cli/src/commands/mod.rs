@@ -27,6 +27,18 @@ pub(crate) fn without_faults(faults: &[String]) -> anyhow::Result<()> {
     if faults.is_empty() { Ok(()) } else { Err(UsageError(faults.join("\n")).into()) }
 }
 
+/// Tells what a model lacks for want of which clients will be refused.
+pub(crate) fn warn_of_missing(model: &str, has_tokenizer: bool, has_template: bool) {
+    if !has_tokenizer {
+        tracing::warn!(
+            model,
+            "no tokenizer.json or tiktoken.model: prompts must be token ids, and no text is answered"
+        );
+    } else if !has_template {
+        tracing::warn!(model, "no chat template: completions are answered, chat is not");
+    }
+}
+
 /// A count that 0 makes no sense for.
 pub(crate) fn at_least_one() -> clap::builder::RangedU64ValueParser<usize> {
     clap::builder::RangedU64ValueParser::new().range(1..)

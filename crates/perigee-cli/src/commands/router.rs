@@ -11,24 +11,28 @@ use perigee_telemetry::TelemetryOptions;
 use perigee_tls::ServerTlsOptions;
 use tokio::net::TcpListener;
 
-use crate::commands::{UsageError, at_least_one, half_of_processors, interrupted, runtime, without_faults};
+use crate::commands::{
+    UsageError, at_least_one, half_of_processors, interrupted, runtime, warn_of_missing, without_faults,
+};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
+
+const HOUR_MS: u64 = 3_600_000;
 
 /// What a router does with requests, wherever it runs.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct RouterOptions {
     /// Milliseconds after which a silent replica counts as lost.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u64).range(100..=HOUR_MS))]
     lease_ms: u64,
     /// Seconds that running requests may go on after the order to end.
     #[arg(long, default_value_t = 30)]
     pub(crate) grace: u64,
     /// Milliseconds that a moving session may take until its target holds it; then the move is taken back.
-    #[arg(long, default_value_t = 10_000)]
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(10..=HOUR_MS))]
     prepare_ms: u64,
     /// Milliseconds that a session whose replica was lost may wait for another one; then its request fails. One with a
     /// deadline waits until that.
-    #[arg(long, default_value_t = 30_000)]
+    #[arg(long, default_value_t = 30_000, value_parser = clap::value_parser!(u64).range(..=24 * HOUR_MS))]
     replay_ms: u64,
     /// Whether sessions move by themselves to even out the replicas' loads: dry-run logs what would move, and why.
     #[arg(long, value_enum, default_value_t = BalanceOption::Off)]
@@ -121,7 +125,10 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
         Some(model) => {
             let spec: perigee_model::ModelSpec = model.parse()?;
             let digest = perigee_model::model_digest(&spec)?;
-            (perigee_worker::load::tokenizer(&spec)?, perigee_worker::load::chat_template(&spec)?, Some(digest))
+            let (tokenizer, template) =
+                (perigee_worker::load::tokenizer(&spec)?, perigee_worker::load::chat_template(&spec)?);
+            warn_of_missing(model, tokenizer.is_some(), template.is_some());
+            (tokenizer, template, Some(digest))
         }
         None => (None, None, None),
     };

@@ -4,7 +4,7 @@
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use perigee_registry::{InProcessRegistry, ReplicaRecord};
@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use crate::client::ClientArgs;
 use crate::client::generate::GenerateArgs;
 use crate::commands::router::RouterOptions;
-use crate::commands::{at_least_one, hint, interrupted, without_faults};
+use crate::commands::{at_least_one, hint, interrupted, warn_of_missing, without_faults};
 use crate::launch::{ReplicaLaunch, ReplicaProcesses};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
@@ -68,8 +68,19 @@ enum Progress {
     Lost { replica: usize, reason: String },
 }
 
+impl UpArgs {
+    /// What is wrong with values by themselves: told once, and not by every rank.
+    pub(crate) fn faults(&self) -> Vec<String> {
+        let mut faults = self.engine.faults();
+        faults.extend(self.moves.faults(Duration::from_secs(self.engine.step_timeout)));
+        faults
+    }
+}
+
 pub(crate) fn run(args: UpArgs) -> anyhow::Result<()> {
-    without_faults(&args.tls.faults(&[]))?;
+    let mut faults = args.faults();
+    faults.extend(args.tls.faults(&[]));
+    without_faults(&faults)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(serve(args))
 }
@@ -83,6 +94,7 @@ async fn serve(args: UpArgs) -> anyhow::Result<()> {
     let spec: perigee_model::ModelSpec = args.engine.model.parse()?;
     let tokenizer = perigee_worker::load::tokenizer(&spec)?;
     let template = perigee_worker::load::chat_template(&spec)?;
+    warn_of_missing(&args.engine.model, tokenizer.is_some(), template.is_some());
     let digest = perigee_worker::load::served_digest(&args.engine, &spec)?;
 
     let started = Instant::now();

@@ -23,7 +23,7 @@ pub(crate) fn settings(
 ) -> Vec<Given> {
     let prefix = variable(command, "");
     let own = variables.iter().filter_map(|(name, value)| {
-        let option = name.strip_prefix(&prefix).filter(|option| !is_service_link(option))?;
+        let option = name.strip_prefix(&prefix).filter(|option| !is_service_link(option, value))?;
         Some((name, option.to_lowercase().replace('_', "-"), value))
     });
     let common = variables.iter().filter_map(|(name, value)| {
@@ -57,9 +57,10 @@ fn switch_word(is_switch: bool, value: &str) -> &str {
     }
 }
 
-/// Such as PERIGEE_ROUTER_SERVICE_HOST, PERIGEE_ROUTER_SERVICE_PORT_GRPC and PERIGEE_ROUTER_PORT_7411_TCP_ADDR.
-fn is_service_link(option: &str) -> bool {
-    SERVICE_LINKS.iter().any(|ending| {
-        option.strip_prefix(ending).is_some_and(|rest| rest.is_empty() || rest.starts_with('_')) && option != "PORT"
-    })
+/// Such as PERIGEE_ROUTER_SERVICE_HOST, PERIGEE_ROUTER_SERVICE_PORT_GRPC, PERIGEE_ROUTER_PORT_7411_TCP_ADDR and PERIGEE_ROUTER_PORT,
+/// which an option of `up` is named like: a link's is a URL.
+fn is_service_link(option: &str, value: &str) -> bool {
+    let begins =
+        |ending: &str| option.strip_prefix(ending).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'));
+    SERVICE_LINKS.into_iter().any(begins) && (option != "PORT" || value.contains("://"))
 }

@@ -20,6 +20,7 @@ fn sample(option: &str) -> &'static str {
         "log-format" => "json",
         "otlp-endpoint" => "http://collector:4317",
         "otlp-sample" | "memory-fraction" => "0.25",
+        "lease-ms" | "prepare-ms" => "700",
         "pages-follow" => "never",
         "handoff" => "pair",
         "balance" => "dry-run",
@@ -130,6 +131,7 @@ fn variables_of_other_commands_and_of_kubernetes_are_let_be() {
         ("PERIGEE_ROUTER_SERVICE_HOST", "10.0.0.1"),
         ("PERIGEE_ROUTER_SERVICE_PORT_GRPC", "7411"),
         ("PERIGEE_ROUTER_PORT_7411_TCP_ADDR", "10.0.0.1"),
+        ("PERIGEE_ROUTER_PORT", "tcp://10.0.0.1:7411"),
     ];
     assert_eq!(expanded(&["router"], &variables, "").unwrap(), ["perigee", "router"]);
 }

@@ -44,6 +44,11 @@ impl Limits {
         let for_decodes = (self.step_tokens - self.step_tokens / 4).max(1);
         for_decodes.min(self.step_rows).min(u64::from(self.slots))
     }
+
+    /// State slots that nothing can ever need: a session that runs has two at most.
+    pub fn idle_slots(&self) -> u64 {
+        u64::from(self.slots).saturating_sub(2 * self.max_running())
+    }
 }
 
 /// A task as it arrives.

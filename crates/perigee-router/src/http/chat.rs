@@ -23,8 +23,9 @@ use crate::validate::Prompt;
 
 /// The body.
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a JSON object")]
 pub(crate) struct ChatRequest {
-    messages: Vec<Map<String, Value>>,
+    messages: Option<Vec<Map<String, Value>>>,
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
     logprobs: Option<bool>,
@@ -92,7 +93,7 @@ impl ChatRequest {
         let tools = self.tools.iter().flatten().filter(|_| uses_tools).map(|tool| tool.object());
         let tools: Vec<Value> = tools.collect();
         Ok(ChatInput {
-            messages: conversation(self.messages.clone())?,
+            messages: conversation(self.messages.clone().unwrap_or_default())?,
             tools: if tools.is_empty() { Value::Null } else { tools.into() },
             add_generation_prompt: self.add_generation_prompt.unwrap_or(true),
             variables: self.chat_template_kwargs.clone().unwrap_or_default(),

@@ -24,8 +24,9 @@ const DEFAULT_MAX_TOKENS: u32 = 16;
 
 /// The body.
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a JSON object")]
 pub(crate) struct CompletionRequest {
-    prompt: Prompts,
+    prompt: Option<Prompts>,
     max_tokens: Option<u32>,
     logprobs: Option<u32>,
     echo: Option<bool>,
@@ -38,7 +39,7 @@ pub(crate) struct CompletionRequest {
 
 /// The forms of a prompt.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, texts, token ids or lists of token ids")]
 enum Prompts {
     Text(String),
     Texts(Vec<String>),
@@ -105,7 +106,8 @@ impl CompletionRequest {
             validate::text_length("prompt", text, &service.limits)?;
             Ok(Prompt::Text(text.clone(), SpecialTokens::AsText))
         };
-        let prompts = match &self.prompt {
+        let Some(prompts) = &self.prompt else { return Err(HttpError::invalid("prompt", "it is missing")) };
+        let prompts = match prompts {
             Prompts::Text(one) => vec![text(one)?],
             Prompts::Texts(several) => several.iter().map(text).collect::<Result<_, HttpError>>()?,
             Prompts::Tokens(one) => vec![Prompt::Tokens(one.clone())],

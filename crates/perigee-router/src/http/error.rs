@@ -1,6 +1,8 @@
 //! Errors in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`. Statuses are those of the one table of
 //! kinds; only what HTTP itself refuses has others.
 
+use std::time::Duration;
+
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use perigee_proto::status::{ErrorKind, WireError};
@@ -38,6 +40,12 @@ impl HttpError {
         Self { status: Some(StatusCode::PAYLOAD_TOO_LARGE), ..Self::malformed(message) }
     }
 
+    /// The body did not come to its end in time.
+    pub(crate) fn too_slow(limit: Duration) -> Self {
+        let message = format!("the body did not come within {limit:?}");
+        Self { status: Some(StatusCode::REQUEST_TIMEOUT), ..Self::malformed(message) }
+    }
+
     /// Another model is asked for than is served.
     pub(crate) fn no_such_model(asked: &str, served: &str) -> Self {
         let message = format!("the model {asked:?} does not exist; {served:?} is served");
@@ -50,6 +58,8 @@ impl HttpError {
     pub(crate) fn with_names(mut self, prompt: &str) -> Self {
         self.error.field = self.error.field.map(|field| match field.as_str() {
             "text" | "token_ids" | "messages" => prompt.to_owned(),
+            // Chat has a switch and a number.
+            "sampling.logprobs" if prompt == "messages" => "top_logprobs".to_owned(),
             "grammar" => "response_format".to_owned(),
             other => other.strip_prefix("sampling.").unwrap_or(other).to_owned(),
         });
@@ -105,8 +115,6 @@ pub(crate) async fn method_not_allowed(method: axum::http::Method, uri: axum::ht
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -115,6 +123,9 @@ mod tests {
         assert_eq!(told("sampling.top_p"), "top_p");
         assert_eq!(told("token_ids"), "prompt");
         assert_eq!(told("stop"), "stop");
+        assert_eq!(told("sampling.logprobs"), "logprobs");
+        let chat = HttpError::invalid("sampling.logprobs", "no").with_names("messages");
+        assert_eq!(chat.body()["error"]["param"], "top_logprobs");
     }
 
     #[test]

@@ -1,17 +1,46 @@
 //! The fields that completions and chat share, and how they become gRPC's. Fields that OpenAI does not have are those of
-//! gRPC under the names that other servers give them; unknown ones are ignored, as clients send many.
+//! gRPC under the names that other servers give them. Those of other servers without which the answer would be another one
+//! are refused; further unknown ones are ignored, as clients send many.
 
 use std::collections::HashMap;
 
 use perigee_proto::v1;
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::error::HttpError;
 use crate::model::Model;
 
+/// Ways of other servers to say what `response_format` says.
+const FORMATS: &str = "it is not offered: response_format takes json_schema, regex and lark";
+/// Fields of other servers that cannot be ignored, and what to do without them.
+const NOT_OFFERED: [(&str, &str); 21] = [
+    ("guided_json", FORMATS),
+    ("guided_regex", FORMATS),
+    ("guided_choice", FORMATS),
+    ("guided_grammar", FORMATS),
+    ("structured_outputs", FORMATS),
+    ("json_schema", FORMATS),
+    ("regex", FORMATS),
+    ("ebnf", FORMATS),
+    ("functions", "it is not offered: give tools"),
+    ("function_call", "it is not offered: give tool_choice"),
+    ("chat_template", "it is not offered: the model's own is used, with the variables of chat_template_kwargs"),
+    ("continue_final_message", "it is not offered: give the text to go on from to /v1/completions"),
+    ("truncate_prompt_tokens", "it is not offered: give a shorter prompt"),
+    ("prompt_embeds", "it is not offered: give text or token ids"),
+    ("prompt_logprobs", "it is not offered: /v1/completions gives them with echo and logprobs"),
+    ("allowed_token_ids", "it is not offered: logit_bias or response_format keep tokens out"),
+    ("bad_words", "it is not offered: logit_bias keeps tokens out"),
+    ("logits_processors", "it is not offered"),
+    ("custom_logit_processor", "it is not offered"),
+    ("include_stop_str_in_output", "it is not offered: texts end before their stop string"),
+    ("use_beam_search", "it is not offered: tokens are drawn"),
+];
+
 /// One string or several.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text or a list of texts")]
 pub(crate) enum OneOrMany {
     One(String),
     Many(Vec<String>),
@@ -42,6 +71,9 @@ pub(crate) struct Shared {
     priority: Option<i32>,
     cache_salt: Option<String>,
     request_id: Option<String>,
+    /// All others, which may be those of one path alone.
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
 /// Options of a stream.
@@ -70,7 +102,14 @@ impl Shared {
     }
 
     /// A request without its prompt, lengths and log-probabilities.
+    ///
+    /// # Errors
+    /// A field with a bad value, or one that is not offered and cannot be ignored.
     pub(crate) fn request(&self) -> Result<v1::GenerateRequest, HttpError> {
+        let asks = |field: &str| self.others.get(field).is_some_and(asks_for_something);
+        if let Some((field, message)) = NOT_OFFERED.iter().find(|(field, _)| asks(field)) {
+            return Err(HttpError::invalid(field, *message));
+        }
         let mut logit_bias = HashMap::new();
         for (token, value) in self.logit_bias.iter().flatten() {
             let id =
@@ -113,5 +152,17 @@ impl Shared {
             }),
             ..v1::GenerateRequest::default()
         })
+    }
+}
+
+/// Whether a value is more than the words for none: clients send those too.
+fn asks_for_something(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(asks) => *asks,
+        Value::Number(_) => true,
+        Value::String(text) => !text.is_empty(),
+        Value::Array(values) => !values.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
     }
 }

@@ -14,6 +14,7 @@ use crate::validate;
 
 /// A prompt or a conversation.
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a JSON object")]
 pub(crate) struct TokenizeRequest {
     prompt: Option<String>,
     messages: Option<Vec<Map<String, Value>>>,
@@ -26,8 +27,9 @@ pub(crate) struct TokenizeRequest {
 
 /// Tokens.
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a JSON object")]
 pub(crate) struct DetokenizeRequest {
-    tokens: Vec<u32>,
+    tokens: Option<Vec<u32>>,
 }
 
 /// Text to tokens.
@@ -62,6 +64,7 @@ pub(crate) async fn detokenize(
     State(service): State<InferenceService>,
     Body(request): Body<DetokenizeRequest>,
 ) -> Result<Json<Value>, HttpError> {
-    let text = service.decode("tokens", request.tokens).await?;
+    let tokens = request.tokens.ok_or_else(|| HttpError::invalid("tokens", "it is missing"))?;
+    let text = service.decode("tokens", tokens).await?;
     Ok(Json(json!({"prompt": text})))
 }

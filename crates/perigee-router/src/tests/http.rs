@@ -73,7 +73,8 @@ async fn completions_are_gathered_over_prompts_and_choices() {
     let sandbox = Sandbox::start(RouterConfig::default()).await;
     let (_replica, mut attached) = sandbox.add("a").await;
     let body = json!({"model": "random:tiny@0", "prompt": [[1, 2, 3], [4]], "n": 2, "max_tokens": 2, "temperature": 0.5,
-                      "seed": -1, "stop": "x", "logit_bias": {"7": -3.5}, "top_k": -1, "user": "ignored"});
+                      "seed": -1, "stop": "x", "logit_bias": {"7": -3.5}, "top_k": -1, "user": "ignored",
+                      "guided_json": null, "bad_words": [], "use_beam_search": false});
     let answer = post(&sandbox, "/v1/completions", &body);
     let (first, second) = (attached.next_submit().await, attached.next_submit().await);
     assert_eq!((first.prompt.as_slice(), second.prompt.as_slice()), ([1, 2, 3].as_slice(), [4].as_slice()));
@@ -209,7 +210,15 @@ async fn bad_requests_are_refused_in_openais_shape() {
     for (path, body, status, param) in [
         ("/v1/completions", json!({"prompt": "x", "model": "other"}), 404, json!("model")),
         ("/v1/completions", json!({"prompt": "x".repeat(2000)}), 413, Value::Null),
-        ("/v1/completions", json!({"prompt": {"a": 1}}), 400, Value::Null),
+        ("/v1/completions", json!({"prompt": {"a": 1}}), 400, json!("prompt")),
+        ("/v1/completions", json!({}), 400, json!("prompt")),
+        ("/v1/completions", json!({"prompt": [1], "max_tokens": "5"}), 400, json!("max_tokens")),
+        ("/v1/completions", json!({"prompt": [1], "stop": [1]}), 400, json!("stop")),
+        ("/v1/completions", json!({"prompt": [1], "stream": "yes"}), 400, json!("stream")),
+        ("/v1/completions", json!({"seed": 0.5, "prompt": [1]}), 400, json!("seed")),
+        ("/v1/completions", json!([1]), 400, Value::Null),
+        ("/v1/completions", json!({"prompt": [1], "guided_regex": "a+"}), 400, json!("guided_regex")),
+        ("/v1/completions", json!({"prompt": [1], "bad_words": ["a"]}), 400, json!("bad_words")),
         ("/v1/completions", json!({"prompt": ["a", "b", "c"]}), 400, json!("prompt")),
         ("/v1/completions", json!({"prompt": []}), 400, json!("prompt")),
         ("/v1/completions", json!({"prompt": [1], "top_p": 7}), 400, json!("top_p")),
@@ -220,9 +229,16 @@ async fn bad_requests_are_refused_in_openais_shape() {
         ("/v1/completions", json!({"prompt": [1], "logprobs": 21}), 400, json!("logprobs")),
         ("/v1/completions", json!({"prompt": [1]}), 429, Value::Null),
         ("/v1/chat/completions", json!({"messages": []}), 400, json!("messages")),
+        ("/v1/chat/completions", json!({}), 400, json!("messages")),
+        ("/v1/chat/completions", json!({"messages": "x"}), 400, json!("messages")),
+        ("/v1/chat/completions", json!({"messages": chat, "logprobs": 3}), 400, json!("logprobs")),
+        ("/v1/chat/completions", json!({"messages": chat, "functions": [{"name": "f"}]}), 400, json!("functions")),
         ("/v1/chat/completions", json!({"messages": [{"content": "x"}]}), 400, json!("messages")),
         ("/v1/chat/completions", json!({"messages": chat, "top_logprobs": 2}), 400, json!("top_logprobs")),
         ("/v1/chat/completions", json!({"messages": chat, "tools": [{"type": "function"}]}), 400, json!("tools")),
+        ("/tokenize", json!({"prompt": 1}), 400, json!("prompt")),
+        ("/detokenize", json!({}), 400, json!("tokens")),
+        ("/detokenize", json!({"tokens": ["a"]}), 400, json!("tokens")),
         ("/detokenize", json!({"tokens": [1]}), 429, Value::Null),
         ("/nowhere", json!({}), 404, Value::Null),
         ("/v1/models", json!({}), 405, Value::Null),
@@ -233,6 +249,15 @@ async fn bad_requests_are_refused_in_openais_shape() {
     }
     let malformed = Request::post("/v1/completions").body(Body::from("{\"prompt\"")).expect("a request");
     assert_eq!(read(send(&sandbox, malformed)).await.0, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_does_not_come_is_not_waited_for_without_end() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let begun = tokio_stream::iter([Ok::<_, std::io::Error>(Bytes::from("{\"prompt\""))]);
+    let body = Body::from_stream(begun.chain(tokio_stream::pending()));
+    let (status, object) = read(send(&sandbox, Request::post("/v1/completions").body(body).expect("a request"))).await;
+    assert_eq!(status, StatusCode::REQUEST_TIMEOUT, "{object}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -138,7 +138,7 @@ fn sized(request: &BenchRequest) -> Result<EngineOptions> {
     // A quarter of the tokens of a step is kept for prefill.
     let budget = options.step_tokens().max(2 * batch);
     options.token_budget = Some(budget);
-    options.max_batch = batch;
+    options.max_batch = Some(batch);
     options.state_slots = batch;
     options.queue_limit = options.queue_limit.max(batch);
     let steps = request.steps.max(FIRST_STEPS);
@@ -213,7 +213,7 @@ impl Bench<'_> {
         let shared = SharedRanks::new(ranks);
         let config = EngineConfig {
             token_budget: self.options.step_tokens(),
-            max_batch: self.options.max_batch,
+            max_batch: self.options.step_rows(),
             queue_limit: self.options.queue_limit,
             ..EngineConfig::default()
         };

@@ -77,6 +77,6 @@ fn nothing_to_measure_is_refused() {
 #[test]
 fn sizes_are_what_the_largest_cells_need() {
     let options = sized(&request(&[(1, 1000), (40, 64)], 16)).unwrap();
-    assert_eq!((options.max_batch, options.state_slots), (40, 40));
+    assert_eq!((options.max_batch, options.state_slots), (Some(40), 40));
     assert!(options.latent_pages >= Some(80) && options.max_model_len >= Some(1017), "{options:?}");
 }

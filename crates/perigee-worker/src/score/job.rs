@@ -85,7 +85,7 @@ impl ScoreJob {
         let step_tokens = batch * chunk;
         options.token_budget = Some(step_tokens);
         // Logits of every token of a step come back, and a step has room for one row of them for each of its rows.
-        options.max_batch = step_tokens.max(batch * forks);
+        options.max_batch = Some(step_tokens.max(batch * forks));
         options.latent_pages = Some(batch * forks * (total.div_ceil(PAGE_TOKENS) + 1));
         options.max_model_len = Some(total.max(1));
         Ok(Self {

@@ -74,6 +74,21 @@ fn missed_thresholds_end_with_1_and_bad_scenarios_with_2() {
 }
 
 #[test]
+fn a_server_that_refuses_all_and_a_report_without_a_place_are_told_before_the_load() {
+    let cluster = up(1, 1).start().expect("a cluster");
+    let http = format!("http://{}", cluster.http);
+    for (more, reason) in [
+        (["--openai", &http, "--model", "another"].as_slice(), "does not exist"),
+        (&["--html", "/nonexistent/report.html"], "--html: /nonexistent/report.html"),
+    ] {
+        let output = smoke(&cluster, more);
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && told.contains(reason), "{told}");
+        assert!(output.stdout.is_empty(), "nothing was measured");
+    }
+}
+
+#[test]
 fn a_served_replica_is_measured_by_batch_and_context() {
     let cluster = up(1, 1).start().expect("a cluster");
     let router = cluster.grpc.to_string();

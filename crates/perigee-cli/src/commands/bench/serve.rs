@@ -1,14 +1,16 @@
 //! `perigee bench serve`: a load test by a scenario file. Progress goes to standard error, the report to standard output and
 //! to files; a missed threshold is a failure.
 
+use std::fs::OpenOptions;
 use std::io::{IsTerminal, Write};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use perigee_load::target::{GrpcTarget, OpenAiApi, OpenAiOptions, OpenAiTarget, Target};
-use perigee_load::{Arrivals, Pace, Plan, Progress, Scenario, Snapshot};
+use perigee_load::target::{Ask, GrpcTarget, OpenAiApi, OpenAiOptions, OpenAiTarget, Target};
+use perigee_load::{Arrivals, Dialogue, Message, Pace, Plan, Progress, Scenario, Segment, Snapshot};
 
 use crate::client::{ClientArgs, print_json};
 use crate::commands::{at_least_one, without_faults};
@@ -25,7 +27,8 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     scenario: PathBuf,
     /// Ask an OpenAI-compatible server at this address instead of a router over gRPC, such as http://127.0.0.1:8000. The
-    /// environment variable OPENAI_API_KEY is sent as its key. Prompts are text there, about a word a token.
+    /// environment variable OPENAI_API_KEY is sent as its key. Prompts are text there, about a word a token. It is asked for one
+    /// token first, and nothing is measured where that fails.
     #[arg(long, value_name = "URL", requires = "model")]
     openai: Option<String>,
     /// Name of the model at that server.
@@ -71,6 +74,13 @@ enum Api {
 pub(super) fn run(args: ServeArgs) -> anyhow::Result<()> {
     let scenario = args.scenario()?;
     let plan = Plan::new(&scenario)?;
+    // Before the load, not after it.
+    for (option, file) in [("--out", &args.out), ("--html", &args.html)] {
+        if let Some(file) = file {
+            let opened = OpenOptions::new().create(true).append(true).open(file);
+            opened.with_context(|| format!("{option}: {}", file.display()))?;
+        }
+    }
     super::raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let report = runtime.block_on(async {
@@ -142,7 +152,20 @@ impl ServeArgs {
         };
         let tls = self.client.tls.load()?.https_client();
         let key = std::env::var(KEY).ok();
-        Ok(Arc::new(OpenAiTarget::new(OpenAiOptions { url: url.clone(), model: model.clone(), api, key, tls })?))
+        let options = OpenAiOptions { url: url.clone(), model: model.clone(), api, key, tls };
+        let target: Arc<dyn Target> = Arc::new(OpenAiTarget::new(options)?);
+        answers(&*target).await.with_context(|| format!("--openai: {}", target.describe()))?;
+        Ok(target)
+    }
+}
+
+/// Asks for one token: a wrong address, model or key would be a load of failures.
+async fn answers(target: &dyn Target) -> anyhow::Result<()> {
+    let dialogue = Dialogue(vec![Message::User(vec![Segment { seed: 0, tokens: 4 }])]);
+    let ask = Ask { name: "load-first", dialogue: &dialogue, max_tokens: 1, temperature: None, ignore_eos: false };
+    match target.ask(ask, &mut |_| ControlFlow::Continue(())).await {
+        Ok(_) => Ok(()),
+        Err(failure) => bail!("it does not answer a first request: {}: {}", failure.code, failure.message),
     }
 }
 

@@ -40,6 +40,13 @@ pub(super) fn arrive(harness: &mut Harness, arrival: &Arrival) -> TaskId {
 }
 
 #[test]
+fn slots_beyond_two_for_each_session_that_may_run_are_idle() {
+    assert_eq!(Limits { slots: 17, ..limits() }.idle_slots(), 1, "eight rows");
+    assert_eq!(Limits { slots: 16, ..limits() }.idle_slots(), 0);
+    assert_eq!(Limits { slots: 64, step_rows: 64, step_tokens: 16, ..limits() }.idle_slots(), 40, "12 of 16 tokens");
+}
+
+#[test]
 fn what_never_fits_is_refused() {
     let limits = limits();
     assert_eq!(limits.check(9, 10), Err(NeverFits::Sessions { wanted: 9, limit: 8 }));

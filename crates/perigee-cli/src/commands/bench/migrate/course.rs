@@ -163,7 +163,7 @@ fn arguments(args: &MigrateArgs, prompt: Prompt) -> Vec<String> {
     // Room for the long session twice over: where it runs, and where it is to be copied or replayed.
     engine.latent_pages = Some(2 * longest.div_ceil(PAGE_TOKENS) + 64);
     engine.state_slots = 8;
-    engine.max_batch = 8;
+    engine.max_batch = Some(8);
     engine.step_timeout = engine.step_timeout.max(120);
     let mut arguments = engine.to_arguments();
     arguments.extend([
