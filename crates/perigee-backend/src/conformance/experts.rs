@@ -41,10 +41,6 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     cases.push(Case::new("mlp/few tokens".into(), |factory: &mut F, checks| {
         mlp(factory, checks, MlpShape { hidden: 1088, width: 3264 }, Origin::Bytes, &[1, 3, 8, 9, 40])
     }));
-    // So many rows of weights that few blocks share the depth.
-    cases.push(Case::new("mlp/some tokens".into(), |factory: &mut F, checks| {
-        mlp(factory, checks, MlpShape { hidden: 1088, width: 4400 }, Origin::Bytes, &[40, 100])
-    }));
     let grouped = MoeShape { experts: 16, top_k: 4, groups: 4, top_groups: 2, ..PLAIN };
     let variants = [
         ("one group", PLAIN, Bias::Mixed),
