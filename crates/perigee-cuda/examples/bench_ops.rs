@@ -124,6 +124,12 @@ fn median(backend: &mut CudaBackend, mut work: impl FnMut(&mut CudaBackend) -> R
     Ok(times[times.len() / 2])
 }
 
+/// FNV-1a of the numbers' bits, by which results of variants that are to be the same are held together.
+fn digest(values: &[f32]) -> u64 {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    values.iter().flat_map(|value| value.to_le_bytes()).fold(0xcbf2_9ce4_8422_2325, step)
+}
+
 fn main() -> Result<()> {
     let prefix = std::env::args().nth(1).unwrap_or_default();
     let shape = std::env::args().nth(2).unwrap_or_default();
@@ -214,7 +220,8 @@ fn main() -> Result<()> {
             }
             if "moe".starts_with(&prefix) {
                 let ms = median(&mut backend, |backend| backend.moe(&moe, &x, Routing::Free, &mut out))?;
-                println!("moe          {name:24} {ms:9.4} ms");
+                let bits = digest(&backend.read(&out, rows * tokens)?);
+                println!("moe          {name:24} {ms:9.4} ms   {bits:016x}");
             }
         }
     }

@@ -21,6 +21,9 @@ use crate::params::{
 /// Dynamic shared memory of a block of the router on tensor cores: `Shared` of moe_router_tensor.cu, which asserts it.
 pub(crate) const ROUTER_SHARED: usize = 4 * 2 * 64 * 72 * 2;
 
+/// Dynamic shared memory of a block of the router with the norm: `Shared` of moe_norm_router.cu, which asserts it.
+pub(crate) const NORM_ROUTER_SHARED: usize = (32 + 64) * 392 * 2;
+
 /// The kernels of one backend. Fields are dropped in order, so the modules go last.
 #[derive(Debug)]
 pub(crate) struct Kernels {
@@ -52,9 +55,11 @@ pub(crate) struct Kernels {
     pub(crate) moe_sort: Kernel<MoeSortParams>,
     /// Selection and sort of some dozen tokens.
     pub(crate) moe_select_many: Kernel<MoeRouteParams>,
+    /// The router of some dozen tokens with the norm ahead of it; with bfloat16 activations only.
+    pub(crate) moe_norm_router: Option<Kernel<MoeRouteParams>>,
     /// Router, selection and sort of a few tokens.
     pub(crate) moe_route: Kernel<MoeRouteParams>,
-    /// The same with the norm ahead of them; with bfloat16 activations only.
+    /// The same of one token with the norm ahead of them; with bfloat16 activations only.
     pub(crate) moe_norm_route: Option<Kernel<MoeRouteParams>>,
     pub(crate) moe_gate_up: Kernel<MoeProductParams>,
     pub(crate) moe_down: Kernel<MoeProductParams>,
@@ -62,6 +67,8 @@ pub(crate) struct Kernels {
     pub(crate) moe_tensor: Option<MoeTensor>,
     /// For experts of few rows each, by ascending weight rows of a block; with bfloat16 activations only.
     pub(crate) moe_skinny: Vec<MoeTensor>,
+    /// The last of them for many tokens.
+    pub(crate) moe_skinny_many: Option<MoeTensor>,
     /// For steps of many rows an expert; with bfloat16 activations only.
     pub(crate) moe_wide: Option<MoeWide>,
     pub(crate) moe_combine: Kernel<MoeCombineParams>,
@@ -96,13 +103,17 @@ pub(crate) struct KdaFast {
     pub(crate) decode: Kernel<KdaParams>,
     /// The fused step for many rows.
     pub(crate) decode_bulk: Option<Kernel<KdaParams>>,
-    /// The fused step for few rows, with the gates' product in it.
-    pub(crate) decode_gates: Option<Kernel<KdaParams>>,
+    /// The fused step for few rows, with the gates' product in it and a head shared out over [`Self::SPLIT`] blocks.
+    pub(crate) decode_split: Option<Kernel<KdaParams>>,
     /// Shared memory of `decode_bulk`: the state of a head.
     pub(crate) state_shared: usize,
 }
 
 impl KdaFast {
+    /// Blocks of a cluster that share a head, and taps of the convolution (kda_decode_split.cu).
+    pub(crate) const SPLIT: usize = 4;
+    pub(crate) const SPLIT_TAPS: usize = 4;
+
     fn load(modules: &Modules, suffix: &str, head_dim: usize, formula: Formula) -> Result<Self> {
         let decode_fault = formula.suffix(&[Fault::DecayAfterRead, Fault::RoundedState, Fault::SiluGate]);
         let chunk_fault = formula.suffix(&[Fault::DecayAfterRead]);
@@ -131,8 +142,8 @@ impl KdaFast {
                 (128, true) => Some(modules.overlapping("kda_decode_bulk", &format!("kda_decode_bulk_{suffix}_128"))?),
                 _ => None,
             },
-            decode_gates: match (head_dim, is_bf16 && decode_fault.is_empty()) {
-                (128, true) => Some(modules.overlapping("kda_decode", "kda_decode_gates_bf16_128")?),
+            decode_split: match (head_dim, is_bf16 && decode_fault.is_empty()) {
+                (128, true) => Some(modules.overlapping("kda_decode_split", "kda_decode_split_bf16_128")?),
                 _ => None,
             },
             state_shared: head_dim * head_dim * 4,
@@ -157,6 +168,8 @@ pub(crate) struct AttentionKernels {
     pub(crate) merge_splits: Kernel<MlaAttendParams>,
     /// The same for few tokens of which each has many parts.
     pub(crate) merge_many: Kernel<MlaAttendParams>,
+    /// The same by more blocks, each of fewer channels.
+    pub(crate) merge_wide: Kernel<MlaAttendParams>,
 }
 
 impl AttentionKernels {
@@ -173,6 +186,7 @@ impl AttentionKernels {
             },
             merge_splits: modules.overlapping("mla_merge", "mla_merge_splits")?,
             merge_many: modules.overlapping("mla_merge", "mla_merge_many")?,
+            merge_wide: modules.overlapping("mla_merge", "mla_merge_wide")?,
         })
     }
 }
@@ -270,6 +284,8 @@ pub(crate) struct MoeTensor {
     pub(crate) columns: usize,
     pub(crate) gate_up: Kernel<MoeProductParams>,
     pub(crate) down: Kernel<MoeProductParams>,
+    /// Whether blocks take tiles in turn, so that a grid need not be as high as the list of tiles can be long.
+    pub(crate) takes_turns: bool,
     pub(crate) shared: usize,
 }
 
@@ -361,14 +377,18 @@ impl Skinny {
 
 impl MoeTensor {
     /// For experts of few rows each.
-    fn skinny(modules: &Modules, row_warps: usize) -> Result<Self> {
+    fn skinny(modules: &Modules, row_warps: usize, takes_turns: bool) -> Result<Self> {
         // The size of the buffers of gemm/skinny.cuh for 32 tokens, which moe_product_skinny.cu asserts.
         let shared = 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2;
-        let gate_up = modules.overlapping("moe_product_skinny", &format!("moe_gate_up_skinny_{row_warps}"))?;
-        let down = modules.overlapping("moe_product_skinny", &format!("moe_down_skinny_{row_warps}"))?;
-        gate_up.allow_shared(shared)?;
-        down.allow_shared(shared)?;
-        Ok(Self { rows: 32, columns: 16 * row_warps, gate_up, down, shared })
+        let suffix = if takes_turns { "_turns" } else { "" };
+        let load = |name: &str| {
+            let kernel =
+                modules.overlapping("moe_product_skinny", &format!("moe_{name}_skinny_{row_warps}{suffix}"))?;
+            kernel.allow_shared(shared)?;
+            Ok(kernel)
+        };
+        let (gate_up, down) = (load("gate_up")?, load("down")?);
+        Ok(Self { rows: 32, columns: 16 * row_warps, gate_up, down, takes_turns, shared })
     }
 
     fn load(modules: &Modules, rows: usize, stages: usize) -> Result<Self> {
@@ -378,7 +398,7 @@ impl MoeTensor {
         let down = modules.overlapping("moe_product_tensor", &format!("moe_down_tensor_{rows}"))?;
         gate_up.allow_shared(shared)?;
         down.allow_shared(shared)?;
-        Ok(Self { rows, columns: 128, gate_up, down, shared })
+        Ok(Self { rows, columns: 128, gate_up, down, takes_turns: false, shared })
     }
 }
 
@@ -477,6 +497,14 @@ impl Kernels {
             moe_select: modules.overlapping("moe_select", &format!("moe_select{select_fault}"))?,
             moe_sort: modules.overlapping("moe_select", "moe_sort")?,
             moe_select_many: modules.overlapping("moe_select_many", "moe_select_many")?,
+            moe_norm_router: match precision {
+                DType::Bf16 => {
+                    let kernel = modules.overlapping("moe_norm_router", "moe_norm_router")?;
+                    kernel.allow_shared(NORM_ROUTER_SHARED)?;
+                    Some(kernel)
+                }
+                DType::Fp32 => None,
+            },
             moe_route: modules.overlapping("moe_route", &typed("moe_route"))?,
             moe_norm_route: match precision {
                 DType::Bf16 => Some(modules.overlapping("moe_route", "moe_norm_route_bf16")?),
@@ -489,8 +517,12 @@ impl Kernels {
                 DType::Fp32 => None,
             },
             moe_skinny: match precision {
-                DType::Bf16 => vec![MoeTensor::skinny(&modules, 4)?, MoeTensor::skinny(&modules, 8)?],
+                DType::Bf16 => vec![MoeTensor::skinny(&modules, 4, true)?, MoeTensor::skinny(&modules, 8, true)?],
                 DType::Fp32 => Vec::new(),
+            },
+            moe_skinny_many: match precision {
+                DType::Bf16 => Some(MoeTensor::skinny(&modules, 8, false)?),
+                DType::Fp32 => None,
             },
             moe_wide: match precision {
                 DType::Bf16 => Some(MoeWide::load(&modules)?),

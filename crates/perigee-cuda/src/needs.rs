@@ -23,6 +23,8 @@ const STRETCH_TOKENS: usize = 256;
 pub(crate) const EXPERT_BLOCK: usize = 8;
 /// Bytes of an expert's tile in the list of tiles.
 const TILE_BYTES: usize = 12;
+/// Rows of the residual stream that have a second place, for kernels whose blocks all read the first.
+pub(crate) const MOVED_ROWS: usize = 128;
 /// Alignment of the parts of working memory, for which `fixed` leaves room.
 const ALIGNMENT: usize = 256;
 
@@ -174,7 +176,7 @@ pub struct LayerShapes {
 }
 
 /// Bytes of working memory for steps of up to `tokens` tokens with activations of this type, partial results of attention
-/// included: the largest op's, since ops run one after the other.
+/// included: the largest op's, since ops run one after the other, and the residual stream's second place.
 pub fn working_bytes(shapes: &LayerShapes, tokens: usize, precision: DType) -> u64 {
     let element = precision.bytes();
     let [project, values, other, stretch] = mla(&shapes.mla, element);
@@ -189,8 +191,11 @@ pub fn working_bytes(shapes: &LayerShapes, tokens: usize, precision: DType) -> u
         head(shapes.mla.hidden, 0, element),
     ];
     let most = needs.iter().map(|need| need.bytes(tokens)).max().unwrap_or(0);
+    let moved = MOVED_ROWS * shapes.mla.hidden * DType::Fp32.bytes();
     // Twice what fills a device of up to 160 multiprocessors: more items are not split.
-    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64 + widened_bytes(&shapes.moe, precision)
+    most.max(parts(2 * 2 * 160, shapes.mla.heads, shapes.mla.latent)) as u64
+        + moved as u64
+        + widened_bytes(&shapes.moe, precision)
 }
 
 /// Bytes of the logits of all ranks in each rank's order, for `rows` rows of at most `head_rows` columns from each of `ranks`.
@@ -240,7 +245,8 @@ mod tests {
         let kda = kda(&shapes.kda, 2);
         assert_eq!(kda_width(&shapes.kda), 12576);
         assert_eq!(mla_rows(&shapes.mla), (6144, 6720));
-        assert_eq!(working_bytes(&shapes, 8192, DType::Bf16), kda.bytes(8192) as u64);
+        let moved = 128 * 2304 * 4;
+        assert_eq!(working_bytes(&shapes, 8192, DType::Bf16), kda.bytes(8192) as u64 + moved);
         // A few tokens: the parts of attention are what counts, or the chunks that KDA always keeps room for.
         let few = working_bytes(&shapes, 1, DType::Bf16);
         assert!((64 << 20..256 << 20).contains(&few), "{few}");

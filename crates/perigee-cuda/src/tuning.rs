@@ -18,10 +18,31 @@ pub(crate) struct Tuning {
     pub(crate) gates: usize,
     /// Rows of one token from which KDA's step is bound by the states' bytes.
     pub(crate) bulk: usize,
+    /// Tokens up to which a recorded step's router computes the norm ahead of it, by clusters of blocks.
+    pub(crate) normed: usize,
+    /// Tokens with several parts of attention up to which blocks merge few channels each.
+    pub(crate) merge: usize,
+    /// Tokens up to which blocks of experts' products take tiles in turn.
+    pub(crate) turns: usize,
+    /// Tiles that they have blocks for, in per cent of those that even routing gives.
+    pub(crate) tiles: usize,
+    /// Tokens up to which blocks of those products have half as many rows of weights.
+    pub(crate) narrow: usize,
 }
 
 /// What is shipped.
-static SHIPPED: Tuning = Tuning { shared: 256, router: 33, select: 17, gates: 8, bulk: 24 };
+static SHIPPED: Tuning = Tuning {
+    shared: 256,
+    router: 33,
+    select: 17,
+    gates: 8,
+    bulk: 24,
+    normed: 128,
+    merge: 1,
+    turns: 128,
+    tiles: 60,
+    narrow: 16,
+};
 
 /// The thresholds of this process.
 #[cfg(not(feature = "tuning"))]
@@ -93,6 +114,11 @@ fn parse(text: &str) -> Result<Tuning, String> {
             "select" => &mut tuning.select,
             "gates" => &mut tuning.gates,
             "bulk" => &mut tuning.bulk,
+            "normed" => &mut tuning.normed,
+            "merge" => &mut tuning.merge,
+            "turns" => &mut tuning.turns,
+            "tiles" => &mut tuning.tiles,
+            "narrow" => &mut tuning.narrow,
             _ => return Err(unknown()),
         };
         *field = value.parse().map_err(|_| unknown())?;

@@ -41,6 +41,10 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     cases.push(Case::new("mlp/few tokens".into(), |factory: &mut F, checks| {
         mlp(factory, checks, MlpShape { hidden: 1088, width: 3264 }, Origin::Bytes, &[1, 3, 8, 9, 40])
     }));
+    // So many rows of weights that few blocks share the depth.
+    cases.push(Case::new("mlp/some tokens".into(), |factory: &mut F, checks| {
+        mlp(factory, checks, MlpShape { hidden: 1088, width: 4400 }, Origin::Bytes, &[40, 100])
+    }));
     let grouped = MoeShape { experts: 16, top_k: 4, groups: 4, top_groups: 2, ..PLAIN };
     let variants = [
         ("one group", PLAIN, Bias::Mixed),
@@ -70,12 +74,24 @@ pub(super) fn cases<F: Factory>() -> Vec<Case<F>> {
     let deep = MoeShape { hidden: 640, experts: 2, top_k: 1, width: 576, shared_width: 0, ..PLAIN };
     let many = MoeShape { hidden: 448, experts: 56, top_k: 8, width: 128, shared_width: 0, ..PLAIN };
     let wide = MoeShape { hidden: 1152, experts: 16, top_k: 8, width: 128, shared_width: 0, ..PLAIN };
-    let large = [("deep", deep, [3, 70, 100]), ("many tiles", many, [40, 200, 301]), ("wide", wide, [1, 2, 5])];
+    // Few rows an expert of many tokens.
+    let few = MoeShape { hidden: 448, experts: 128, top_k: 8, width: 64, shared_width: 0, ..PLAIN };
+    let large: [(_, _, &'static [usize]); 4] = [
+        ("deep", deep, &[3, 70, 100]),
+        ("many tiles", many, &[40, 100, 200, 301]),
+        ("many experts of few rows", few, &[130, 256]),
+        ("wide", wide, &[1, 2, 5]),
+    ];
     for (name, shape, counts) in large {
         cases.push(Case::new(format!("moe/{name}"), move |factory: &mut F, checks| {
-            moe(factory, checks, (shape, Bias::Mixed), Origin::Bytes, [&counts, &counts])
+            moe(factory, checks, (shape, Bias::Mixed), Origin::Bytes, [counts, counts])
         }));
     }
+    // As many experts and as long tokens as kernels for some dozen tokens take.
+    let most = MoeShape { hidden: 2304, experts: 256, top_k: 8, width: 16, shared_width: 16, ..PLAIN };
+    cases.push(Case::new("moe/most experts".into(), move |factory: &mut F, checks| {
+        moe(factory, checks, (most, Bias::Mixed), Origin::Bytes, [&[17, 64, 200, 256], &[64, 256]])
+    }));
     cases.push(Case::new("moe/random rule".into(), move |factory: &mut F, checks| {
         moe(factory, checks, (PLAIN, Bias::Mixed), Origin::Rules, [&COUNTS, &COUNTS])
     }));

@@ -7,6 +7,7 @@ use crate::kernels::{AttentionKernels, MlaTensor};
 use crate::params::{MlaAttendParams, MlaDecodeParams};
 use crate::stream::{Grid, Stream};
 use crate::tensor_map::{Rows, TensorMap};
+use crate::tuning::tuning;
 
 /// Warps of a block of the general kernel, one query row each.
 const WARPS: usize = 4;
@@ -15,6 +16,8 @@ const DECODE_THREADS: u32 = 384;
 /// Warps of a block that merges, and channels that one of them merges.
 const MERGE_WARPS: usize = 8;
 const MERGE_CHANNELS: usize = 256;
+/// Channels of a block that merges the many parts of one token.
+const WIDE_CHANNELS: usize = 128;
 /// Merges up to which all warps of a block work at one, since many parts are then likely.
 const FEW_MERGES: usize = 8;
 
@@ -50,6 +53,11 @@ impl AttentionKernels {
         }
         let units = rows * (params.latent as usize).div_ceil(MERGE_CHANNELS);
         let threads = 32 * MERGE_WARPS as u32;
+        let latent = params.latent as usize;
+        if plan.merges <= tuning().merge && latent.is_multiple_of(WIDE_CHANNELS) {
+            let grid = Grid::new(plan.merges, rows * (latent / WIDE_CHANNELS), threads);
+            return stream.launch(&self.merge_wide, grid, params);
+        }
         if plan.merges <= FEW_MERGES {
             return stream.launch(&self.merge_many, Grid::new(plan.merges, units, threads), params);
         }

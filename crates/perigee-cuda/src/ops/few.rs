@@ -6,7 +6,8 @@ use perigee_backend::{DType, Result};
 
 use crate::backend::CudaBackend;
 use crate::formula::Fault;
-use crate::kernels::MoeSingle;
+use crate::kernels::{MoeSingle, NORM_ROUTER_SHARED};
+use crate::needs::MOVED_ROWS;
 use crate::ops::dense::{ring_bytes, single_stages};
 use crate::ops::moe::{ExpertWeights, Moe, Work};
 use crate::params::{MoeRouteParams, MoeRouterParams, MoeSelectParams, MoeSingleParams, MoeSortParams, NormParams};
@@ -29,6 +30,13 @@ const BLOCK_EXPERTS: usize = 4;
 /// Most tokens that are normed on the way, by every block that scores them; and the widest.
 const NORM_TOKENS: usize = 1;
 const MOST_NORMED: usize = 2560;
+/// Tokens, experts and blocks of a cluster that norms more of them on the way to the router, and the widest token (moe_norm_router.cu).
+const CLUSTER_TOKENS: usize = 32;
+const CLUSTER_EXPERTS: usize = 64;
+const CLUSTER_BLOCKS: usize = 6;
+const CLUSTER_WIDTH: usize = 384 * CLUSTER_BLOCKS;
+/// The width is a multiple of this.
+const CLUSTER_STEP: usize = 64;
 /// Bytes of the counts of blocks that the routing keeps, behind the count of experts.
 pub(crate) const ROUTE_COUNTS: usize = 4 * (1 + ROUTE_TOKENS / BLOCK_TOKENS);
 
@@ -98,7 +106,40 @@ impl CudaBackend {
     pub(crate) fn may_defer_norm(&self, norm: &NormParams) -> bool {
         let has_kernel = self.kernels.moe_norm_route.is_some();
         let is_whole = norm.width.is_multiple_of(4) && norm.width as usize <= MOST_NORMED && norm.delta != 0;
-        self.recorder.is_recording() && self.tokens() <= NORM_TOKENS && is_whole && has_kernel
+        let is_normed = self.tokens() <= NORM_TOKENS || self.norms_by_clusters();
+        self.recorder.is_recording() && is_normed && is_whole && has_kernel
+    }
+
+    /// Whether the step's tokens are as many as are normed by clusters of the router's blocks.
+    fn norms_by_clusters(&self) -> bool {
+        (ROUTE_TOKENS + 1..=tuning().normed.min(MOVED_ROWS)).contains(&self.tokens())
+    }
+
+    /// Takes the norm that was put off, if it is what makes the router's x and the router by clusters computes it; and its weights.
+    pub(crate) fn moe_norm_of_router(&mut self, layer: &Moe, x: u64) -> Option<(NormParams, u64)> {
+        let shape = &layer.shape;
+        let fits = self.norms_by_clusters()
+            && shape.hidden <= CLUSTER_WIDTH
+            && shape.hidden.is_multiple_of(CLUSTER_STEP)
+            && shape.experts.is_multiple_of(4)
+            && self.kernels.moe_norm_router.is_some();
+        let weight = layer.narrow_router.as_ref().filter(|_| fits)?.address();
+        Some((self.take_norm(x, shape.hidden)?, weight))
+    }
+
+    /// Queues that router with the norm.
+    pub(crate) fn moe_norm_router(
+        &self,
+        (norm, weight): (NormParams, u64),
+        (router, select, sort): (MoeRouterParams, MoeSelectParams, MoeSortParams),
+    ) -> Result<()> {
+        let Some(kernel) = &self.kernels.moe_norm_router else { return Ok(()) };
+        let router = MoeRouterParams { weight, ..router };
+        let experts = (router.experts as usize).div_ceil(CLUSTER_EXPERTS);
+        let mut grid =
+            Grid::new(experts, (router.tokens as usize).div_ceil(CLUSTER_TOKENS), 256).shared(NORM_ROUTER_SHARED);
+        grid.blocks.2 = CLUSTER_BLOCKS as u32;
+        self.stream.launch(kernel, grid, &MoeRouteParams { router, select, sort, norm, arrived: 0 })
     }
 
     /// The kernels for one token's experts, where they fit.

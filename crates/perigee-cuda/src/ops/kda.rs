@@ -8,6 +8,7 @@ use crate::backend::CudaBackend;
 use crate::blas::{Operands, Product};
 use crate::buffer::Buffer;
 use crate::formula::Fault;
+use crate::kernels::KdaFast;
 use crate::loader::{Loader, Placement};
 use crate::module::Kernel;
 use crate::needs;
@@ -232,7 +233,8 @@ impl CudaBackend {
     fn kda_gates_kernel(&self, layer: &Kda) -> Option<&Kernel<KdaParams>> {
         let fast = self.kda_fast(layer.shape.head_dim)?;
         let is_few = self.step.prefill_rows.count == 0 && self.step.decode_rows.count <= tuning().gates;
-        self.kernels.kda_fast[fast].decode_gates.as_ref().filter(|_| is_few)
+        let fits = is_few && layer.shape.conv == KdaFast::SPLIT_TAPS;
+        self.kernels.kda_fast[fast].decode_split.as_ref().filter(|_| fits)
     }
 
     /// Rows of one token in one fused kernel.
@@ -243,7 +245,10 @@ impl CudaBackend {
         let grid = Grid::new(params.heads as usize, rows.count, 256);
         let fast = &self.kernels.kda_fast[fast];
         match (self.kda_gates_kernel(layer), &fast.decode_bulk) {
-            (Some(kernel), _) => self.stream.launch(kernel, grid, &params),
+            (Some(kernel), _) => {
+                let grid = Grid::new(KdaFast::SPLIT * params.heads as usize, rows.count, 256);
+                self.stream.launch(kernel, grid, &params)
+            }
             (None, Some(bulk)) if rows.count >= tuning().bulk => {
                 self.stream.launch(bulk, grid.shared(fast.state_shared), &params)
             }

@@ -32,7 +32,6 @@ const FEW_ROWS: usize = 16;
 /// Depth of a step of that product, and weight rows of a block: half as many where blocks would be too few otherwise.
 const SKINNY_DEPTH: usize = 64;
 const SKINNY_COLUMNS: usize = 128;
-const FEW_TOKENS: usize = 32;
 /// Rows of the smallest tile.
 const LEAST_TILE: usize = 16;
 /// Tokens from which the router's depth is cut into parts, and the least depth of a part.
@@ -56,7 +55,7 @@ pub struct Moe {
     /// [E, d] float32
     router: Matrix,
     /// The same in bfloat16, where that is how it was stored: products with it are exact, and many tokens go through tensor cores.
-    narrow_router: Option<Matrix>,
+    pub(super) narrow_router: Option<Matrix>,
     bias: Buffer,
     /// Shared experts that are as wide as a routed one lie behind the others as one more expert: 1, else 0.
     extra: usize,
@@ -251,10 +250,11 @@ impl CudaBackend {
         let rows = self.tokens() * layer.shape.top_k / layer.shape.experts;
         let (hidden, width) = (layer.shape.hidden, layer.width);
         let is_deep = hidden.is_multiple_of(SKINNY_DEPTH) && width.is_multiple_of(SKINNY_DEPTH);
-        let most = if self.tokens() <= FEW_TOKENS { SKINNY_COLUMNS / 2 } else { SKINNY_COLUMNS };
+        let most = if self.tokens() <= tuning().narrow { SKINNY_COLUMNS / 2 } else { SKINNY_COLUMNS };
         let skinny = self.kernels.moe_skinny.iter().rfind(|kernel| kernel.columns <= most.min(hidden).min(2 * width));
         if rows <= FEW_ROWS && is_deep && skinny.is_some() {
-            return skinny;
+            let many = self.kernels.moe_skinny_many.as_ref().filter(|_| self.tokens() > tuning().turns);
+            return skinny.map(|skinny| many.filter(|many| many.columns == skinny.columns).unwrap_or(skinny));
         }
         self.kernels.moe_tensor.as_ref()
     }
@@ -304,15 +304,25 @@ impl CudaBackend {
             return self.moe_wide_products(layer, kernels, weights, x.address(), work);
         }
         if let Some(tensor) = self.moe_tensor(layer) {
-            let grid = |weight_rows: usize| {
-                Grid::new(weight_rows.div_ceil(tensor.columns), tiles(tensor.rows), 256).shared(tensor.shared)
-            };
+            let most = tiles(tensor.rows);
+            let height = if tensor.takes_turns { self.moe_likely_tiles(layer, tensor.rows).min(most) } else { most };
+            let grid =
+                |weight_rows: usize| Grid::new(weight_rows.div_ceil(tensor.columns), height, 256).shared(tensor.shared);
             self.stream.launch(&tensor.gate_up, grid(2 * layer.width), &up)?;
             return self.stream.launch(&tensor.down, grid(shape.hidden), &down);
         }
         let grid = |columns: usize| Grid::new(columns.div_ceil(TILE_COLUMNS), tiles(TILE_ROWS), 256);
         self.stream.launch(&self.kernels.moe_gate_up, grid(layer.width), &up)?;
         self.stream.launch(&self.kernels.moe_down, grid(shape.hidden), &down)
+    }
+
+    /// Tiles that this step's products have blocks for where these take them in turn: a part of those that even routing gives. How many there
+    /// are only the device knows.
+    fn moe_likely_tiles(&self, layer: &Moe, rows: usize) -> usize {
+        let (tokens, shape) = (self.tokens(), layer.shape);
+        let untouched = (1.0 - shape.top_k as f64 / shape.experts as f64).powf(tokens as f64);
+        let routed = shape.experts as f64 * (1.0 - untouched) * tuning().tiles as f64 / 100.0;
+        routed.ceil() as usize + layer.shared_choices(tokens) * tokens.div_ceil(rows)
     }
 
     /// Forced choices on the device, or 0.
@@ -358,8 +368,9 @@ impl CudaBackend {
         let (tokens, shape) = (self.tokens(), layer.shape);
         let entries = tokens * layer.choices(tokens);
         let narrow = layer.narrow_router.as_ref().filter(|_| tokens >= ROUTER_PRODUCT);
-        let parts =
-            if narrow.is_some() || self.moe_routes_few(layer, forced) { 1 } else { router_parts(&shape, tokens) };
+        let normed = self.moe_norm_of_router(layer, x.address());
+        let is_whole = narrow.is_some() || normed.is_some() || self.moe_routes_few(layer, forced);
+        let parts = if is_whole { 1 } else { router_parts(&shape, tokens) };
         let params = MoeRouterParams {
             x: x.address(),
             weight: layer.router.address(),
@@ -404,7 +415,9 @@ impl CudaBackend {
             return self.moe_route_few(layer, (params, select, sort));
         }
         self.settle_norm()?;
-        if let Some(weight) = narrow {
+        if let Some(normed) = normed {
+            self.moe_norm_router(normed, (params, select, sort))?;
+        } else if let Some(weight) = narrow {
             let product =
                 Product { result: DType::Fp32, ..Product::dense(tokens, shape.hidden, shape.experts, DType::Bf16) };
             let operands = Operands { input: x.address(), weight: weight.address(), out: work.scores };

@@ -5,6 +5,7 @@ use perigee_backend::{DType, Result, TensorSlice};
 use crate::backend::CudaBackend;
 use crate::buffer::Buffer;
 use crate::module::Kernel;
+use crate::needs::MOVED_ROWS;
 use crate::params::NormParams;
 use crate::stream::Grid;
 use crate::tensor::Tensor;
@@ -32,8 +33,9 @@ pub(crate) struct NormRows {
 impl CudaBackend {
     pub(crate) fn norm_load(&mut self, weight: &TensorSlice<'_>, eps: f32) -> Result<Norm> {
         let width = weight.elements();
-        if self.stream_copy.as_ref().is_none_or(|copy| copy.bytes() < width * 4) {
-            self.stream_copy = Some(Buffer::new(self.stream.device(), width * 4, "a row of the residual stream")?);
+        let bytes = MOVED_ROWS * width * 4;
+        if self.stream_copy.as_ref().is_none_or(|copy| copy.bytes() < bytes) {
+            self.stream_copy = Some(Buffer::new(self.stream.device(), bytes, "rows of the residual stream")?);
         }
         Ok(Norm { weight: self.loader.vector(&self.stream, &self.kernels, weight)?, width, eps })
     }
@@ -107,7 +109,8 @@ impl CudaBackend {
         if !self.recorder.records_whole() {
             return None;
         }
-        let to = self.stream_copy.as_ref().filter(|copy| copy.bytes() >= width * 4)?.address();
+        let bytes = self.tokens() * width * 4;
+        let to = self.stream_copy.as_ref().filter(|copy| copy.bytes() >= bytes)?.address();
         let norm =
             self.deferred_norm.filter(|norm| norm.out == x && norm.width as usize == width && norm.residual != to)?;
         self.deferred_norm = None;

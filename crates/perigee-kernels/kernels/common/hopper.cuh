@@ -77,6 +77,36 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t ra
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}"
                ::"r"(shared_address(barrier)), "r"(rank) : "memory");
 }
+// The same place of another block of the cluster, or of this one, for `store_at` and `load_at`.
+__device__ __forceinline__ uint32_t address_at(const void* place, uint32_t rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(place)), "r"(rank));
+  return there;
+}
+// Numbers of a block of the cluster, by `address_at`.
+__device__ __forceinline__ float load_at(uint32_t place) {
+  float x;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(place) : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load4_at(uint32_t place) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(place) : "memory");
+  return x;
+}
+// Four bytes to a block of the cluster; they arrive at its barrier, both by `address_at`.
+__device__ __forceinline__ void store_at(uint32_t place, float x, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+               ::"r"(place), "r"(__float_as_uint(x)), "r"(barrier) : "memory");
+}
+// As `barrier_wait`, for what other blocks of the cluster stored.
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@done bra.uni ready;\nbra.uni again;\nready:\n}"
+      ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+// The first meeting of a cluster, which publishes what `barrier_init_done` fenced: all its blocks run and have their barriers.
+__device__ __forceinline__ void cluster_begin() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 // What this thread wrote to shared memory by ordinary or asynchronous copies becomes visible to products.
 __device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -33,33 +33,9 @@ struct Factors {
   float strength;
 };
 
-// 128 numbers of a weight row, and their product with as many numbers in shared memory.
-struct GateRow {
-  uint4 pieces[16];
-  __device__ __forceinline__ void read(const bf16* row) {
-#pragma unroll
-    for (int i = 0; i < 16; i++) pieces[i] = reinterpret_cast<const uint4*>(row)[i];
-  }
-  __device__ __forceinline__ float product(const float* x) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      const uint32_t words[4] = {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w};
-#pragma unroll
-      for (int w = 0; w < 4; w++) {
-        sum += __uint_as_float(words[w] << 16) * x[i * 8 + w * 2];
-        sum += __uint_as_float(words[w] & 0xffff0000u) * x[i * 8 + w * 2 + 1];
-      }
-    }
-    return sum;
-  }
-};
-
-// Waits for the kernel ahead, and leaves what the state's update needs in shared memory, behind a barrier. With kGates the product
-// of the low-rank gates' second halves is computed here: 128 channels, bfloat16, a row of their weights a thread.
-template <class T, int kDim, bool kGates, Fault kFault>
+// Waits for the kernel ahead, and leaves what the state's update needs in shared memory, behind a barrier.
+template <class T, int kDim, Fault kFault>
 __device__ __forceinline__ Factors prepare(const KdaParams& p, const KdaRow& row, uint32_t head, DecodeShared<kDim>& s) {
-  static_assert(!kGates || 2 * kDim == kThreads, "a gate's channel a thread");
   constexpr int kTasks = (5 * kDim + kThreads - 1) / kThreads;
   const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t token = row.first_token, width = p.heads * kDim, channels = 3 * width;
@@ -85,36 +61,17 @@ __device__ __forceinline__ Factors prepare(const KdaParams& p, const KdaRow& row
       fixed[j] = p.o_norm[c];
     }
   }
-  // The thread's gate channel: decays are the second task of the upper half, output gates the third of the lower.
-  const bool is_output = threadIdx.x < kDim;
-  GateRow gate_row;
-  if constexpr (kGates) {
-    const uint64_t channel = (is_output ? width : 0) + head * kDim + threadIdx.x % kDim;
-    gate_row.read(static_cast<const bf16*>(p.gate_weights) + channel * kDim);
-  }
   grid_wait();
 #pragma unroll
   for (int j = 0; j < kTasks; j++) {
     const uint32_t task = threadIdx.x + j * kThreads, which = task / kDim, c = task % kDim;
     if (which < 3 && p.taps == kTaps) {
       inputs[j][kTaps - 1] = conv_input<T>(p, row, 0, which * width + head * kDim + c);
-    } else if (!kGates && (which == 3 || which == 4)) {
+    } else if (which == 3 || which == 4) {
       inputs[j][0] = p.gates[static_cast<uint64_t>(token) * 2 * width + (which - 3) * width + head * kDim + c];
     }
   }
   const float strength = write_strength<T>(p, token, head);
-  if constexpr (kGates) {
-    // First halves of the decay and of the output gate, in the place of the sums that come later.
-    float* low = &s.partial[0][0];
-    low[threadIdx.x] = widen(static_cast<const T*>(p.projected)[static_cast<uint64_t>(token) * p.projected_pitch + channels + threadIdx.x]);
-    __syncthreads();
-    const float z = gate_row.product(low + (is_output ? kDim : 0));
-#pragma unroll
-    for (int j = 0; j < kTasks; j++) {
-      const uint32_t which = (threadIdx.x + j * kThreads) / kDim;
-      if (which == 3 || which == 4) inputs[j][0] = z;
-    }
-  }
   float q_squares = 0.0f, k_squares = 0.0f;
 #pragma unroll
   for (int j = 0; j < kTasks; j++) {

@@ -3,11 +3,11 @@
 // rows, where the kernel is bound by latency; see kda_decode_bulk.cu for many, and README.md.
 #include "kda/decode.cuh"
 
-template <class T, int kDim, bool kGates = false, Fault kFault = Fault::kNone>
+template <class T, int kDim, Fault kFault = Fault::kNone>
 __device__ __forceinline__ void decode(const KdaParams& p) {
   using Share = StateShare<kDim>;
   __shared__ DecodeShared<kDim> s;
-  if (!kGates) grid_trigger();
+  grid_trigger();
   // Rows come with the step's plan, and state and tails are this kernel's alone: none of them waits for the kernel ahead.
   const uint32_t head = blockIdx.x;
   const KdaRow row = p.rows[blockIdx.y];
@@ -23,9 +23,7 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
 #pragma unroll
   for (int r = 0; r < Share::kRows; r++) state[r] = *reinterpret_cast<const float4*>(source + r * Share::kStep * kDim);
 
-  const Factors factors = prepare<T, kDim, kGates, kFault>(p, row, head, s);
-  // With few rows the product behind asks for weights while this kernel computes, not before it has read.
-  if (kGates) grid_trigger();
+  const Factors factors = prepare<T, kDim, kFault>(p, row, head, s);
   float4 read = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int r = 0; r < Share::kRows; r++) {
@@ -77,15 +75,10 @@ KDA_DECODE(bf16, bf16, 32)
 KDA_DECODE(bf16, bf16, 64)
 KDA_DECODE(bf16, bf16, 128)
 
-// With the gates' product, whose weights are read by every row: for a few of them.
-extern "C" __global__ void __launch_bounds__(kThreads, 1) kda_decode_gates_bf16_128(const __grid_constant__ KdaParams p) {
-  decode<bf16, 128, true>(p);
-}
-
 #ifdef PERIGEE_PLANTED_FAULTS
 #define KDA_DECODE_FAULT(suffix, fault, dim)                                                                                       \
   extern "C" __global__ void __launch_bounds__(kThreads, 2) kda_decode_fp32_##dim##_##suffix(const __grid_constant__ KdaParams p) { \
-    decode<float, dim, false, fault>(p);                                                                                           \
+    decode<float, dim, fault>(p);                                                                                           \
   }
 #define KDA_DECODE_FAULTS(dim)                                         \
   KDA_DECODE_FAULT(decay_after_read, Fault::kDecayAfterRead, dim)      \

@@ -29,7 +29,7 @@ __device__ __forceinline__ void decode(const KdaParams& p) {
                  : "memory");
   }
   // Its barriers also make the one above known to all.
-  const Factors factors = prepare<T, kDim, false, Fault::kNone>(p, row, head, s);
+  const Factors factors = prepare<T, kDim, Fault::kNone>(p, row, head, s);
   asm volatile(
       "{\n"
       ".reg .pred done;\n"

@@ -78,6 +78,80 @@ __device__ __forceinline__ void merge_splits(const MlaAttendParams& p) {
 extern "C" __global__ void __launch_bounds__(kWarps * kWarp) mla_merge_splits(const __grid_constant__ MlaAttendParams p) { merge_splits<false>(p); }
 extern "C" __global__ void __launch_bounds__(kWarps * kWarp) mla_merge_many(const __grid_constant__ MlaAttendParams p) { merge_splits<true>(p); }
 
+// As mla_merge_many, for few rows of many parts: a block has 128 channels of a (token, head), so that one token of 32 heads is 128 blocks,
+// and asks at once for up to kSpan parts, a lane four channels of each, beside their weights. The latent is a multiple of 128.
+constexpr int kHeld = 17;                // parts of a warp under way
+constexpr int kSpan = kHeld * kWarps;    // of the block: all of a row that every multiprocessor has a part of
+constexpr int kWeights = (kSpan + kWarp - 1) / kWarp;
+constexpr int kWideChannels = 4 * kWarp;
+
+extern "C" __global__ void __launch_bounds__(kWarps * kWarp, 2) mla_merge_wide(const __grid_constant__ MlaAttendParams p) {
+  __shared__ float4 sums[kWarps][kWarp];
+  const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  grid_trigger();
+  const AttendMerge merge = p.merges[blockIdx.x];
+  grid_wait();
+  const uint32_t slices = p.latent / kWideChannels;
+  if (blockIdx.y >= merge.tokens * p.heads * slices) return;
+  const uint32_t row = blockIdx.y / slices, channel = blockIdx.y % slices * kWideChannels;
+  const uint64_t base = static_cast<uint64_t>(merge.first_part) * p.part_rows + row;
+  const uint64_t pitch = static_cast<uint64_t>(p.part_rows) * p.latent;
+  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+  float total = 0.0f, peak = -INFINITY;
+#pragma unroll 1
+  for (uint32_t begin = 0; begin < merge.parts; begin += kSpan) {
+    const uint32_t count = min(static_cast<uint32_t>(kSpan), merge.parts - begin);
+    const float* lse = p.part_lse + base + static_cast<uint64_t>(begin) * p.part_rows;
+    const float* output = p.part_output + (base + static_cast<uint64_t>(begin) * p.part_rows) * p.latent + channel + lane * 4;
+    float weight[kWeights];
+    float4 part[kHeld];
+#pragma unroll
+    for (int i = 0; i < kWeights; i++) {
+      const uint32_t at = lane + i * kWarp;
+      weight[i] = at < count ? lse[static_cast<uint64_t>(at) * p.part_rows] : -INFINITY;
+    }
+#pragma unroll
+    for (int j = 0; j < kHeld; j++) {
+      const uint32_t at = warp + j * kWarps;
+      part[j] = at < count ? *reinterpret_cast<const float4*>(output + at * pitch) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+    }
+    float next = peak;
+#pragma unroll
+    for (int i = 0; i < kWeights; i++) next = fmaxf(next, weight[i]);
+    next = warp_max(next);
+    // Nothing seen in any part: any finite reference does, and all weights are 0.
+    const float reference = next == -INFINITY ? 0.0f : next;
+    const float fade = expf(peak - reference);
+    float mine = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWeights; i++) {
+      weight[i] = expf(weight[i] - reference);
+      mine += weight[i];
+    }
+    total = total * fade + warp_sum(mine);
+    sum = {sum.x * fade, sum.y * fade, sum.z * fade, sum.w * fade};
+    peak = next;
+    static_assert(kWarp % kWarps == 0, "a warp's parts lie in the same lanes");
+#pragma unroll
+    for (int j = 0; j < kHeld; j++) {
+      const float w = __shfl_sync(~0u, weight[j * kWarps / kWarp], warp + j * kWarps % kWarp);
+      sum.x += w * part[j].x;
+      sum.y += w * part[j].y;
+      sum.z += w * part[j].z;
+      sum.w += w * part[j].w;
+    }
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kWideChannels) return;
+  float whole = 0.0f;
+#pragma unroll
+  for (int other = 0; other < kWarps; other++) whole += reinterpret_cast<const float*>(sums[other])[threadIdx.x];
+  const uint64_t to = static_cast<uint64_t>(merge.first_token) * p.heads + row;
+  p.output[to * p.latent + channel + threadIdx.x] = total > 0.0f ? whole / total : 0.0f;
+  if (channel == 0 && threadIdx.x == 0) p.lse[to] = total > 0.0f ? peak + logf(total) : -INFINITY;
+}
+
 // One block a head: merges another part into the partial result of one token.
 extern "C" __global__ void __launch_bounds__(128) mla_merge_other(const __grid_constant__ MlaMergeParams p) {
   const uint64_t head = blockIdx.x;

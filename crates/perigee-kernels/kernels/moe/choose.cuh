@@ -109,3 +109,31 @@ __device__ __forceinline__ bool is_last(uint32_t* arrived, uint32_t count) {
   if (last) __threadfence();
   return last;
 }
+
+// The whole block, an expert a thread: as `sort` of moe_select.cu, for up to kMostEntries, of which each thread has its share in registers.
+template <uint32_t kMostEntries>
+__device__ __forceinline__ void sort(const MoeSortParams& p) {
+  constexpr int kThreads = kWarpExperts, kEach = kMostEntries / kThreads;
+  __shared__ uint32_t counts[kWarpExperts + kMostChoices];
+  for (uint32_t e = threadIdx.x; e < p.experts; e += kThreads) counts[e] = 0;
+  uint32_t experts[kEach], within[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; i++) {
+    const uint32_t entry = threadIdx.x + i * kThreads;
+    experts[i] = entry < p.entries ? __ldcg(p.chosen + entry) : kNoExpert;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kEach; i++) within[i] = experts[i] != kNoExpert ? atomicAdd(&counts[experts[i]], 1u) : 0;
+  __syncthreads();
+  if (threadIdx.x < kWarp) place_experts(p, counts);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kEach; i++) {
+    const uint32_t entry = threadIdx.x + i * kThreads;
+    if (entry >= p.entries) continue;
+    const uint32_t row = experts[i] != kNoExpert ? counts[experts[i]] + within[i] : kNoExpert;
+    if (experts[i] != kNoExpert) p.source[row] = entry;
+    p.position[entry] = row;
+  }
+}

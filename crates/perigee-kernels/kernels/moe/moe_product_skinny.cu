@@ -49,19 +49,42 @@ __device__ __forceinline__ void product(const MoeProductParams& p, const MoeTile
   }
 }
 
-template <int kRowWarps, bool kGated>
+__device__ __forceinline__ MoeTile read_tile(const MoeProductParams& p, uint32_t at) {
+  MoeTile tile;
+  tile.expert = __ldcg(&p.tiles[at].expert);
+  tile.first = __ldcg(&p.tiles[at].first);
+  tile.rows = __ldcg(&p.tiles[at].rows);
+  return tile;
+}
+
+// kTurns: the grid may be lower than the list is long. Tile i is that of block row i modulo the grid's height, so blocks with several
+// tiles are those that begin first. Without it, which is a little faster where nearly all tiles have rows, the grid is as high as the list can be.
+template <int kRowWarps, bool kGated, bool kTurns>
 __device__ __forceinline__ void grouped(const MoeProductParams& p) {
   // Gate and up let the product down begin only once the list of tiles is there, so that it may read the list before it waits.
   if (kGated) grid_wait();
   grid_trigger();
   // The list has room for as many tiles as the grid has; beyond the count, what is read is not used.
   const uint32_t count = __ldcg(p.tile_count);
-  MoeTile tile;
-  tile.expert = __ldcg(&p.tiles[blockIdx.y].expert);
-  tile.first = __ldcg(&p.tiles[blockIdx.y].first);
-  tile.rows = __ldcg(&p.tiles[blockIdx.y].rows);
+  const MoeTile tile = read_tile(p, blockIdx.y);
   if (blockIdx.y >= count) {
     if (!kGated) grid_wait();
+    return;
+  }
+  // Blocks with several tiles have code of their own: as one loop the compiler runs out of registers for all three forms. A row's result is
+  // the same in each form: the order of its sum does not depend on kTokens.
+  if (kTurns && blockIdx.y + gridDim.y < count) {
+#pragma unroll 1
+    for (uint32_t at = blockIdx.y; at < count; at += gridDim.y) {
+      // Every warp is done with the tile before and its shared memory.
+      __syncthreads();
+      const MoeTile turn = read_tile(p, at);
+      if (turn.rows <= 8) {
+        product<8, kRowWarps, kGated>(p, turn);
+      } else {
+        product<32, kRowWarps, kGated>(p, turn);
+      }
+    }
     return;
   }
   if (tile.rows <= 8) {
@@ -73,14 +96,15 @@ __device__ __forceinline__ void grouped(const MoeProductParams& p) {
   }
 }
 
-#define MOE_SKINNY(row_warps)                                                                                                         \
-  extern "C" __global__ void __launch_bounds__(kSkinnyThreads, 2) moe_gate_up_skinny_##row_warps(const __grid_constant__ MoeProductParams p) { \
-    grouped<row_warps, true>(p);                                                                                                      \
+#define MOE_SKINNY(name, row_warps, turns)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(kSkinnyThreads, 2) moe_gate_up_skinny_##name(const __grid_constant__ MoeProductParams p) { \
+    grouped<row_warps, true, turns>(p);                                                                                               \
   }                                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(kSkinnyThreads, 2) moe_down_skinny_##row_warps(const __grid_constant__ MoeProductParams p) { \
-    grouped<row_warps, false>(p);                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(kSkinnyThreads, 2) moe_down_skinny_##name(const __grid_constant__ MoeProductParams p) { \
+    grouped<row_warps, false, turns>(p);                                                                                              \
   }                                                                                                                                   \
   static_assert(Form<32, row_warps>::kShared == 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2, "launcher's size");                     \
   static_assert(Form<16, row_warps>::kShared <= Form<32, row_warps>::kShared, "the same launch");
-MOE_SKINNY(4)
-MOE_SKINNY(8)
+MOE_SKINNY(4_turns, 4, true)
+MOE_SKINNY(8_turns, 8, true)
+MOE_SKINNY(8, 8, false)

@@ -8,75 +8,56 @@ constexpr uint32_t kMostEntries = 512;            // k + s of all tokens
 static_assert(kRouterThreads == kNormedThreads, "the same blocks");
 static_assert(kRouterThreads == kWarpExperts, "a thread an expert");
 
-// The whole block: as `sort` of moe_select.cu, for up to kMostEntries.
-__device__ __forceinline__ void sort(const MoeSortParams& p) {
-  constexpr int kEach = kMostEntries / kRouterThreads;
-  __shared__ uint32_t counts[kWarpExperts + kMostChoices];
-  for (uint32_t e = threadIdx.x; e < p.experts; e += kRouterThreads) counts[e] = 0;
-  uint32_t experts[kEach], within[kEach];
-#pragma unroll
-  for (int i = 0; i < kEach; i++) {
-    const uint32_t entry = threadIdx.x + i * kRouterThreads;
-    experts[i] = entry < p.entries ? __ldcg(p.chosen + entry) : kNoExpert;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kEach; i++) within[i] = experts[i] != kNoExpert ? atomicAdd(&counts[experts[i]], 1u) : 0;
-  __syncthreads();
-  if (threadIdx.x < kWarp) place_experts(p, counts);
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kEach; i++) {
-    const uint32_t entry = threadIdx.x + i * kRouterThreads;
-    if (entry >= p.entries) continue;
-    const uint32_t row = experts[i] != kNoExpert ? counts[experts[i]] + within[i] : kNoExpert;
-    if (experts[i] != kNoExpert) p.source[row] = entry;
-    p.position[entry] = row;
-  }
-}
-
-template <class T, bool kNorm>
+// What the norm leaves no block waits for, so it is written behind the arrival.
+template <class T, bool kNorm, int kTokens = kRouterTokens>
 __device__ __forceinline__ void route(const MoeRouteParams& p) {
-  __shared__ alignas(16) T normed[kNorm ? kRouterTokens : 1][kMostNormed];
+  __shared__ alignas(16) T normed[kNorm ? kTokens : 1][kMostNormed];
   __shared__ Selecting selecting;
   // What nothing in the step writes is asked for before the wait. The product behind asks for weights of its own, so it begins only
   // when this kernel has read what it waited for.
-  RouterFew<T> few(p.router);
-  Normed<T, kRouterTokens> norm;
+  RouterFew<T, kTokens> few(p.router);
+  Normed<T, kTokens> norm;
   if (kNorm) norm.begin(p.norm);
   const float bias = threadIdx.x < p.select.experts ? p.select.bias[threadIdx.x] : 0.0f;
   const uint32_t live = *p.select.live;
   grid_wait();
-  const uint32_t end = min(few.first + kRouterTokens, p.router.tokens);
+  const uint32_t end = min(few.first + kTokens, p.router.tokens);
   // Where the stream's sum goes to another place, any block may write it at once.
   const bool is_moved = p.norm.sum != p.norm.residual;
+  auto write_normed = [&] {
+    if (blockIdx.x == 0) norm.store(p.norm, few.first, end - few.first, normed);
+    if (is_moved) add_to_stream<T>(p.norm, few.first, end, blockIdx.x * kRouterThreads + threadIdx.x, gridDim.x * kRouterThreads);
+  };
   if constexpr (kNorm) {
     norm.run(p.norm, few.first, end - few.first, normed);
     grid_trigger();
-    if (blockIdx.x == 0) norm.store(p.norm, few.first, end - few.first, normed);
-    if (is_moved) add_to_stream<T>(p.norm, few.first, end, blockIdx.x * kRouterThreads + threadIdx.x, gridDim.x * kRouterThreads);
     few.scores(p.router, [&](uint32_t t, uint32_t i) { return &normed[few.first + t < p.router.tokens ? t : 0][i]; });
   } else {
     few.scores(p.router, [&](uint32_t t, uint32_t i) { return few.token(p.router, t) + i; });
     grid_trigger();
   }
-  if (!is_last(p.arrived + 1 + blockIdx.y, gridDim.x)) return;
+  if (!is_last(p.arrived + 1 + blockIdx.y, gridDim.x)) {
+    if (kNorm) write_normed();
+    return;
+  }
   for (uint32_t token = few.first; token < end; token++) {
     const bool is_scored = token < live && threadIdx.x < p.select.experts;
     const float raw = is_scored ? __ldcg(p.select.scores + static_cast<uint64_t>(token) * p.select.experts + threadIdx.x) : 0.0f;
     select(p.select, token, token < live, raw, bias, selecting);
     __syncthreads();
   }
+  if (kNorm) write_normed();
   // Every block with these tokens has read the residual stream.
   if (kNorm && !is_moved) add_to_stream<T>(p.norm, few.first, end, threadIdx.x, kRouterThreads);
   if (p.sort.entries == 0) {
     // One token, whose products need no order.
     if (threadIdx.x == 0 && live > 0) *p.sort.touched += p.select.top_k;
   } else if (is_last(p.arrived, gridDim.y)) {
-    sort(p.sort);
+    sort<kMostEntries>(p.sort);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(kRouterThreads, 2) moe_route_fp32(const __grid_constant__ MoeRouteParams p) { route<float, false>(p); }
 extern "C" __global__ void __launch_bounds__(kRouterThreads, 2) moe_route_bf16(const __grid_constant__ MoeRouteParams p) { route<bf16, false>(p); }
-extern "C" __global__ void __launch_bounds__(kRouterThreads, 1) moe_norm_route_bf16(const __grid_constant__ MoeRouteParams p) { route<bf16, true>(p); }
+// For one token: nothing is computed for three more.
+extern "C" __global__ void __launch_bounds__(kRouterThreads, 1) moe_norm_route_bf16(const __grid_constant__ MoeRouteParams p) { route<bf16, true, 1>(p); }

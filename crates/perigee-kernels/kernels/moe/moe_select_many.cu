@@ -5,33 +5,6 @@
 constexpr int kThreads = kWarpExperts;
 constexpr uint32_t kMostEntries = 2560;  // k + s of all tokens
 
-// The whole block: as `sort` of moe_select.cu, for up to kMostEntries.
-__device__ __forceinline__ void sort(const MoeSortParams& p) {
-  constexpr int kEach = kMostEntries / kThreads;
-  __shared__ uint32_t counts[kWarpExperts + kMostChoices];
-  for (uint32_t e = threadIdx.x; e < p.experts; e += kThreads) counts[e] = 0;
-  uint32_t experts[kEach], within[kEach];
-#pragma unroll
-  for (int i = 0; i < kEach; i++) {
-    const uint32_t entry = threadIdx.x + i * kThreads;
-    experts[i] = entry < p.entries ? __ldcg(p.chosen + entry) : kNoExpert;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kEach; i++) within[i] = experts[i] != kNoExpert ? atomicAdd(&counts[experts[i]], 1u) : 0;
-  __syncthreads();
-  if (threadIdx.x < kWarp) place_experts(p, counts);
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kEach; i++) {
-    const uint32_t entry = threadIdx.x + i * kThreads;
-    if (entry >= p.entries) continue;
-    const uint32_t row = experts[i] != kNoExpert ? counts[experts[i]] + within[i] : kNoExpert;
-    if (experts[i] != kNoExpert) p.source[row] = entry;
-    p.position[entry] = row;
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads) moe_select_many(const __grid_constant__ MoeRouteParams p) {
   __shared__ Selecting selecting;
   const uint32_t token = blockIdx.x, expert = threadIdx.x;
@@ -54,5 +27,5 @@ extern "C" __global__ void __launch_bounds__(kThreads) moe_select_many(const __g
     }
   }
   select(p.select, token, is_live, raw, bias, selecting);
-  if (is_last(p.arrived, gridDim.x)) sort(p.sort);
+  if (is_last(p.arrived, gridDim.x)) sort<kMostEntries>(p.sort);
 }

@@ -10,7 +10,7 @@ constexpr int kRouterWarps = 2;     // warps that share an expert
 constexpr int kRouterReads = 9;     // 16-byte reads of weights that a thread has under way
 constexpr int kRouterThreads = kRouterExperts * kRouterWarps * kWarp;
 
-template <class T>
+template <class T, int kTokens = kRouterTokens>
 struct RouterFew {
   static constexpr int kStep = kRouterWarps * kWarp * 4;
   uint32_t lane, place, half, expert, first;
@@ -25,7 +25,7 @@ struct RouterFew {
     place = warp / kRouterWarps;
     half = warp % kRouterWarps;
     expert = blockIdx.x * kRouterExperts + place;
-    first = blockIdx.y * kRouterTokens;
+    first = blockIdx.y * kTokens;
     weight = p.weight + static_cast<uint64_t>(min(expert, p.experts - 1)) * p.hidden;
     wide = p.hidden % 4 == 0;
 #pragma unroll
@@ -43,11 +43,11 @@ struct RouterFew {
   // `at(t, i)` is where number i of the block's token t lies.
   template <class At>
   __device__ __forceinline__ void scores(const MoeRouterParams& p, At at) const {
-    __shared__ float parts[kRouterExperts][kRouterTokens];
-    float sums[kRouterTokens] = {};
+    __shared__ float parts[kRouterExperts][kTokens];
+    float sums[kTokens] = {};
     auto add = [&](const Quad& w, uint32_t i) {
 #pragma unroll
-      for (int t = 0; t < kRouterTokens; t++) {
+      for (int t = 0; t < kTokens; t++) {
         const Quad v = read4(at(t, i));
 #pragma unroll
         for (int e = 0; e < 4; e++) sums[t] += w.x[e] * v.x[e];
@@ -63,18 +63,18 @@ struct RouterFew {
     } else {
       for (uint32_t i = half * kWarp + lane; i < p.hidden; i += kRouterWarps * kWarp) {
 #pragma unroll
-        for (int t = 0; t < kRouterTokens; t++) sums[t] += weight[i] * widen(*at(t, i));
+        for (int t = 0; t < kTokens; t++) sums[t] += weight[i] * widen(*at(t, i));
       }
     }
 #pragma unroll
-    for (int t = 0; t < kRouterTokens; t++) {
+    for (int t = 0; t < kTokens; t++) {
       sums[t] = warp_sum(sums[t]);
       if (half == 1 && lane == 0) parts[place][t] = sums[t];
     }
     __syncthreads();
     if (half == 0 && lane == 0 && expert < p.experts) {
 #pragma unroll
-      for (int t = 0; t < kRouterTokens; t++) {
+      for (int t = 0; t < kTokens; t++) {
         if (first + t < p.tokens) p.scores[static_cast<uint64_t>(first + t) * p.experts + expert] = sums[t] + parts[place][t];
       }
     }
