@@ -3,6 +3,8 @@
 //!
 //! usage: bench_ops [PREFIX of the op's name [SHAPE, part of its name, e.g. "x 8192" [RUNS]]]
 
+use std::hash::{DefaultHasher, Hasher};
+
 use perigee_backend::random::{Distribution, RandomFill};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, QueryWeights};
 use perigee_backend::{
@@ -124,10 +126,11 @@ fn median(backend: &mut CudaBackend, mut work: impl FnMut(&mut CudaBackend) -> R
     Ok(times[times.len() / 2])
 }
 
-/// FNV-1a of the numbers' bits, by which results of variants that are to be the same are held together.
+/// A hash of the numbers' bits, by which results of variants that are to be the same are held together.
 fn digest(values: &[f32]) -> u64 {
-    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    values.iter().flat_map(|value| value.to_le_bytes()).fold(0xcbf2_9ce4_8422_2325, step)
+    let mut hasher = DefaultHasher::new();
+    values.iter().for_each(|value| hasher.write_u32(value.to_bits()));
+    hasher.finish()
 }
 
 fn main() -> Result<()> {

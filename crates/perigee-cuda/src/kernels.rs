@@ -382,10 +382,7 @@ impl MoeTensor {
         let shared = 2 * 32 * (64 * 3 * (8 / row_warps) + 32) * 2;
         let suffix = if takes_turns { "_turns" } else { "" };
         let load = |name: &str| {
-            let kernel =
-                modules.overlapping("moe_product_skinny", &format!("moe_{name}_skinny_{row_warps}{suffix}"))?;
-            kernel.allow_shared(shared)?;
-            Ok(kernel)
+            modules.overlapping_with("moe_product_skinny", &format!("moe_{name}_skinny_{row_warps}{suffix}"), shared)
         };
         let (gate_up, down) = (load("gate_up")?, load("down")?);
         Ok(Self { rows: 32, columns: 16 * row_warps, gate_up, down, takes_turns, shared })
@@ -488,9 +485,7 @@ impl Kernels {
             moe_router_tile: modules.overlapping("moe_router", &typed("moe_router_tile"))?,
             moe_router_tensor: match precision {
                 DType::Bf16 => {
-                    let kernel = modules.overlapping("moe_router_tensor", "moe_router_tensor")?;
-                    kernel.allow_shared(ROUTER_SHARED)?;
-                    Some(kernel)
+                    Some(modules.overlapping_with("moe_router_tensor", "moe_router_tensor", ROUTER_SHARED)?)
                 }
                 DType::Fp32 => None,
             },
@@ -499,9 +494,7 @@ impl Kernels {
             moe_select_many: modules.overlapping("moe_select_many", "moe_select_many")?,
             moe_norm_router: match precision {
                 DType::Bf16 => {
-                    let kernel = modules.overlapping("moe_norm_router", "moe_norm_router")?;
-                    kernel.allow_shared(NORM_ROUTER_SHARED)?;
-                    Some(kernel)
+                    Some(modules.overlapping_with("moe_norm_router", "moe_norm_router", NORM_ROUTER_SHARED)?)
                 }
                 DType::Fp32 => None,
             },
@@ -543,11 +536,7 @@ impl Kernels {
                 DType::Fp32 => Vec::new(),
             },
             single_normed: match precision {
-                DType::Bf16 => {
-                    let kernel = modules.overlapping("single", "single_normed_9")?;
-                    kernel.allow_shared(most_ring(NORMED_DEPTH))?;
-                    Some(kernel)
-                }
+                DType::Bf16 => Some(modules.overlapping_with("single", "single_normed_9", most_ring(NORMED_DEPTH))?),
                 DType::Fp32 => None,
             },
             skinny: match precision {

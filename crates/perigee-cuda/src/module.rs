@@ -75,6 +75,13 @@ impl Modules {
         Ok(Kernel { begins_ahead, ..self.kernel(module, name)? })
     }
 
+    /// The same, launched with up to `shared` bytes of dynamic shared memory a block.
+    pub(crate) fn overlapping_with<P: Pod>(&self, module: &str, name: &str, shared: usize) -> Result<Kernel<P>> {
+        let kernel = self.overlapping(module, name)?;
+        kernel.allow_shared(shared)?;
+        Ok(kernel)
+    }
+
     /// A kernel by module and name; `P` is its argument.
     pub(crate) fn kernel<P: Pod>(&self, module: &str, name: &str) -> Result<Kernel<P>> {
         let missing = || BackendError::Device(format!("kernel {name} of module {module} is not in this program"));
