@@ -103,7 +103,7 @@ def killed_targets(binary, model, device):
             cluster.ask("migrate", session["session"], "--to", home, "--mode", "split")
         at_home = [replica for replica in cluster.replicas if replica["replica"] == home]
         *victims, last = [replica for replica in cluster.replicas if replica["replica"] != home]
-        before = bytes_by_way(at_home)
+        before, broken = bytes_by_way(at_home), 0
         for after_ms, target in zip(KILLS_MS, victims, strict=True):
             line = [binary, "migrate", "--router", cluster.router, session["session"], "--to", target["replica"]]
             move = subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -111,7 +111,9 @@ def killed_targets(binary, model, device):
             for pid in target["pids"]:
                 os.kill(pid, signal.SIGKILL)
             said = move.communicate(timeout=60)[0].strip().splitlines()
+            broken += any("stays where it was" in line for line in said)
             print(f"{target['replica']} killed {after_ms} ms after the order: {said[-1][:160] if said else 'silent'}", flush=True)
+        assert broken, "every handoff was done before its target was killed"
         # Where a target had it already, another replica goes on with it.
         owner = owned(board, "stays", client, 20)["owner"]
         if owner == home:
