@@ -13,7 +13,10 @@ pub mod weights;
 
 pub use batch::{Row, Segment, StepBatch};
 pub use error::{BackendError, Result};
-pub use ops::{Asked, Backend, LatentReader, OtherPart, Partials, Precision, Recorded, Routing, StateKind, StatePart};
+pub use ops::{
+    Asked, Backend, LatentReader, OtherPart, PagePart, PageWrite, Partials, Precision, Recorded, Routing, StateKind,
+    StatePart,
+};
 pub use pairs::{PairEnd, PairOrder, PairState};
 pub use shapes::{CacheShape, KdaShape, MlaShape, MlpShape, MoeShape, PAGE_TOKENS};
 pub use weights::{DType, TensorSlice, TensorSource};

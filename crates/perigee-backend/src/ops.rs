@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::batch::{Row, StepBatch};
 use crate::error::{BackendError, Result};
 use crate::pairs::{PairOrder, PairState};
-use crate::shapes::{CacheShape, KdaShape, MlaShape, MlpShape, MoeShape};
+use crate::shapes::{CacheShape, KdaShape, MlaShape, MlpShape, MoeShape, PAGE_TOKENS};
 use crate::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, TensorSlice};
 use perigee_sampling::{Draw, Sampled, Scratch};
 use serde::{Deserialize, Serialize};
@@ -86,6 +86,44 @@ pub struct StatePart {
     pub first_head: u32,
     /// Number of heads.
     pub heads: u32,
+}
+
+/// The first positions of a page of one MLA layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PagePart {
+    /// Number of the page.
+    pub page: u32,
+    /// Index among the MLA layers.
+    pub layer: u32,
+    /// Positions from the first one on, at most [`PAGE_TOKENS`].
+    pub positions: u32,
+}
+
+impl PagePart {
+    /// Number of positions.
+    ///
+    /// # Errors
+    /// A page has not so many.
+    pub fn positions(&self) -> Result<usize> {
+        match self.positions as usize {
+            positions if positions <= PAGE_TOKENS => Ok(positions),
+            _ => {
+                let (index, limit) = (self.positions.into(), PAGE_TOKENS as u64 + 1);
+                Err(BackendError::Range { what: "number of a page's positions", index, limit })
+            }
+        }
+    }
+}
+
+/// What the first positions of a page of one MLA layer are to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageWrite<'a> {
+    /// Number of the page.
+    pub page: u32,
+    /// Index among the MLA layers.
+    pub layer: u32,
+    /// [positions, R + r], little-endian, in the storage type.
+    pub bytes: &'a [u8],
 }
 
 /// Queries of one sequence of [`LatentReader::attend_all`], and its pages.
@@ -391,10 +429,20 @@ pub trait Backend: Send {
     }
     /// Copies a page in every layer, for forks of a partial page.
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()>;
-    /// A page of one MLA layer, [`crate::PAGE_TOKENS`] by R + r, as little-endian bytes in its storage type.
-    fn export_page(&mut self, page: u32, layer: u32) -> Result<Vec<u8>>;
-    /// Overwrites the first positions of a page of one MLA layer.
-    fn import_page(&mut self, page: u32, layer: u32, bytes: &[u8]) -> Result<()>;
+    /// Parts of pages, each [positions, R + r] as little-endian bytes in its storage type. A device waits for many of them no
+    /// longer than for one.
+    fn export_pages(&mut self, parts: &[PagePart]) -> Result<Vec<Vec<u8>>>;
+    /// Overwrites the first positions of pages, in order.
+    fn import_pages(&mut self, pages: &[PageWrite<'_>]) -> Result<()>;
+    /// A whole page of one MLA layer.
+    fn export_page(&mut self, page: u32, layer: u32) -> Result<Vec<u8>> {
+        let exported = self.export_pages(&[PagePart { page, layer, positions: PAGE_TOKENS as u32 }])?;
+        Ok(exported.into_iter().next().unwrap_or_default())
+    }
+    /// Overwrites the first positions of one page.
+    fn import_page(&mut self, page: u32, layer: u32, bytes: &[u8]) -> Result<()> {
+        self.import_pages(&[PageWrite { page, layer, bytes }])
+    }
     /// Fills pages with not-a-number.
     fn poison_pages(&mut self, pages: &[u32]) -> Result<()>;
 }

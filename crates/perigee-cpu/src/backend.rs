@@ -7,7 +7,7 @@ use perigee_backend::pairs::{Pairs, Patience};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{
     Backend, BackendError, CacheShape, DType, KdaShape, LatentReader, MlaShape, MlpShape, MoeShape, OtherPart,
-    PairOrder, PairState, Partials, Precision, Result, Routing, StatePart, StepBatch, TensorSlice,
+    PagePart, PageWrite, PairOrder, PairState, Partials, Precision, Result, Routing, StatePart, StepBatch, TensorSlice,
 };
 use perigee_collectives::Collective;
 use perigee_sampling::{Draw, Sampled, Scratch};
@@ -497,12 +497,14 @@ impl Backend for CpuBackend {
         self.latents()?.copy(from, to)
     }
 
-    fn export_page(&mut self, page: u32, layer: u32) -> Result<Vec<u8>> {
-        self.latents()?.export(page, layer)
+    fn export_pages(&mut self, parts: &[PagePart]) -> Result<Vec<Vec<u8>>> {
+        let latents = self.latents()?;
+        parts.iter().map(|part| latents.export(part)).collect()
     }
 
-    fn import_page(&mut self, page: u32, layer: u32, bytes: &[u8]) -> Result<()> {
-        self.latents()?.import(page, layer, bytes)
+    fn import_pages(&mut self, pages: &[PageWrite<'_>]) -> Result<()> {
+        let latents = self.latents()?;
+        pages.iter().try_for_each(|page| latents.import(page.page, page.layer, page.bytes))
     }
 
     fn poison_pages(&mut self, pages: &[u32]) -> Result<()> {

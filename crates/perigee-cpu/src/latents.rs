@@ -3,7 +3,7 @@
 //! time and returns normalised outputs with the log-sum-exp of the scores; ranges are then merged exactly.
 
 use parking_lot::RwLock;
-use perigee_backend::{BackendError, CacheShape, DType, LatentReader, PAGE_TOKENS, Result, Segment};
+use perigee_backend::{BackendError, CacheShape, DType, LatentReader, PAGE_TOKENS, PagePart, Result, Segment};
 
 use crate::matrix::{View, matmul};
 use crate::simd;
@@ -81,8 +81,9 @@ impl LatentSlab {
     }
 
     /// A page of one layer as little-endian bytes in the storage type.
-    pub fn export(&self, page: u32, layer: u32) -> Result<Vec<u8>> {
-        Ok(to_bytes(&self.page(layer as usize, page)?.read(), self.dtype))
+    pub fn export(&self, part: &PagePart) -> Result<Vec<u8>> {
+        let page = self.page(part.layer as usize, part.page)?.read();
+        Ok(to_bytes(&page[..part.positions()? * self.width], self.dtype))
     }
 
     /// Overwrites the first positions of a page of one layer.

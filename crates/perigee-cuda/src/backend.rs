@@ -6,7 +6,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use perigee_backend::batch::{Row, StepBatch};
-use perigee_backend::ops::{Backend, LatentReader, OtherPart, Partials, Precision, Recorded, Routing, StatePart};
+use perigee_backend::ops::{
+    Backend, LatentReader, OtherPart, PagePart, PageWrite, Partials, Precision, Recorded, Routing, StatePart,
+};
 use perigee_backend::pairs::{PairOrder, PairState, Pairs};
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights};
 use perigee_backend::{BackendError, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, Result, TensorSlice};
@@ -206,8 +208,12 @@ impl CudaBackend {
     }
 
     pub(crate) fn cache(&self) -> Result<&Cache> {
-        self.cache.as_ref().ok_or_else(|| BackendError::Device("no cache is reserved".into()))
+        self.cache.as_ref().ok_or_else(no_cache)
     }
+}
+
+fn no_cache() -> BackendError {
+    BackendError::Device("no cache is reserved".into())
 }
 
 impl Drop for CudaBackend {
@@ -462,7 +468,7 @@ impl Backend for CudaBackend {
     }
 
     fn open_slots(&mut self, shared: &[u8]) -> Result<()> {
-        let cache = self.cache.as_ref().ok_or_else(|| BackendError::Device("no cache is reserved".into()))?;
+        let cache = self.cache.as_ref().ok_or_else(no_cache)?;
         self.neighbours.open(self.stream.device(), shared, &cache.slots())
     }
 
@@ -489,12 +495,12 @@ impl Backend for CudaBackend {
         self.cache()?.copy_page(&self.stream, from, to)
     }
 
-    fn export_page(&mut self, page: u32, layer: u32) -> Result<Vec<u8>> {
-        self.cache()?.export_page(&self.stream, page, layer)
+    fn export_pages(&mut self, parts: &[PagePart]) -> Result<Vec<Vec<u8>>> {
+        self.cache.as_mut().ok_or_else(no_cache)?.export_pages(&self.stream, parts)
     }
 
-    fn import_page(&mut self, page: u32, layer: u32, bytes: &[u8]) -> Result<()> {
-        self.cache()?.import_page(&self.stream, page, layer, bytes)
+    fn import_pages(&mut self, pages: &[PageWrite<'_>]) -> Result<()> {
+        self.cache.as_mut().ok_or_else(no_cache)?.import_pages(&self.stream, pages)
     }
 
     fn poison_pages(&mut self, pages: &[u32]) -> Result<()> {

@@ -4,9 +4,11 @@
 
 use std::sync::Arc;
 
-use perigee_backend::{BackendError, CacheShape, DType, PAGE_TOKENS, Result, StateKind, StatePart};
+use perigee_backend::{
+    BackendError, CacheShape, DType, PAGE_TOKENS, PagePart, PageWrite, Result, StateKind, StatePart,
+};
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Pinned};
 use crate::device::Device;
 use crate::ipc::{SHARED_BLOCK, Slots};
 use crate::nccl::pair::{Parcel, Piece};
@@ -14,6 +16,8 @@ use crate::stream::Stream;
 
 /// Two of these bytes are a bfloat16 not-a-number, four a float32 one.
 const POISON: u16 = 0x7fff;
+/// Pages of one layer that cross between host and device before anybody waits.
+const STAGED_PAGES: usize = 32;
 
 /// All slots and pages.
 #[derive(Debug)]
@@ -25,6 +29,8 @@ pub(crate) struct Cache {
     tails: Arc<Buffer>,
     /// Shared with those who answer for other replicas.
     latents: Arc<Buffer>,
+    /// Where pages lie on the host on their way in or out.
+    staging: Pinned,
 }
 
 impl Cache {
@@ -36,7 +42,9 @@ impl Cache {
             state: Arc::new(Buffer::new(stream.device(), 0, "state slots")?),
             tails: Arc::new(Buffer::new(stream.device(), 0, "state slots")?),
             latents: Arc::new(Buffer::new(stream.device(), 0, "latent pages")?),
+            staging: Pinned::new(stream.device(), 0)?,
         };
+        cache.staging = Pinned::new(stream.device(), STAGED_PAGES * cache.page_bytes())?;
         let state = cache.slot_state_bytes() * shape.slots;
         let tails = cache.slot_tail_bytes() * shape.slots;
         let latents = cache.page_bytes() * shape.pages * shape.mla_layers;
@@ -136,8 +144,12 @@ impl Cache {
         self.shape.kda_layers * self.layer_tail_bytes()
     }
 
+    fn row_bytes(&self) -> usize {
+        self.shape.latent_width * self.dtype.bytes()
+    }
+
     fn page_bytes(&self) -> usize {
-        PAGE_TOKENS * self.shape.latent_width * self.dtype.bytes()
+        PAGE_TOKENS * self.row_bytes()
     }
 
     fn check(what: &'static str, index: u32, limit: usize) -> Result<usize> {
@@ -254,25 +266,62 @@ impl Cache {
         })
     }
 
-    pub(crate) fn export_page(&self, stream: &Stream, page: u32, layer: u32) -> Result<Vec<u8>> {
-        let layer = Self::check("MLA layer", layer, self.shape.mla_layers)?;
-        let mut out = vec![0; self.page_bytes()];
-        stream.read(&self.latents, self.page_offset(self.page(page)?, layer), &mut out)?;
-        Ok(out)
+    pub(crate) fn export_pages(&mut self, stream: &Stream, parts: &[PagePart]) -> Result<Vec<Vec<u8>>> {
+        let mut pages = Vec::with_capacity(parts.len());
+        for parts in parts.chunks(STAGED_PAGES) {
+            let places = parts.iter().map(|part| self.place(part)).collect::<Result<Vec<_>>>()?;
+            let mut staged = 0;
+            let queued = places.iter().try_for_each(|&(offset, bytes)| {
+                stream.read_pinned(&self.latents, offset, &mut self.staging, staged..staged + bytes)?;
+                staged += bytes;
+                Ok(())
+            });
+            // Also those that were queued before one failed.
+            stream.wait().and(queued)?;
+            let mut rest = self.staging.as_slice();
+            for &(_, bytes) in &places {
+                let (page, later) = rest.split_at(bytes);
+                pages.push(page.to_vec());
+                rest = later;
+            }
+        }
+        Ok(pages)
     }
 
-    pub(crate) fn import_page(&self, stream: &Stream, page: u32, layer: u32, bytes: &[u8]) -> Result<()> {
-        let layer = Self::check("MLA layer", layer, self.shape.mla_layers)?;
-        let page = self.page(page)?;
-        let row = self.shape.latent_width * self.dtype.bytes();
-        if bytes.len() > self.page_bytes() || !bytes.len().is_multiple_of(row.max(1)) {
+    /// Where a part of a page begins, and its bytes.
+    fn place(&self, part: &PagePart) -> Result<(usize, usize)> {
+        let (page, layer) = (self.page(part.page)?, Self::check("MLA layer", part.layer, self.shape.mla_layers)?);
+        Ok((self.page_offset(page, layer), part.positions()? * self.row_bytes()))
+    }
+
+    pub(crate) fn import_pages(&mut self, stream: &Stream, pages: &[PageWrite<'_>]) -> Result<()> {
+        for pages in pages.chunks(STAGED_PAGES) {
+            let offsets = pages.iter().map(|page| self.room_for(page)).collect::<Result<Vec<_>>>()?;
+            let mut staged = 0;
+            let queued = pages.iter().zip(offsets).try_for_each(|(page, offset)| {
+                let range = staged..staged + page.bytes.len();
+                self.staging.as_mut_slice()[range.clone()].copy_from_slice(page.bytes);
+                staged = range.end;
+                stream.write_pinned(&self.latents, offset, &self.staging, range)
+            });
+            // As above.
+            stream.wait().and(queued)?;
+        }
+        Ok(())
+    }
+
+    /// Where bytes of a page go.
+    fn room_for(&self, page: &PageWrite<'_>) -> Result<usize> {
+        let (number, layer) = (self.page(page.page)?, Self::check("MLA layer", page.layer, self.shape.mla_layers)?);
+        let (row, bytes) = (self.row_bytes(), page.bytes.len());
+        if bytes > self.page_bytes() || !bytes.is_multiple_of(row.max(1)) {
             return Err(BackendError::shape(
-                format!("bytes of latent page {page} (whole rows of {row})"),
+                format!("bytes of latent page {number} (whole rows of {row})"),
                 &[self.page_bytes()],
-                &[bytes.len()],
+                &[bytes],
             ));
         }
-        stream.write(&self.latents, self.page_offset(page, layer), bytes)
+        Ok(self.page_offset(number, layer))
     }
 
     pub(crate) fn poison_pages(&self, stream: &Stream, pages: &[u32]) -> Result<()> {

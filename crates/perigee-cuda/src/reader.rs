@@ -233,7 +233,7 @@ impl Lane {
         let memory = self.memory.last().ok_or_else(missing)?;
         let host = self.host.last_mut().ok_or_else(missing)?;
         host.as_mut_slice()[..sent.len()].copy_from_slice(&sent);
-        self.stream.write_pinned(memory, host, sent.len())?;
+        self.stream.write_pinned(memory, 0, host, 0..sent.len())?;
         let at = |offset: usize| memory.address() + offset as u64;
         let params = MlaAttendParams {
             queries: at(queries),

@@ -1,6 +1,8 @@
 //! The compute stream: launches, copies and fills in order, and the wait for them. Every copy checks its ranges. Other
 //! streams (remote attention, copies) will be further values of the same type, ordered by events.
 
+use std::ops::Range;
+
 use bytemuck::Pod;
 use cudarc::driver::result::stream::StreamKind;
 use cudarc::driver::{result, sys};
@@ -129,31 +131,34 @@ impl Stream {
         self.wait()
     }
 
-    /// Queues a copy from page-locked memory. The owner of `from` keeps it unchanged until the copy is done.
-    pub(crate) fn write_pinned(&self, to: &Buffer, from: &Pinned, bytes: usize) -> Result<()> {
-        let address = to.part(0, bytes)?;
+    /// Queues a copy of some page-locked bytes. The owner of `from` keeps them unchanged until the copy is done.
+    pub(crate) fn write_pinned(&self, to: &Buffer, offset: usize, from: &Pinned, range: Range<usize>) -> Result<()> {
+        let address = to.part(offset, range.len())?;
         self.device.bind()?;
-        let source = from.as_slice().get(..bytes).ok_or(BackendError::Range {
-            what: "page-locked byte",
-            index: bytes as u64,
-            limit: from.as_slice().len() as u64,
-        })?;
+        let limit = from.as_slice().len();
+        let missing = BackendError::Range { what: "page-locked byte", index: range.end as u64, limit: limit as u64 };
+        let source = from.as_slice().get(range).ok_or(missing)?;
+        if source.is_empty() {
+            return Ok(());
+        }
         // SAFETY: both ranges were checked. `Upload` owns `from` and waits on an event recorded after this copy before it
-        // refills or drops it; a `Lane` of the reader waits for the stream before it does, or has dropped it before.
+        // refills or drops it; a `Lane` of the reader and the cache wait for the stream before they do, or have dropped it
+        // before.
         unsafe { result::memcpy_htod_async(address, source, self.raw) }.map_err(fault("copying to the device"))
     }
 
-    /// Queues a copy to page-locked memory. The owner of `to` neither reads nor drops it until the copy is done.
-    pub(crate) fn read_pinned(&self, from: &Buffer, to: &mut Pinned, bytes: usize) -> Result<()> {
-        let address = from.part(0, bytes)?;
+    /// Queues a copy to some page-locked bytes. The owner of `to` neither reads nor drops them until the copy is done.
+    pub(crate) fn read_pinned(&self, from: &Buffer, offset: usize, to: &mut Pinned, range: Range<usize>) -> Result<()> {
+        let address = from.part(offset, range.len())?;
         self.device.bind()?;
-        let room = to.as_mut_slice().get_mut(..bytes).ok_or(BackendError::Range {
-            what: "byte of a copy to the host",
-            index: bytes as u64,
-            limit: from.bytes() as u64,
-        })?;
+        let limit = to.as_slice().len();
+        let missing = BackendError::Range { what: "page-locked byte", index: range.end as u64, limit: limit as u64 };
+        let room = to.as_mut_slice().get_mut(range).ok_or(missing)?;
+        if room.is_empty() {
+            return Ok(());
+        }
         // SAFETY: both ranges were checked; `Download` owns `to` and waits on an event recorded after this copy before it reads,
-        // refills or drops it.
+        // refills or drops it, the cache waits for the stream.
         unsafe { result::memcpy_dtoh_async(room, address, self.raw) }.map_err(fault("copying to the host"))
     }
 

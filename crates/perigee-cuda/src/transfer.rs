@@ -49,7 +49,7 @@ impl Upload {
             limit: self.target.bytes() as u64,
         })?;
         room.copy_from_slice(bytes);
-        stream.write_pinned(&self.target, pinned, bytes.len())?;
+        stream.write_pinned(&self.target, 0, pinned, 0..bytes.len())?;
         sent.record(stream)
     }
 }
@@ -107,7 +107,7 @@ impl Download {
         self.turn = 1 - self.turn;
         let (pinned, done) = &mut self.turns[self.turn];
         done.wait()?;
-        stream.read_pinned(&self.source, pinned, bytes)?;
+        stream.read_pinned(&self.source, 0, pinned, 0..bytes)?;
         done.record(stream)?;
         Ok(self.turn)
     }

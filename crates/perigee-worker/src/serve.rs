@@ -31,6 +31,10 @@ use crate::service::{Measures, ReplicaService};
 
 /// Largest message from a router or a replica: the longest prompt, or a layer's queries of a whole batch.
 const MAX_INTERNAL_BYTES: usize = 64 << 20;
+/// What of a stream, and of a connection, may be on its way.
+const WINDOW_BYTES: u32 = 4 << 20;
+/// Largest frame, so that a session's last page is a few of them.
+const FRAME_BYTES: u32 = 256 << 10;
 /// Names under which health is reported, beside the empty one.
 const INTERNAL_SERVICES: [&str; 1] = ["perigee.internal.v1.Replica"];
 /// How long the streams may take to carry the last events of an engine that ended.
@@ -105,8 +109,11 @@ where
         // An error would mean that the front is gone, and this with it.
         let _ = closed.wait_for(|closed| *closed).await;
     };
-    // One stream carries all of a router's prompts.
-    let mut server = Server::builder().initial_stream_window_size(1 << 20).initial_connection_window_size(1 << 20);
+    // One stream carries all of a router's prompts, or a session that stands still until it is here.
+    let mut server = Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES);
     let internal = server.add_routes(routes.routes()).serve_with_incoming_shutdown(incoming, until_closed);
     let services = async {
         let internal = async { internal.await.map_err(|error| WorkerError::Serve(format!("internal port: {error}"))) };

@@ -2,7 +2,7 @@
 //! out of range refused. What an operation does not name keeps its bits.
 
 use crate::error::Result;
-use crate::ops::{Backend, StateKind, StatePart};
+use crate::ops::{Backend, PagePart, PageWrite, StateKind, StatePart};
 use crate::shapes::{KdaShape, MlaShape, PAGE_TOKENS};
 
 use super::check::Checks;
@@ -243,10 +243,46 @@ fn moved_pages<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLaye
         checks.equal("positions moved", &copy[..part.len()], part);
     }
     bench.check_pages(checks, &sequence, &target, 138)?;
+    together(checks, &mut bench.harness.backend, &source[0].pages, &target[0].pages)?;
+    bench.check_pages(checks, &sequence, &target, 138)?;
     bench.harness.backend.poison_pages(&source[0].pages)?;
     bench.step(checks, "2 tokens", &[MlaRow { sequence: &sequence, segments: &target, tokens: 138..140 }])?;
     bench.step(checks, "1 token", &[MlaRow { sequence: &sequence, segments: &target, tokens: 140..141 }])?;
     bench.check_pages(checks, &sequence, &target, 141)
+}
+
+/// Pages that cross in one call do as one by one, more of them than a device may take at once, and parts of them.
+fn together<B: Backend>(checks: &mut Checks, backend: &mut B, from: &[u32], to: &[u32]) -> Result<()> {
+    let lengths = [PAGE_TOKENS as u32, 1, 0, 17, PAGE_TOKENS as u32 - 1];
+    let parts: Vec<PagePart> = (0..90)
+        .map(|index| PagePart {
+            page: from[index % from.len()],
+            layer: 1 - (index / 7 % LAYERS) as u32,
+            positions: lengths[index % lengths.len()],
+        })
+        .collect();
+    let exported = backend.export_pages(&parts)?;
+    checks.equal("parts of pages", &[exported.len()], &[parts.len()]);
+    for (part, bytes) in parts.iter().zip(&exported) {
+        let whole = backend.export_page(part.page, part.layer)?;
+        let used = whole.len() / PAGE_TOKENS * part.positions as usize;
+        checks.equal(&format!("{part:?}"), bytes, &whole[..used]);
+    }
+
+    // The last write of a place holds.
+    let pages: Vec<Vec<u8>> = from.iter().map(|&page| backend.export_page(page, 1)).collect::<Result<_>>()?;
+    backend.poison_pages(to)?;
+    let wrong = to.iter().map(|&page| PageWrite { page, layer: 1, bytes: &pages[0] });
+    let writes: Vec<PageWrite<'_>> = wrong
+        .cycle()
+        .take(40)
+        .chain(to.iter().zip(&pages).map(|(&page, bytes)| PageWrite { page, layer: 1, bytes }))
+        .collect();
+    backend.import_pages(&writes)?;
+    for (&page, bytes) in to.iter().zip(&pages) {
+        checks.equal(&format!("page {page}, written with others"), &backend.export_page(page, 1)?, bytes);
+    }
+    Ok(())
 }
 
 fn pages_out_of_range<F: Factory>(factory: &mut F, checks: &mut Checks, model: &MlaLayer) -> Result<()> {
@@ -256,6 +292,8 @@ fn pages_out_of_range<F: Factory>(factory: &mut F, checks: &mut Checks, model: &
     let bytes = backend.export_page(0, 0)?;
     checks.refused("export of a page that is not there", backend.export_page(none, 0));
     checks.refused("export of a layer that is not there", backend.export_page(0, no_layer));
+    let more = PagePart { page: 0, layer: 0, positions: PAGE_TOKENS as u32 + 1 };
+    checks.refused("export of more than a page", backend.export_pages(&[more]));
     checks.refused("import of a page that is not there", backend.import_page(none, 0, &bytes));
     checks.refused("import of a layer that is not there", backend.import_page(0, no_layer, &bytes));
     checks.refused("import of more than a page", backend.import_page(0, 0, &[&bytes[..], &bytes[..]].concat()));

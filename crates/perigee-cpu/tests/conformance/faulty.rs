@@ -5,8 +5,8 @@ use std::borrow::Cow;
 
 use perigee_backend::weights::{KdaWeights, MlaWeights, MlpWeights, MoeWeights, TensorSource};
 use perigee_backend::{
-    Backend, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, OtherPart, Partials, Precision, Result,
-    Routing, StateKind, StatePart, StepBatch, TensorSlice,
+    Backend, CacheShape, DType, KdaShape, MlaShape, MlpShape, MoeShape, OtherPart, PagePart, PageWrite, Partials,
+    Precision, Result, Routing, StateKind, StatePart, StepBatch, TensorSlice,
 };
 
 /// What is wrong.
@@ -389,12 +389,12 @@ impl<B: Backend> Backend for Faulty<B> {
         if self.is(Fault::KeepsCopies) { Ok(()) } else { self.inner.copy_page(from, to) }
     }
 
-    fn export_page(&mut self, page: u32, layer: u32) -> Result<Vec<u8>> {
-        self.inner.export_page(page, layer)
+    fn export_pages(&mut self, parts: &[PagePart]) -> Result<Vec<Vec<u8>>> {
+        self.inner.export_pages(parts)
     }
 
-    fn import_page(&mut self, page: u32, layer: u32, bytes: &[u8]) -> Result<()> {
-        self.inner.import_page(page, layer, bytes)
+    fn import_pages(&mut self, pages: &[PageWrite<'_>]) -> Result<()> {
+        self.inner.import_pages(pages)
     }
 
     fn poison_pages(&mut self, pages: &[u32]) -> Result<()> {

@@ -1,7 +1,9 @@
 //! A rank's slots and pages as bytes: parked in host memory, exported for a move, overwritten by one, and summed up in
 //! digests. Heads are counted on this rank below the seam and over the whole model above it; the change is made here.
 
-use perigee_backend::{Backend, BackendError, DType, PAGE_TOKENS, PairOrder, StateKind, StatePart};
+use perigee_backend::{
+    Backend, BackendError, DType, PAGE_TOKENS, PagePart, PageWrite, PairOrder, StateKind, StatePart,
+};
 use perigee_migration::{Digest, Geometry, TensorDigests};
 use perigee_model::ModelError;
 
@@ -51,8 +53,7 @@ impl<B: Backend> Rank<B> {
         let state = self.slot_bytes(slot)?;
         let mut parked = Vec::with_capacity(pages.len());
         for &page in pages {
-            let layers = 0..self.cache.mla_layers as u32;
-            parked.push(layers.map(|layer| self.backend.export_page(page, layer)).collect::<Result<_, _>>()?);
+            parked.push(self.page_layers(page, PAGE_TOKENS as u32)?);
         }
         self.parked.insert(key, Parked { state, pages: parked });
         Ok(RankReply::Done)
@@ -67,9 +68,9 @@ impl<B: Backend> Rank<B> {
             self.backend.import_state(slot, part, bytes)?;
         }
         for (&page, layers) in pages.iter().zip(&parked.pages) {
-            for (layer, bytes) in (0..).zip(layers) {
-                self.backend.import_page(page, layer, bytes)?;
-            }
+            let writes: Vec<PageWrite<'_>> =
+                (0..).zip(layers).map(|(layer, bytes)| PageWrite { page, layer, bytes }).collect();
+            self.backend.import_pages(&writes)?;
         }
         Ok(RankReply::Done)
     }
@@ -152,29 +153,29 @@ impl<B: Backend> Rank<B> {
 
     /// The filled positions of a page in every MLA layer.
     pub(crate) fn export_page(&mut self, span: &PageSpan) -> Result<Vec<Vec<u8>>, ModelError> {
-        let geometry = self.known_geometry()?;
-        let length = u64::from(span.positions) * geometry.position_bytes();
-        let mut layers = Vec::with_capacity(self.cache.mla_layers);
-        for layer in 0..self.cache.mla_layers as u32 {
-            let mut bytes = self.backend.export_page(span.page, layer)?;
-            if length == 0 || length > bytes.len() as u64 || !span.first.is_multiple_of(PAGE_TOKENS as u64) {
-                return Err(BackendError::Batch(format!(
-                    "positions {} to {} are no beginning of a page",
-                    span.first,
-                    span.first.saturating_add(span.positions.into())
-                ))
-                .into());
-            }
-            bytes.truncate(length as usize);
-            layers.push(bytes);
+        let is_page = (1..=PAGE_TOKENS as u32).contains(&span.positions);
+        if !is_page || !span.first.is_multiple_of(PAGE_TOKENS as u64) {
+            return Err(BackendError::Batch(format!(
+                "positions {} to {} are no beginning of a page",
+                span.first,
+                span.first.saturating_add(span.positions.into())
+            ))
+            .into());
         }
-        Ok(layers)
+        self.page_layers(span.page, span.positions)
+    }
+
+    /// The first positions of a page in every MLA layer.
+    fn page_layers(&mut self, page: u32, positions: u32) -> Result<Vec<Vec<u8>>, ModelError> {
+        let layers = 0..self.cache.mla_layers as u32;
+        let parts: Vec<PagePart> = layers.map(|layer| PagePart { page, layer, positions }).collect();
+        Ok(self.backend.export_pages(&parts)?)
     }
 
     pub(super) fn import_pages(&mut self, pages: &[PageBytes]) -> Result<RankReply, ModelError> {
-        for PageBytes { page, layer, bytes } in pages {
-            self.backend.import_page(*page, *layer, bytes)?;
-        }
+        let writes: Vec<PageWrite<'_>> =
+            pages.iter().map(|page| PageWrite { page: page.page, layer: page.layer, bytes: &page.bytes }).collect();
+        self.backend.import_pages(&writes)?;
         Ok(RankReply::Done)
     }
 
