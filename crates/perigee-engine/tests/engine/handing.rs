@@ -11,6 +11,7 @@ use perigee_engine::moves::{
 };
 use perigee_engine::request::SessionId;
 use perigee_engine::testing::{ModelExecutor, ModelSizes, greedy_request};
+use perigee_migration::handoff::CHUNK_BYTES;
 use perigee_migration::{AttendShape, Layout, Mode, Place};
 
 use crate::support::{Driver, ROUTER, config};
@@ -203,8 +204,9 @@ async fn what_leaves_while_a_session_stands_still_does_not_grow_with_its_context
 #[tokio::test]
 async fn a_target_has_room_once_the_tokens_of_a_long_context_are_there() {
     // More token ids than a chunk has.
-    let sizes = long(70_000 + 128);
-    let (mut source, mut outgoing) = source_of(70_000, sizes, Mode::Split);
+    let tokens = CHUNK_BYTES / size_of::<u32>() + 1000;
+    let sizes = long(tokens + 128);
+    let (mut source, mut outgoing) = source_of(tokens, sizes, Mode::Split);
     let mut target = Driver::new(ModelExecutor::new(sizes), moving("target", Arc::default()));
     let mut incoming = target.handle.incoming();
     incoming.demands(outgoing.demand());
