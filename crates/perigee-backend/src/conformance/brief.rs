@@ -36,11 +36,12 @@ const EITHER: [&str; 27] = [
 ];
 
 /// The same for bfloat16, which has kernels for tensor cores and for few and for many rows.
-const BFLOAT16: [&str; 11] = [
+const BFLOAT16: [&str; 12] = [
     "logits/wide",
     "mlp/few tokens",
     "moe/two shared experts",
     "moe/many experts",
+    "moe/many experts of few rows",
     "moe/deep",
     "moe/many tiles",
     "moe/wide",

@@ -21,6 +21,7 @@ const HEAD: usize = 12;
 pub(super) struct ChunkWriter {
     size: usize,
     next: u32,
+    /// The current chunk from its first byte, with room for its head; empty while it has no payload.
     pending: Vec<u8>,
     ready: VecDeque<Vec<u8>>,
 }
@@ -33,10 +34,13 @@ impl ChunkWriter {
 
     pub(super) fn write(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
-            let (now, later) = bytes.split_at(bytes.len().min(self.size - self.pending.len()));
+            if self.pending.is_empty() {
+                self.pending.put(&[0; HEAD]);
+            }
+            let (now, later) = bytes.split_at(bytes.len().min(HEAD + self.size - self.pending.len()));
             self.pending.put(now);
             bytes = later;
-            if self.pending.len() == self.size {
+            if self.pending.len() == HEAD + self.size {
                 self.flush();
             }
         }
@@ -47,14 +51,15 @@ impl ChunkWriter {
         if self.pending.is_empty() {
             return;
         }
-        let payload = std::mem::take(&mut self.pending);
-        let mut head = Vec::with_capacity(HEAD + payload.len());
+        let mut chunk = std::mem::take(&mut self.pending);
+        let (room, payload) = chunk.split_at_mut(HEAD);
+        let mut head = Vec::with_capacity(HEAD);
         head.u32(self.next);
         head.u32(payload.len() as u32);
-        let checksum = crc(&[&head, &payload]);
+        let checksum = crc(&[&head, payload]);
         head.u32(checksum);
-        head.put(&payload);
-        self.ready.push_back(head);
+        room.copy_from_slice(&head);
+        self.ready.push_back(chunk);
         self.next = self.next.wrapping_add(1);
     }
 
@@ -78,11 +83,11 @@ pub(super) struct ChunkReader {
 }
 
 impl ChunkReader {
-    /// Takes the bytes of the current chunk from the front of `bytes`; returns its payload once it is whole. Number and
-    /// length are judged as soon as they are there, before anything else is kept.
-    pub(super) fn read(&mut self, bytes: &mut &[u8]) -> Result<Option<Vec<u8>>, ChunkError> {
+    /// Takes the bytes of the current chunk from the front of `bytes`, and appends its payload to `payloads` once it is whole;
+    /// whether it is. Number and length are judged as soon as they are there, before anything else is kept.
+    pub(super) fn read(&mut self, bytes: &mut &[u8], payloads: &mut Vec<u8>) -> Result<bool, ChunkError> {
         if !self.fill(bytes, HEAD) {
-            return Ok(None);
+            return Ok(false);
         }
         let (sequence, length, checksum) = head_of(&self.held);
         if sequence != self.next {
@@ -92,16 +97,16 @@ impl ChunkReader {
             return Err(ChunkError::Length { limit: CHUNK_LIMIT as u32, found: length });
         }
         if !self.fill(bytes, HEAD + length as usize) {
-            return Ok(None);
+            return Ok(false);
         }
-        let mut held = std::mem::take(&mut self.held);
-        let found = crc(&[&held[..8], &held[HEAD..]]);
+        let found = crc(&[&self.held[..8], &self.held[HEAD..]]);
         if found != checksum {
             return Err(ChunkError::Crc { expected: Crc(checksum), found: Crc(found) });
         }
         self.next = self.next.wrapping_add(1);
-        held.drain(..HEAD);
-        Ok(Some(held))
+        payloads.put(&self.held[HEAD..]);
+        self.held.clear();
+        Ok(true)
     }
 
     /// The number that is due.

@@ -76,11 +76,12 @@ impl HandoffDecoder {
             if self.summary.is_some() {
                 return Err(HandoffError::Trailing { bytes: bytes.len() as u64 });
             }
-            let chunk = self.chunks.read(&mut bytes);
-            let chunk =
-                chunk.map_err(|error| HandoffError::Chunk { due: self.chunks.due(), part: self.current(), error });
-            let Some(payload) = chunk? else { break };
-            self.held.extend_from_slice(&payload);
+            let is_whole = self.chunks.read(&mut bytes, &mut self.held);
+            let is_whole =
+                is_whole.map_err(|error| HandoffError::Chunk { due: self.chunks.due(), part: self.current(), error });
+            if !is_whole? {
+                break;
+            }
             self.read_parts(&mut parts)?;
         }
         Ok(parts)
