@@ -2,17 +2,18 @@
 # What several GPUs of one machine do together, in parts of at most ten minutes. With one card the same parts run with ranks
 # and replicas that share it, over less: right, not fast.
 #
-#   tests/gpu/multi.sh [PART...]   all of: golden grid moves pairs distance kill
+#   tests/gpu/multi.sh [PART...]   all of: golden grid moves pairs distance nccl kill
 #
 # golden    golden cases with 2, 4 and 8 ranks, one a card where there are so many
 # grid      `bench grid` on random:48b, all cards one replica: batch by context; with one card random:48b-e16, two ranks on it
 # moves     streams that move between replicas on different cards, in float32: tests/gpu/moves.py
 # pairs     the same by communicators of two (`--handoff pair`), and targets killed in the middle: tests/gpu/pairs.py
 # distance  `bench migrate` in bf16, where digests hold the bits of states equal: bytes, stalls, the price of remote attention
+# nccl      the same by communicators of two (`--handoff pair`)
 # kill      a rank is killed, one is stopped, the others leave
 #
-# Replicas hand sessions to each other by CUDA's handles of memory, over NVLink where there is one; in `pairs` by communicators of
-# NCCL between their ranks. PERIGEE_GPU_BIN, PERIGEE_GOLDEN and PYTHON as in tests/gpu/run; PERIGEE_CELLS are the cells of grid,
+# Replicas hand sessions to each other by CUDA's handles of memory, over NVLink where there is one; in `pairs` and `nccl` by communicators
+# of NCCL between their ranks. PERIGEE_GPU_BIN, PERIGEE_GOLDEN and PYTHON as in tests/gpu/run; PERIGEE_CELLS are the cells of grid,
 # PERIGEE_CONTEXTS the contexts of distance, PERIGEE_FILLED those whose latents are filled in rather than computed.
 # What cannot run is reported as not run. Exit status 1 when something failed.
 set -uo pipefail
@@ -87,6 +88,13 @@ part_distance() {
     --context "${PERIGEE_CONTEXTS:-$contexts}" --filled "${PERIGEE_FILLED:-$filled}"
 }
 
+part_nccl() {
+  local contexts=1024,8192,32768 filled=131072,524288
+  ((cards > 1)) || contexts=1024 filled=65536
+  check 'price of distance, random:48b-e16, states by pairs' env PERIGEE_UP_HANDOFF=pair "$perigee" bench migrate --model random:48b-e16 \
+    --device "$all" --whole 0 --context "${PERIGEE_CONTEXTS:-$contexts}" --filled "${PERIGEE_FILLED:-$filled}"
+}
+
 part_kill() {
   check 'a served stream, a rank killed, a rank stopped' "$PYTHON" tests/gpu/ranks.py "$perigee" tests/cases/tiny "$all"
 }
@@ -99,7 +107,7 @@ cards=$(nvidia-smi -L | wc -l)
 printf '%s, %d cards\n' "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)" "$cards"
 # Devices of one replica over all cards, which replicas of one rank share out among them.
 all=cuda:$(seq -s, 0 $((cards - 1)))
-for part in "${@:-golden grid moves pairs distance kill}"; do
+for part in "${@:-golden grid moves pairs distance nccl kill}"; do
   for name in $part; do
     "part_$name"
   done

@@ -80,7 +80,7 @@ impl LatentSlab {
         Ok(())
     }
 
-    /// A page of one layer as little-endian bytes in the storage type.
+    /// The first positions of a page of one layer as little-endian bytes in the storage type.
     pub fn export(&self, part: &PagePart) -> Result<Vec<u8>> {
         let page = self.page(part.layer as usize, part.page)?.read();
         Ok(to_bytes(&page[..part.positions()? * self.width], self.dtype))
