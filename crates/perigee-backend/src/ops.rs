@@ -100,13 +100,13 @@ pub struct PagePart {
 }
 
 impl PagePart {
-    /// Number of positions.
+    /// Its rows in a page.
     ///
     /// # Errors
     /// A page has not so many.
-    pub fn positions(&self) -> Result<usize> {
+    pub fn rows(&self) -> Result<usize> {
         match self.positions as usize {
-            positions if positions <= PAGE_TOKENS => Ok(positions),
+            rows if rows <= PAGE_TOKENS => Ok(rows),
             _ => {
                 let (index, limit) = (self.positions.into(), PAGE_TOKENS as u64 + 1);
                 Err(BackendError::Range { what: "number of a page's positions", index, limit })

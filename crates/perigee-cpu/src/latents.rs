@@ -83,7 +83,7 @@ impl LatentSlab {
     /// The first positions of a page of one layer as little-endian bytes in the storage type.
     pub fn export(&self, part: &PagePart) -> Result<Vec<u8>> {
         let page = self.page(part.layer as usize, part.page)?.read();
-        Ok(to_bytes(&page[..part.positions()? * self.width], self.dtype))
+        Ok(to_bytes(&page[..part.rows()? * self.width], self.dtype))
     }
 
     /// Overwrites the first positions of a page of one layer.

@@ -291,7 +291,7 @@ impl Cache {
     /// Where a part of a page begins, and its bytes.
     fn place(&self, part: &PagePart) -> Result<(usize, usize)> {
         let (page, layer) = (self.page(part.page)?, Self::check("MLA layer", part.layer, self.shape.mla_layers)?);
-        Ok((self.page_offset(page, layer), part.positions()? * self.row_bytes()))
+        Ok((self.page_offset(page, layer), part.rows()? * self.row_bytes()))
     }
 
     pub(crate) fn import_pages(&mut self, stream: &Stream, pages: &[PageWrite<'_>]) -> Result<()> {

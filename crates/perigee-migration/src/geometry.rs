@@ -239,20 +239,7 @@ impl fmt::Display for Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn published() -> Geometry {
-        let rank = CacheShape {
-            kda_layers: 20,
-            kda_heads: 8,
-            kda_head_dim: 128,
-            conv: 4,
-            mla_layers: 7,
-            latent_width: 576,
-            slots: 1,
-            pages: 1,
-        };
-        Geometry::of_replica(&rank, 4, DType::Bf16).unwrap()
-    }
+    use crate::testing::published_geometry as published;
 
     #[test]
     fn sizes_of_the_48b_model() {

@@ -1,6 +1,6 @@
-//! What this crate's tests share: a geometry small enough to flip every bit of a handoff, and seeded property tests.
+//! What this crate's tests share: a geometry small enough to flip every bit of a handoff, the published one, and seeded property tests.
 
-use perigee_backend::DType;
+use perigee_backend::{CacheShape, DType};
 use proptest::test_runner::{Config, RngSeed};
 
 use crate::geometry::Geometry;
@@ -18,6 +18,21 @@ pub(crate) fn small_geometry() -> Geometry {
         tail_dtype: DType::Bf16,
         latent_dtype: DType::Bf16,
     }
+}
+
+/// That of the published 48B model in bfloat16.
+pub(crate) fn published_geometry() -> Geometry {
+    let rank = CacheShape {
+        kda_layers: 20,
+        kda_heads: 8,
+        kda_head_dim: 128,
+        conv: 4,
+        mla_layers: 7,
+        latent_width: 576,
+        slots: 1,
+        pages: 1,
+    };
+    Geometry::of_replica(&rank, 4, DType::Bf16).unwrap()
 }
 
 /// The same cases in every run.

@@ -15,8 +15,8 @@ use crate::links::Links;
 const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 /// A peer that does not answer a ping for that long is lost, however alive its machine is.
 const PING_INTERVAL: Duration = Duration::from_secs(2);
-/// Bytes that may be on their way in one call: a layer's queries of a whole batch, or some chunks of a handoff.
-const WINDOW_BYTES: u32 = 4 << 20;
+/// Bytes that may be on their way in one call, either way: a layer's queries of a whole batch, some chunks of a handoff, or prompts.
+pub(crate) const WINDOW_BYTES: u32 = 4 << 20;
 /// Largest message from a peer: the answers to a whole batch's queries of one layer.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
 

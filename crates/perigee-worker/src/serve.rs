@@ -27,12 +27,11 @@ use crate::front::{Front, readiness};
 use crate::identity::ReplicaIdentity;
 use crate::links::Links;
 use crate::metrics::WorkerMetrics;
+use crate::peers::WINDOW_BYTES;
 use crate::service::{Measures, ReplicaService};
 
 /// Largest message from a router or a replica: the longest prompt, or a layer's queries of a whole batch.
 const MAX_INTERNAL_BYTES: usize = 64 << 20;
-/// What of a stream, and of a connection, may be on its way.
-const WINDOW_BYTES: u32 = 4 << 20;
 /// Largest frame, so that a session's last page is a few of them.
 const FRAME_BYTES: u32 = 256 << 10;
 /// Names under which health is reported, beside the empty one.

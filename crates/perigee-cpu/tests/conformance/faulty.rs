@@ -55,6 +55,10 @@ pub(crate) enum Fault {
     ZeroesForPoison,
     /// Copying slots and pages does nothing.
     KeepsCopies,
+    /// Of pages that are exported together, the second one is the first.
+    ExportsFirstPage,
+    /// Of pages that are imported together, only the first is.
+    ImportsFirstPage,
     /// A head range is imported to the first heads.
     ImportsFirstHeads,
     /// Sums over a slot number its heads as if they were the model's first.
@@ -390,11 +394,18 @@ impl<B: Backend> Backend for Faulty<B> {
     }
 
     fn export_pages(&mut self, parts: &[PagePart]) -> Result<Vec<Vec<u8>>> {
-        self.inner.export_pages(parts)
+        let mut pages = self.inner.export_pages(parts)?;
+        if let [first, second, ..] = &mut pages[..]
+            && self.is(Fault::ExportsFirstPage)
+        {
+            second.clone_from(first);
+        }
+        Ok(pages)
     }
 
     fn import_pages(&mut self, pages: &[PageWrite<'_>]) -> Result<()> {
-        self.inner.import_pages(pages)
+        let taken = if self.is(Fault::ImportsFirstPage) { pages.len().min(1) } else { pages.len() };
+        self.inner.import_pages(&pages[..taken])
     }
 
     fn poison_pages(&mut self, pages: &[u32]) -> Result<()> {

@@ -76,7 +76,7 @@ fn float32_on_three_threads() {
 }
 
 /// Every fault, the cases that must notice it, and whether bfloat16 limits are fine enough to.
-const FAULTS: [(Fault, &str, bool); 26] = [
+const FAULTS: [(Fault, &str, bool); 28] = [
     (Fault::NormEpsilon, "kda_mixer/lengths/1x32", true),
     (Fault::TapsReversed, "kda_mixer/lengths/1x32", true),
     (Fault::StateRounded, "kda_mixer/chunks/1x128, conv 4, Open", false),
@@ -101,6 +101,8 @@ const FAULTS: [(Fault, &str, bool); 26] = [
     (Fault::ZeroesForPoison, "state_slots/clear", true),
     (Fault::KeepsCopies, "latent_pages/copy", true),
     (Fault::KeepsCopies, "state_slots/clear", true),
+    (Fault::ExportsFirstPage, "latent_pages/export", true),
+    (Fault::ImportsFirstPage, "latent_pages/export", true),
     (Fault::ImportsFirstHeads, "state_slots/head ranges", true),
     (Fault::SumsOwnHeads, "state_slots/sums", true),
 ];

@@ -7,7 +7,7 @@ use super::error::ChunkError;
 use crate::codec::{Crc, Put, Reader, crc};
 
 /// Payload of a chunk as this build writes it. Each is a turn of the target's engine while the session stands still: the last
-/// page of all MLA layers at the published shape, 516 KB in bfloat16, goes in one with everything else that is sent then.
+/// page of all MLA layers at the published shape, 508 KB in bfloat16 at most, goes in one with everything else that is sent then.
 pub const CHUNK_BYTES: usize = 640 * 1024;
 
 /// Largest payload that a reader takes.

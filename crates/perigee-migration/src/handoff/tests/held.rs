@@ -4,8 +4,9 @@ use super::super::part::of_held;
 use super::super::{CHUNK_BYTES, HandoffEncoder, HandoffError, HeldState, Part, PartName, StateSlice};
 use super::harness::{Session, decode, decode_raw};
 use crate::digest::TensorDigests;
+use crate::geometry::PAGE_POSITIONS;
 use crate::segments::Mode;
-use crate::testing::small_geometry;
+use crate::testing::{published_geometry, small_geometry};
 
 fn session() -> Session {
     Session::new(small_geometry(), 2, Mode::Whole, 70, 5)
@@ -41,6 +42,23 @@ fn it_stands_for_all_slices() {
     let bytes = |chunks: &[Vec<u8>]| chunks.iter().map(Vec::len).sum::<usize>() as u64;
     let state = summary.totals.recurrent + summary.totals.tails;
     assert!(bytes(&chunks) + state < bytes(&sent), "the state itself is not in it");
+}
+
+#[test]
+fn what_a_target_waits_for_at_the_published_shape_is_one_chunk() {
+    // All of the last page but a position.
+    let session = Session::new(published_geometry(), 1, Mode::Split, 2 * PAGE_POSITIONS - 1, 6);
+    let mut encoder = HandoffEncoder::new(session.header.clone(), CHUNK_BYTES).unwrap();
+    encoder.tokens(&session.tokens).unwrap();
+    encoder.flush();
+    assert_eq!(encoder.chunks().count(), 1, "while it still steps");
+    encoder.freeze(&session.frozen, &session.segments()).unwrap();
+    let digests = TensorDigests::new(session.geometry());
+    encoder.held(&HeldState { slot: 9, digests }).unwrap();
+    session.pages().iter().for_each(|page| encoder.page(page).unwrap());
+    let summary = encoder.finish().unwrap();
+    assert_eq!((summary.totals.partial_pages, summary.totals.pages), (63 * 8064, 0));
+    assert_eq!(encoder.chunks().count(), 1);
 }
 
 #[test]
