@@ -65,11 +65,12 @@ pub(crate) fn deadline(metadata: &MetadataMap) -> Result<Option<Instant>, WireEr
     let Some(value) = metadata.get("grpc-timeout") else { return Ok(None) };
     let invalid = || WireError::invalid("grpc-timeout", "it must be up to 8 digits and one of H, M, S, m, u, n");
     let timeout = value.to_str().ok().and_then(parse_timeout).ok_or_else(invalid)?;
-    // The transport bounds the call by the same time and knows only CANCELLED; be a little earlier.
+    // Clients bound the call by the same time, and know less of why; be a little earlier.
     Ok(Some(Instant::now() + timeout.saturating_sub(Duration::from_millis(5))))
 }
 
-fn parse_timeout(text: &str) -> Option<Duration> {
+/// A time as gRPC's header has it: digits and a unit.
+pub(crate) fn parse_timeout(text: &str) -> Option<Duration> {
     let unit = text.chars().last()?;
     let digits = text.strip_suffix(unit)?;
     if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {

@@ -66,14 +66,13 @@ impl Relay {
             Finish::Unspecified | Finish::Stop | Finish::Length | Finish::Aborted => {}
         }
         let accepted = seat.state.accept(seat.index, event, replica, now, self.buffered_bytes);
-        if let Accepted::Buffered(milestones) = &accepted {
+        if let Accepted::Taken(milestones) = &accepted {
             if milestones.token {
                 self.token_taken(seat, replica);
             }
             if seat.choice().is_some_and(|choice| choice.is_finished) {
                 self.close(seat, true);
             }
-            seat.state.wake();
         }
         accepted
     }

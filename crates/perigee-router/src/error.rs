@@ -16,14 +16,6 @@ pub enum RouterError {
     /// Bad settings, one a line.
     #[error("{0}")]
     Config(String),
-    /// A listener failed.
-    #[error("{what}: {reason}")]
-    Listener {
-        /// Which.
-        what: &'static str,
-        /// What the system said.
-        reason: String,
-    },
     /// Metrics cannot be registered.
     #[error(transparent)]
     Metrics(#[from] MetricsError),

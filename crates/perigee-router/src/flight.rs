@@ -8,11 +8,15 @@ use parking_lot::Mutex;
 use perigee_proto::internal::{Counts, Finish, SessionEvent, Submit};
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_trace::Traced;
+use prost::bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::buffer::{EventBuffer, Full};
 use crate::choice::Choice;
+use crate::encoded;
 use crate::error;
+use crate::grpc::Outlet;
+use crate::reply::Read;
 use crate::resume::Seal;
 
 /// How a request ended.
@@ -41,6 +45,8 @@ pub(crate) struct FlightState {
     /// Who reads.
     pub(crate) waker: Option<Waker>,
     pub(crate) buffer: EventBuffer,
+    /// Where its answer leaves, if that is a gRPC stream.
+    pub(crate) outlet: Option<Outlet>,
     /// Set once. What is buffered is read before it.
     pub(crate) end: Option<End>,
     /// Whether the table of requests has forgotten it.
@@ -54,8 +60,8 @@ pub(crate) struct FlightState {
 pub(crate) enum Accepted {
     /// Nothing: another epoch's, or one that is known already.
     Ignored,
-    /// It is buffered.
-    Buffered(Milestones),
+    /// It is on its way to the client, or waits for it.
+    Taken(Milestones),
     /// The request failed by it.
     Failed(WireError),
 }
@@ -143,17 +149,42 @@ impl FlightState {
         }
         if event.token.is_some() && event.index < choice.withheld {
             if event.finish() == Finish::Unspecified {
-                return Accepted::Buffered(milestones);
+                return Accepted::Taken(milestones);
             }
             event.token = None;
             event.index += 1;
         }
         event.choice = index as u32;
+        let is_next = choice.is_answered && self.seal.is_none() && self.buffer.is_empty();
+        if is_next
+            && encoded::is_plain(&event)
+            && let Some(outlet) = &mut self.outlet
+            && outlet.has_room()
+        {
+            outlet.send(encoded::token(&event, replica));
+            return Accepted::Taken(milestones);
+        }
         if let Err(Full) = self.buffer.push(event, replica) {
             return Accepted::Failed(error::slow_reader(buffer_limit));
         }
         self.end_with_the_last();
-        Accepted::Buffered(milestones)
+        self.wake();
+        Accepted::Taken(milestones)
+    }
+
+    /// The oldest event that waits to be read.
+    pub(crate) fn next<'a>(&'a mut self, flight: &'a Flight) -> Option<Read<'a>> {
+        let (event, replica) = self.buffer.pop()?;
+        let choice = self.choices.get_mut(event.choice as usize);
+        let is_first = choice.is_some_and(|choice| !std::mem::replace(&mut choice.is_answered, true));
+        Some(Read { flight, seal: self.seal.as_mut(), event, replica, is_first })
+    }
+
+    /// Sends a message to the client.
+    pub(crate) fn send(&mut self, message: Bytes) {
+        if let Some(outlet) = &mut self.outlet {
+            outlet.send(message);
+        }
     }
 
     /// Ends a choice that nobody steps any more, as aborted.

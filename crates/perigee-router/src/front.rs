@@ -1,32 +1,30 @@
 //! Where calls come in: those of `perigee.v1.Inference` go straight to their service, all others through the router of
-//! routes. That one wraps an answer three times, and each layer costs every token that passes it. Streams of tokens are
-//! answered by the same service in bytes that it encodes itself (`encoded`).
+//! routes. A stream of tokens is answered with what its connection is to send, not with a body that is asked for it.
 
-use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::time::Duration;
 
-use axum::http::{HeaderValue, Request, Response};
-use perigee_proto::codec::Encoded;
+use axum::http::{HeaderMap, HeaderValue, Request, Response};
+use parking_lot::Mutex;
+use perigee_proto::codec::Codec;
 use perigee_proto::v1::inference_server::{Inference as _, InferenceServer};
-use perigee_proto::v1::{GenerateRequest, ResumeRequest};
+use perigee_proto::v1::{GenerateRequest, GenerateResponse, ResumeRequest};
 use prost::Message;
-use prost::bytes::Bytes;
+use tokio_stream::Empty;
 use tonic::body::Body;
 use tonic::server::{Grpc, NamedService, ServerStreamingService};
 use tonic::service::Routes;
 use tonic::{Code, Status};
 use tower::{Service, ServiceExt};
 
-use crate::encoded::EncodedReply;
+use crate::admission;
 use crate::reply::Reply;
 use crate::service::InferenceService;
 
 type Inference = InferenceServer<InferenceService>;
 type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
-type Answering = Boxed<Result<Response<Body>, Infallible>>;
 
 const GENERATE: &str = "/perigee.v1.Inference/Generate";
 const RESUME: &str = "/perigee.v1.Inference/Resume";
@@ -41,6 +39,13 @@ pub(crate) struct Front {
     others: Routes,
 }
 
+/// The answer to a call.
+pub(crate) struct Answer {
+    pub(crate) response: Response<Body>,
+    /// What follows the response's head instead of its body, where that is a stream of tokens.
+    pub(crate) tokens: Option<Reply>,
+}
+
 impl Front {
     /// Inference, whose requests may have so many bytes, and the others.
     pub(crate) fn new(service: InferenceService, message_bytes: usize, others: Routes) -> Self {
@@ -49,16 +54,50 @@ impl Front {
         Self { service, inference, message_bytes, others: others.prepare() }
     }
 
+    /// Answers a call, within the time that it has.
+    pub(crate) async fn answer(mut self, request: Request<Body>) -> Answer {
+        let path = request.uri().path();
+        if path == GENERATE {
+            let call: Call<GenerateRequest> =
+                |service, call| Box::pin(async move { service.generate(call).await });
+            return self.stream(request, call).await;
+        }
+        if path == RESUME {
+            let call: Call<ResumeRequest> = |service, call| Box::pin(async move { service.resume(call).await });
+            return self.stream(request, call).await;
+        }
+        let (is_inference, time) = (is_of(Inference::NAME, path), time_left(request.headers()));
+        let answer = async {
+            if is_inference {
+                self.inference.call(request).await
+            } else {
+                self.others.oneshot(request).await
+            }
+        };
+        let answered = match time {
+            Some(time) => tokio::time::timeout(time, answer).await,
+            None => Ok(answer.await),
+        };
+        // The services themselves never fail.
+        let response = match answered {
+            Ok(Ok(response)) => response,
+            Err(_) => Status::from(crate::error::deadline_exceeded()).into_http(),
+        };
+        Answer { response: with_told_size(response), tokens: None }
+    }
+
     /// Answers a call with a stream of tokens.
-    fn stream<T>(&self, request: Request<Body>, call: Call<T>) -> Answering
+    async fn stream<T>(&self, request: Request<Body>, call: Call<T>) -> Answer
     where
         T: Message + Default + Send + 'static,
     {
-        let (call, limit) = (Streamed { service: self.service.clone(), call }, self.message_bytes);
-        Box::pin(async move {
-            let mut grpc = Grpc::new(Encoded::<T>::default()).max_decoding_message_size(limit);
-            Ok(with_told_size(grpc.server_streaming(call, request).await))
-        })
+        let reply = Arc::default();
+        let call = Streamed { service: self.service.clone(), call, reply: Arc::clone(&reply) };
+        let codec = Codec::<GenerateResponse, T>::default();
+        let mut grpc = Grpc::new(codec).max_decoding_message_size(self.message_bytes);
+        let response = with_told_size(grpc.server_streaming(call, request).await);
+        let tokens = reply.lock().take();
+        Answer { response, tokens }
     }
 }
 
@@ -68,45 +107,30 @@ type Call<T> = fn(Arc<InferenceService>, tonic::Request<T>) -> Boxed<Result<toni
 struct Streamed<T> {
     service: Arc<InferenceService>,
     call: Call<T>,
+    /// Where the answer is left. What tonic has is a head, or an error.
+    reply: Arc<Mutex<Option<Reply>>>,
 }
 
 impl<T> ServerStreamingService<T> for Streamed<T> {
-    type Response = Bytes;
-    type ResponseStream = EncodedReply;
-    type Future = Boxed<Result<tonic::Response<EncodedReply>, Status>>;
+    type Response = GenerateResponse;
+    type ResponseStream = Empty<Result<GenerateResponse, Status>>;
+    type Future = Boxed<Result<tonic::Response<Self::ResponseStream>, Status>>;
 
     fn call(&mut self, request: tonic::Request<T>) -> Self::Future {
-        let answer = (self.call)(self.service.clone(), request);
-        Box::pin(async move { Ok(answer.await?.map(EncodedReply::new)) })
+        let (answer, left) = ((self.call)(self.service.clone(), request), self.reply.clone());
+        Box::pin(async move {
+            let answer = answer.await?;
+            Ok(answer.map(|reply| {
+                *left.lock() = Some(reply);
+                tokio_stream::empty()
+            }))
+        })
     }
 }
 
-impl Service<Request<Body>> for Front {
-    type Response = Response<Body>;
-    type Error = Infallible;
-    type Future = Answering;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        // Neither ever waits; how many requests run is admission's business.
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Answering {
-        let path = request.uri().path();
-        if path == GENERATE {
-            self.stream::<GenerateRequest>(request, |service, call| {
-                Box::pin(async move { service.generate(call).await })
-            })
-        } else if path == RESUME {
-            self.stream::<ResumeRequest>(request, |service, call| Box::pin(async move { service.resume(call).await }))
-        } else if is_of(Inference::NAME, path) {
-            let answer = self.inference.call(request);
-            Box::pin(async move { answer.await.map(with_told_size) })
-        } else {
-            let answer = self.others.clone().oneshot(request);
-            Box::pin(async move { answer.await.map(with_told_size) })
-        }
-    }
+/// The time that a call has left by its header. A bad one is for the services to refuse that care.
+fn time_left(headers: &HeaderMap) -> Option<Duration> {
+    headers.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(admission::parse_timeout)
 }
 
 /// Whether a path is that of a call of a service: /NAME/CALL.

@@ -3,8 +3,8 @@
 //!
 //! A request's way, file by file: `service` → `validate`, `text`, `admission` → `relay` → `recovery` (sessions without an
 //! owner) → `replicas`, `board`, `route` (which replica) → `attachment` → `replica_client` → the leader; its events return by `replica_client` →
-//! `relay` → `driver` (whose they are) → `flight` (what is accepted) → `buffer` → `reply`, in bytes by `encoded`, which the
-//! client's connection polls.
+//! `relay` → `driver` (whose they are) → `flight` (what is accepted) → `encoded` → `grpc` (the client's connection). What cannot
+//! leave at once, and what is more than a token, goes by `buffer` → `reply`.
 //!
 //! HTTP's handlers (`http`) stand beside `service` and go the same way from `validate` on.
 //!
@@ -28,6 +28,7 @@ mod evacuate;
 mod flight;
 mod front;
 mod gather;
+mod grpc;
 mod http;
 mod membership;
 mod metrics;

@@ -105,6 +105,7 @@ impl Relay {
             end: choices.iter().all(|choice| choice.is_finished).then_some(Ok(())),
             choices,
             buffer: EventBuffer::new(self.buffered_bytes),
+            outlet: None,
             seal,
             is_forgotten: false,
             waker: None,
@@ -172,7 +173,7 @@ impl Relay {
                 Accepted::Ignored => {
                     tracing::debug!(parent: flight.traced.span(), "event of another epoch or index dropped");
                 }
-                Accepted::Buffered(milestones) => {
+                Accepted::Taken(milestones) => {
                     tokens += u64::from(milestones.token);
                     self.count(&flight, milestones, now);
                 }

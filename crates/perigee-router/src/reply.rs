@@ -1,9 +1,10 @@
-//! A request's answer as its client reads it: a stream that yields what the relay buffered, ends once, and aborts the
-//! request when it is dropped before that. No task runs for it; the transport polls it.
+//! A request's answer as its client reads it: what the relay takes in, and its end, once. Dropped before that, it aborts the
+//! request. A gRPC stream is sent to; other readers ask.
 
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use perigee_proto::internal::SessionEvent;
 use perigee_proto::status::WireError;
@@ -13,8 +14,10 @@ use tokio_stream::Stream;
 use tonic::Status;
 
 use crate::admission::Place;
+use crate::encoded;
 use crate::error;
-use crate::flight::Flight;
+use crate::flight::{End, Flight};
+use crate::grpc::{Gone, Outlet};
 use crate::relay::Relay;
 use crate::resume::Seal;
 
@@ -67,46 +70,67 @@ impl Reply {
         self.flight.request_id()
     }
 
-    fn poll_response(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<v1::GenerateResponse, WireError>>> {
-        self.poll_with(context, |read| read.into_response())
+    /// Sends the answer to its client, until its end or until the client is gone. From here on whoever takes a token in
+    /// sends it, where that needs nothing else: this runs for the first of each choice, for ends, and where the client
+    /// did not take something at once.
+    pub(crate) async fn send_to(mut self, outlet: Outlet) {
+        self.flight.state.lock().outlet = Some(outlet);
+        let end = poll_fn(|context| self.poll_send(context)).await;
+        let outlet = self.flight.state.lock().outlet.take();
+        if let (Some(end), Some(outlet)) = (end, outlet) {
+            outlet.end(end.map_err(Status::from));
+        }
     }
 
-    /// The next event, as `read` makes something of it.
-    pub(crate) fn poll_with<T>(
-        &mut self,
-        context: &mut Context<'_>,
-        read: impl FnOnce(Read<'_>) -> T,
-    ) -> Poll<Option<Result<T, WireError>>> {
-        let this = self;
-        if this.done {
+    /// Sends what waits; ready with the end, or with nothing once the client is gone.
+    fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<Option<End>> {
+        self.poll_deadline(context);
+        let mut state = self.flight.state.lock();
+        let gone = state.outlet.as_mut().map(|outlet| outlet.poll_gone(context));
+        if !matches!(gone, Some(Poll::Pending)) {
             return Poll::Ready(None);
         }
-        if let Some(deadline) = &mut this.deadline
+        while !state.buffer.is_empty()
+            && let Some(outlet) = &mut state.outlet
+        {
+            if let Err(Gone) = ready!(outlet.poll_room(context)) {
+                return Poll::Ready(None);
+            }
+            let message = state.next(&self.flight).map(encoded::response);
+            message.into_iter().for_each(|message| state.send(message));
+        }
+        if let Some(end) = &state.end {
+            self.done = true;
+            return Poll::Ready(Some(end.clone()));
+        }
+        state.waker = Some(context.waker().clone());
+        Poll::Pending
+    }
+
+    fn poll_deadline(&mut self, context: &mut Context<'_>) {
+        if let Some(deadline) = &mut self.deadline
             && deadline.as_mut().poll(context).is_ready()
         {
-            this.deadline = None;
-            this.relay.end(&this.flight, Err(error::deadline_exceeded()));
+            self.deadline = None;
+            self.relay.end(&self.flight, Err(error::deadline_exceeded()));
         }
-        let mut state = this.flight.state.lock();
-        if let Some((event, replica)) = state.buffer.pop() {
-            let is_first = state
-                .choices
-                .get_mut(event.choice as usize)
-                .is_some_and(|choice| !std::mem::replace(&mut choice.is_answered, true));
-            let seal = state.seal.as_mut();
-            return Poll::Ready(Some(Ok(read(Read {
-                flight: &this.flight,
-                seal,
-                event,
-                replica: &replica,
-                is_first,
-            }))));
+    }
+
+    /// The next response, for who asks.
+    fn poll_response(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<v1::GenerateResponse, WireError>>> {
+        if self.done {
+            return Poll::Ready(None);
+        }
+        self.poll_deadline(context);
+        let mut state = self.flight.state.lock();
+        if let Some(read) = state.next(&self.flight) {
+            return Poll::Ready(Some(Ok(read.into_response())));
         }
         let Some(end) = &state.end else {
             state.waker = Some(context.waker().clone());
             return Poll::Pending;
         };
-        this.done = true;
+        self.done = true;
         Poll::Ready(end.clone().err().map(Err))
     }
 }
@@ -119,19 +143,19 @@ impl Drop for Reply {
 
 /// An event that its client reads.
 pub(crate) struct Read<'a> {
-    flight: &'a Flight,
+    pub(crate) flight: &'a Flight,
     /// Makes its resume token, where there is to be one.
     pub(crate) seal: Option<&'a mut Seal>,
     pub(crate) event: SessionEvent,
     /// Where it came from.
-    pub(crate) replica: &'a str,
+    pub(crate) replica: Arc<str>,
     /// Whether it is the first of its choice.
     pub(crate) is_first: bool,
 }
 
 impl Read<'_> {
     pub(crate) fn into_response(self) -> v1::GenerateResponse {
-        let mut response = response(self.flight, self.event, self.replica, self.is_first);
+        let mut response = response(self.flight, self.event, &self.replica, self.is_first);
         if let Some(seal) = self.seal {
             response.resume_token = seal.with(&response);
         }

@@ -4,7 +4,6 @@
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
 
 use perigee_proto::ids::RouterId;
 use perigee_proto::standard;
@@ -19,10 +18,9 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio_stream::{Stream, StreamExt};
+use tokio_stream::Stream;
 use tonic::service::RoutesBuilder;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
 use crate::admission::Admission;
@@ -31,7 +29,7 @@ use crate::cluster_service::ClusterService;
 use crate::config::RouterConfig;
 use crate::error::RouterError;
 use crate::front::Front;
-use crate::gather::Gathered;
+use crate::grpc::GrpcServer;
 use crate::http;
 use crate::membership;
 use crate::metrics::RouterMetrics;
@@ -183,7 +181,7 @@ impl Router {
     }
 
     /// A server with the limits of connections, and its gRPC services, with health and reflection.
-    pub(crate) fn grpc(&mut self) -> Result<(Server, Front), RouterError> {
+    pub(crate) fn grpc(&mut self) -> Result<(GrpcServer, Front), RouterError> {
         let limits = &self.config.limits;
         let mut routes = RoutesBuilder::default();
         let reporter = standard::add_services(&mut routes)?;
@@ -195,34 +193,26 @@ impl Router {
         } else {
             routes.add_service(cluster);
         }
-        let server = Server::builder()
-            .max_concurrent_streams(limits.streams_per_connection)
-            .http2_max_header_list_size(limits.header_bytes)
-            .http2_max_pending_accept_reset_streams(Some(limits.pending_resets))
-            // A client whose machine vanished is noticed within these two.
-            .http2_keepalive_interval(Some(Duration::from_secs(10)))
-            .http2_keepalive_timeout(Some(Duration::from_secs(5)));
-        Ok((server, Front::new(self.inference.clone(), limits.message_bytes, routes.routes())))
+        Ok((GrpcServer::new(limits), Front::new(self.inference.clone(), limits.message_bytes, routes.routes())))
     }
 
     /// Serves gRPC alone, over connections of any kind, which a simulation opens in its own way.
     ///
     /// # Errors
-    /// [`RouterError`] for descriptors that do not load and connections that fail to come.
+    /// [`RouterError`] for descriptors that do not load.
     pub async fn serve_over<C>(mut self, incoming: impl Stream<Item = std::io::Result<C>>) -> Result<(), RouterError>
     where
         C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
     {
-        let failed = |error: tonic::transport::Error| RouterError::Listener { what: "gRPC", reason: error.to_string() };
-        let incoming = incoming.map(|stream| stream.map(Gathered::new));
         let (server, front) = self.grpc()?;
-        server.serve_with_incoming(front, incoming).await.map_err(failed)
+        server.serve(front, incoming, std::future::pending()).await;
+        Ok(())
     }
 
     /// Serves until `shutdown` completes; then takes no more calls and gives running ones the grace time.
     ///
     /// # Errors
-    /// [`RouterError`] for listeners that fail.
+    /// [`RouterError`] for descriptors that do not load.
     pub async fn serve(
         mut self,
         listeners: RouterListeners,
@@ -259,34 +249,24 @@ impl Router {
                 relay.until_idle().await;
             }
         });
-        let incoming = incoming.map(|stream| stream.map(Gathered::new));
         let (server, front) = self.grpc()?;
-        let grpc = server.serve_with_incoming_shutdown(front, incoming, until_stopped());
-        let failed = |error: tonic::transport::Error| RouterError::Listener { what: "gRPC", reason: error.to_string() };
-        let both = async {
-            tokio::try_join!(async { grpc.await.map_err(failed) }, async {
-                http.await;
-                Ok(())
-            })
-        };
+        let both = async { tokio::join!(server.serve(front, incoming, until_stopped()), http) };
         let overdue = async {
             until_stopped().await;
             tokio::time::sleep(grace).await;
         };
         tokio::select! {
-            result = both => result.map(|_| ()),
-            () = overdue => {
-                tracing::warn!(?grace, "requests still run after the grace time, ending them");
-                Ok(())
-            }
+            _ = both => {}
+            () = overdue => tracing::warn!(?grace, "requests still run after the grace time, ending them"),
         }
+        Ok(())
     }
 }
 
 /// Starts a router and serves until `shutdown` completes.
 ///
 /// # Errors
-/// [`RouterError`] for bad settings, before anything is served, and for listeners that fail.
+/// [`RouterError`] for bad settings, before anything is served.
 pub async fn serve(
     config: RouterConfig,
     parts: RouterParts,

@@ -288,8 +288,7 @@ impl Sandbox {
         let incoming = UnboundedReceiverStream::new(network.listen("router:1"));
         let incoming = tokio_stream::StreamExt::map(incoming, Ok::<_, std::io::Error>);
         let (server, front) = router.grpc().expect("services");
-        let serving = server.serve_with_incoming(front, incoming);
-        router.tasks.spawn(async move { serving.await.expect("served") });
+        router.tasks.spawn(server.serve(front, incoming, std::future::pending()));
         let channel = network.channel("router:1").await.expect("connected");
         let inference = InferenceClient::new(channel.clone());
         Self { network, registry, router, inference, cluster: ClusterClient::new(channel) }
