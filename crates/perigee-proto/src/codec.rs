@@ -4,9 +4,7 @@
 use std::marker::PhantomData;
 
 use prost::Message;
-use prost::bytes::{BufMut, Bytes};
-use tonic::Status;
-use tonic::codec::{BufferSettings, EncodeBuf, Encoder};
+use tonic::codec::BufferSettings;
 use tonic_prost::{ProstDecoder, ProstEncoder};
 
 /// Bytes of a stream's buffer at first; a longer message has it grow.
@@ -43,52 +41,7 @@ where
     }
 }
 
-/// The codec of a service that encodes its answers itself: sends bytes as they are, receives `U`.
-#[derive(Debug, Clone)]
-pub struct Encoded<U>(PhantomData<U>);
-
-impl<U> Default for Encoded<U> {
-    fn default() -> Self {
-        Self(PhantomData)
-    }
-}
-
-impl<U> tonic::codec::Codec for Encoded<U>
-where
-    U: Message + Default + Send + 'static,
-{
-    type Encode = Bytes;
-    type Decode = U;
-    type Encoder = AsItIs;
-    type Decoder = ProstDecoder<U>;
-
-    fn encoder(&mut self) -> AsItIs {
-        AsItIs
-    }
-
-    fn decoder(&mut self) -> Self::Decoder {
-        ProstDecoder::new(buffers())
-    }
-}
-
-/// Sends the bytes of a message.
-#[derive(Debug, Clone, Copy)]
-pub struct AsItIs;
-
-impl Encoder for AsItIs {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn encode(&mut self, message: Bytes, into: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        into.put_slice(&message);
-        Ok(())
-    }
-
-    fn buffer_settings(&self) -> BufferSettings {
-        buffers()
-    }
-}
-
-fn buffers() -> BufferSettings {
+/// The buffers of a codec.
+pub fn buffers() -> BufferSettings {
     BufferSettings::new(BUFFER_BYTES, TOGETHER_BYTES)
 }

@@ -21,18 +21,35 @@ impl SessionId {
     /// # Errors
     /// [`InvalidId`] unless it has the shape that [`SessionId::from_random`] gives.
     pub fn parse(text: &str) -> Result<Self, InvalidId> {
-        let digits = text.strip_prefix("s-").unwrap_or_default();
-        let hexadecimal = digits.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
-        if digits.len() != 32 || !hexadecimal {
-            return Err(InvalidId { what: "session id", rule: "s- and 32 lower-case hexadecimal digits" });
-        }
-        Ok(Self(text.to_owned()))
+        let invalid = InvalidId { what: "session id", rule: "s- and 32 lower-case hexadecimal digits" };
+        Self::number(text).map(|_| Self(text.to_owned())).ok_or(invalid)
+    }
+
+    /// The 128 bits that a name was made of; none where it has another shape.
+    pub fn number(text: &str) -> Option<u128> {
+        let (high, low) = text.strip_prefix("s-")?.as_bytes().split_first_chunk::<16>()?;
+        let low = low.try_into().ok()?;
+        Some(u128::from(hexadecimal(high)?) << 64 | u128::from(hexadecimal(low)?))
     }
 
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
+}
+
+/// The number of 16 lower-case digits.
+fn hexadecimal(digits: &[u8; 16]) -> Option<u64> {
+    let mut number = 0;
+    for digit in digits {
+        let value = match digit {
+            b'0'..=b'9' => digit - b'0',
+            b'a'..=b'f' => digit - b'a' + 10,
+            _ => return None,
+        };
+        number = number << 4 | u64::from(value);
+    }
+    Some(number)
 }
 
 impl fmt::Display for SessionId {
@@ -103,6 +120,8 @@ mod tests {
     fn session_ids_parse_back_and_nothing_else_does() {
         let id = SessionId::from_random(1, u64::MAX);
         assert_eq!(id.as_str(), "s-0000000000000001ffffffffffffffff");
+        assert_eq!(SessionId::number(id.as_str()), Some(1 << 64 | u128::from(u64::MAX)));
+        assert_eq!(SessionId::number("s-0123456789abcdef0000000000000010"), Some(0x0123_4567_89ab_cdef << 64 | 16));
         assert_eq!(SessionId::parse(id.as_str()), Ok(id));
         for bad in ["", "s-", "x-0000000000000001ffffffffffffffff", "s-0000000000000001FFFFFFFFFFFFFFFF", "s-12"] {
             assert!(SessionId::parse(bad).is_err(), "{bad:?} parsed");

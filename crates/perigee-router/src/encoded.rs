@@ -2,67 +2,38 @@
 //! are written as they are, without the response that everything else is made into, which is a large value to carry and has
 //! names of its own to allocate and to free.
 
-use perigee_proto::internal::{Finish, SessionEvent};
 use prost::Message;
-use prost::bytes::{BufMut, Bytes};
+use prost::bytes::BufMut;
 
+use crate::batch::Token;
+use crate::grpc::Piece;
 use crate::reply::Read;
 
-/// Bytes before a message: whether it is compressed, and its length.
-const FRAME_BYTES: usize = 5;
-
-/// A `perigee.v1.GenerateResponse` in its gRPC frame.
-pub(crate) fn response(read: Read<'_>) -> Bytes {
-    if !read.is_first && read.seal.is_none() && is_plain(&read.event) {
-        return token(&read.event, &read.replica);
-    }
+/// A `perigee.v1.GenerateResponse`.
+pub(crate) fn response(read: Read<'_>) -> Piece {
     let response = read.into_response();
-    let mut message = Vec::with_capacity(FRAME_BYTES + response.encoded_len());
-    message.resize(FRAME_BYTES, 0);
-    // A vector grows as it must, so this cannot fail.
-    response.encode(&mut message).unwrap_or_default();
-    framed(message)
+    // There is room for all of it, so this cannot fail.
+    Piece::framed(response.encoded_len(), |into| response.encode(into).unwrap_or_default())
 }
 
-/// Whether a token and its text are all that a client is told of an event that is not the first of its choice.
-pub(crate) fn is_plain(event: &SessionEvent) -> bool {
-    event.finish == Finish::Unspecified as i32
-        && event.usage.is_none()
-        && event.logprobs.is_none()
-        && event.prompt_logprobs.is_empty()
-        // The router's own word for the end of a session.
-        && !event.session.is_empty()
-}
-
-/// The framed response that consists of these, as protobuf has it: fields by number, none that has its default.
-pub(crate) fn token(event: &SessionEvent, replica: &str) -> Bytes {
-    let strings = event.session.len() + event.text.len() + replica.len();
+/// The response that consists of a token of a choice, as protobuf has it: fields by number, none that has its default.
+pub(crate) fn token(token: &Token<'_>, choice: usize, replica: &str) -> Piece {
+    let strings = token.session.len() + token.text.len() + replica.len();
     // Each field has a key, and a length or number of at most ten bytes.
-    let mut message = Vec::with_capacity(FRAME_BYTES + strings + 7 * 11);
-    let into = &mut message;
-    into.resize(FRAME_BYTES, 0);
-    put_string(1, &event.session, into);
-    put_number(2, u64::from(event.choice), into);
-    put_number(3, event.index, into);
-    if let Some(token) = event.token {
+    Piece::framed(strings + 7 * 11, |into| {
+        put_string(1, token.session, into);
+        put_number(2, choice as u64, into);
+        put_number(3, token.index, into);
         // A field that may be absent is there even where it is 0.
         into.put_u8(4 << 3);
-        put_varint(u64::from(token), into);
-    }
-    put_string(5, &event.text, into);
-    put_string(10, replica, into);
-    put_number(11, event.epoch, into);
-    framed(message)
+        put_varint(u64::from(token.token), into);
+        put_string(5, token.text, into);
+        put_string(10, replica, into);
+        put_number(11, token.epoch, into);
+    })
 }
 
-/// A message behind room for its frame, with that.
-fn framed(mut message: Vec<u8>) -> Bytes {
-    let length = (message.len() - FRAME_BYTES) as u32;
-    message[1..FRAME_BYTES].copy_from_slice(&length.to_be_bytes());
-    message.into()
-}
-
-fn put_string(field: u8, text: &str, into: &mut Vec<u8>) {
+fn put_string(field: u8, text: &str, into: &mut &mut [u8]) {
     if !text.is_empty() {
         into.put_u8(field << 3 | 2);
         put_varint(text.len() as u64, into);
@@ -70,7 +41,7 @@ fn put_string(field: u8, text: &str, into: &mut Vec<u8>) {
     }
 }
 
-fn put_number(field: u8, number: u64, into: &mut Vec<u8>) {
+fn put_number(field: u8, number: u64, into: &mut &mut [u8]) {
     if number != 0 {
         into.put_u8(field << 3);
         put_varint(number, into);
@@ -78,7 +49,7 @@ fn put_number(field: u8, number: u64, into: &mut Vec<u8>) {
 }
 
 /// Seven bits a byte, the least first; all but the last byte have the eighth one set.
-fn put_varint(mut number: u64, into: &mut Vec<u8>) {
+fn put_varint(mut number: u64, into: &mut &mut [u8]) {
     while number >= 0x80 {
         into.put_u8(number as u8 | 0x80);
         number >>= 7;
@@ -90,49 +61,52 @@ fn put_varint(mut number: u64, into: &mut Vec<u8>) {
 mod tests {
     use perigee_proto::v1::GenerateResponse;
     use proptest::prelude::*;
+    use prost::bytes::Buf;
 
     use super::*;
 
     /// The message in a frame, which must be a whole one that is not compressed.
-    fn unframed(mut frame: Bytes) -> Bytes {
-        let message = frame.split_off(FRAME_BYTES);
-        assert_eq!(frame, [&[0], (message.len() as u32).to_be_bytes().as_slice()].concat());
+    fn message(mut piece: Piece) -> Vec<u8> {
+        let frame = piece.copy_to_bytes(5);
+        let message = piece.copy_to_bytes(piece.remaining()).to_vec();
+        assert_eq!(*frame, *[&[0], (message.len() as u32).to_be_bytes().as_slice()].concat());
         message
+    }
+
+    fn response(from: &Token<'_>, choice: usize, replica: &str) -> GenerateResponse {
+        GenerateResponse {
+            session_id: from.session.to_owned(),
+            choice: choice as u32,
+            index: from.index,
+            token_id: Some(from.token),
+            text: from.text.to_owned(),
+            replica: replica.to_owned(),
+            epoch: from.epoch,
+            ..GenerateResponse::default()
+        }
     }
 
     proptest! {
         #[test]
         fn tokens_are_encoded_as_protobuf_does(
-            session in "[a-z0-9]{1,40}",
-            (choice, index, epoch) in (any::<u32>(), any::<u64>(), any::<u64>()),
-            token_id in proptest::option::of(any::<u32>()),
+            session in "[a-z0-9]{0,40}",
+            (choice, index, epoch, id) in (any::<u32>(), any::<u64>(), any::<u64>(), any::<u32>()),
             text in "\\PC{0,200}",
             replica in "\\PC{0,20}",
         ) {
-            let event = SessionEvent {
-                session: session.clone(),
-                epoch,
-                choice,
-                index,
-                token: token_id,
-                text: text.clone(),
-                ..SessionEvent::default()
-            };
-            let encoded = unframed(token(&event, &replica));
-            let response = GenerateResponse {
-                session_id: session, choice, index, token_id, text, replica, epoch, ..GenerateResponse::default()
-            };
-            prop_assert_eq!(encoded, response.encode_to_vec());
+            let from = Token { session: &session, epoch, index, token: id, text: &text };
+            let choice = choice as usize;
+            prop_assert_eq!(message(token(&from, choice, &replica)), response(&from, choice, &replica).encode_to_vec());
         }
     }
 
     #[test]
     fn defaults_are_left_out_and_a_token_0_is_not() {
-        for token_id in [None, Some(0), Some(1), Some(u32::MAX)] {
-            let event = SessionEvent { session: "s".to_owned(), token: token_id, ..SessionEvent::default() };
-            let encoded = unframed(token(&event, ""));
-            let response = GenerateResponse { session_id: "s".to_owned(), token_id, ..GenerateResponse::default() };
-            assert_eq!(GenerateResponse::decode(encoded), Ok(response));
+        for id in [0, 1, u32::MAX] {
+            let from = Token { session: "s", epoch: 0, index: 0, token: id, text: "" };
+            let encoded = message(token(&from, 0, ""));
+            assert_eq!(GenerateResponse::decode(encoded.as_slice()), Ok(response(&from, 0, "")));
+            assert_eq!(encoded.len(), response(&from, 0, "").encoded_len());
         }
     }
 }

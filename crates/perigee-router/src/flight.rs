@@ -8,14 +8,14 @@ use parking_lot::Mutex;
 use perigee_proto::internal::{Counts, Finish, SessionEvent, Submit};
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_trace::Traced;
-use prost::bytes::Bytes;
 use tokio::time::Instant;
 
+use crate::batch::Token;
 use crate::buffer::{EventBuffer, Full};
 use crate::choice::Choice;
 use crate::encoded;
 use crate::error;
-use crate::grpc::Outlet;
+use crate::grpc::{Outlet, Piece};
 use crate::reply::Read;
 use crate::resume::Seal;
 
@@ -113,6 +113,32 @@ impl FlightState {
         self.end.is_some() || self.choices.iter().any(Choice::needs_owner)
     }
 
+    /// Takes in a token and sends it, where that is all there is to do about it: it is its choice's next one, of the epoch
+    /// that is accepted while nothing moves, neither the first nor the last, and its client takes it now. False where it is
+    /// anything else; nothing is changed then.
+    pub(crate) fn pass(&mut self, index: usize, token: &Token<'_>, replica: &str, now: Instant) -> bool {
+        let Some(choice) = self.choices.get_mut(index) else { return false };
+        let is_settled = choice.coordinator.is_idle() && choice.transit.is_none() && choice.replay.is_none();
+        let is_due = token.epoch == choice.coordinator.epoch()
+            && token.index == choice.due()
+            && choice.is_answered
+            && choice.withheld <= token.index
+            && !choice.is_finished;
+        if !is_settled || !is_due || self.end.is_some() || self.seal.is_some() || !self.buffer.is_empty() {
+            return false;
+        }
+        let Some(outlet) = self.outlet.as_mut() else { return false };
+        if !outlet.has_room() {
+            return false;
+        }
+        choice.tokens.push(token.token);
+        choice.last_token = Some(now);
+        choice.failures = 0;
+        choice.tried.clear();
+        outlet.send(encoded::token(token, index, replica));
+        true
+    }
+
     /// Takes in an event of a choice's owner: only the index that is due, nothing after the end.
     pub(crate) fn accept(
         &mut self,
@@ -155,15 +181,6 @@ impl FlightState {
             event.index += 1;
         }
         event.choice = index as u32;
-        let is_next = choice.is_answered && self.seal.is_none() && self.buffer.is_empty();
-        if is_next
-            && encoded::is_plain(&event)
-            && let Some(outlet) = &mut self.outlet
-            && outlet.has_room()
-        {
-            outlet.send(encoded::token(&event, replica));
-            return Accepted::Taken(milestones);
-        }
         if let Err(Full) = self.buffer.push(event, replica) {
             return Accepted::Failed(error::slow_reader(buffer_limit));
         }
@@ -181,7 +198,7 @@ impl FlightState {
     }
 
     /// Sends a message to the client.
-    pub(crate) fn send(&mut self, message: Bytes) {
+    pub(crate) fn send(&mut self, message: Piece) {
         if let Some(outlet) = &mut self.outlet {
             outlet.send(message);
         }

@@ -14,6 +14,7 @@
 
 mod admission;
 mod attachment;
+mod batch;
 mod balance;
 mod board;
 mod buffer;

@@ -8,13 +8,15 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use perigee_migration::epochs::last_beside;
-use perigee_proto::internal::{Abort, EventBatch, MoveReport, Submit, router_message::Body};
+use perigee_proto::ids::SessionId;
+use perigee_proto::internal::{Abort, MoveReport, SessionEvent, Submit, router_message::Body};
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_trace::Traced;
 use tokio::time::Instant;
 
 use crate::admission::{self, Place};
 use crate::attachment::Attachment;
+use crate::batch::Event;
 use crate::buffer::EventBuffer;
 use crate::choice::Choice;
 use crate::config::MoveTimes;
@@ -36,8 +38,9 @@ const IDLE_LOOK: Duration = Duration::from_millis(20);
 /// All requests of this router.
 #[derive(Debug)]
 pub(crate) struct Relay {
-    /// Session to request and choice.
-    sessions: Mutex<HashMap<String, (Arc<Flight>, usize)>>,
+    /// A session's number to its request and choice: a key that lies in the table itself, so that a token waits for no other
+    /// memory to be found.
+    sessions: Mutex<HashMap<u128, (Arc<Flight>, usize)>>,
     pub(crate) replicas: Arc<Replicas>,
     pub(crate) metrics: RouterMetrics,
     pub(crate) timers: Timers,
@@ -110,7 +113,7 @@ impl Relay {
             is_forgotten: false,
             waker: None,
         };
-        let names = new.submit.sessions.clone();
+        let numbers: Vec<_> = new.submit.sessions.iter().map(|name| SessionId::number(name)).collect();
         let flight = Arc::new(Flight {
             submit: new.submit,
             arrived: new.arrived,
@@ -121,7 +124,8 @@ impl Relay {
         // Known before it is sent: an event or the loss of the replica must find it.
         {
             let mut sessions = self.sessions.lock();
-            sessions.extend(names.into_iter().enumerate().map(|(index, name)| (name, (flight.clone(), index))));
+            let choices = numbers.into_iter().enumerate();
+            sessions.extend(choices.filter_map(|(index, number)| Some((number?, (flight.clone(), index)))));
         }
         self.metrics.waiting.inc();
         let reply = Reply::new(self.clone(), flight.clone(), new.place);
@@ -150,40 +154,61 @@ impl Relay {
 
     /// The request and choice of a session.
     pub(crate) fn find(&self, session: &str) -> Option<(Arc<Flight>, usize)> {
-        self.sessions.lock().get(session).cloned()
+        self.sessions.lock().get(&SessionId::number(session)?).cloned()
     }
 
     /// What one step of a replica did.
-    pub(crate) fn deliver(&self, from: &Arc<Attachment>, batch: EventBatch, now: Instant) {
+    pub(crate) fn deliver(&self, from: &Arc<Attachment>, events: Vec<Event<'_>>, now: Instant) {
         let flights: Vec<Option<(Arc<Flight>, usize)>> = {
             let sessions = self.sessions.lock();
-            batch.events.iter().map(|event| sessions.get(&event.session).cloned()).collect()
+            events.iter().map(|event| sessions.get(&event.session()?).cloned()).collect()
         };
         let mut tokens = 0;
-        for (event, found) in batch.events.into_iter().zip(flights) {
+        for (event, found) in events.into_iter().zip(flights) {
             // A session that nobody waits for was abandoned, and its end is on the way.
             let Some((flight, index)) = found else { continue };
-            let (accepted, is_unsettled) = {
-                let mut state = flight.state.lock();
-                let accepted =
-                    self.take_event(&mut Seat { flight: &flight, state: &mut state, index, now }, from, event);
-                (accepted, state.is_unsettled())
+            let event = match event {
+                Event::Token(token) if flight.state.lock().pass(index, &token, &from.identity.replica, now) => {
+                    tokens += 1;
+                    continue;
+                }
+                Event::Token(token) => token.to_event(),
+                Event::Other(event) => *event,
             };
-            match accepted {
-                Accepted::Ignored => {
-                    tracing::debug!(parent: flight.traced.span(), "event of another epoch or index dropped");
-                }
-                Accepted::Taken(milestones) => {
-                    tokens += u64::from(milestones.token);
-                    self.count(&flight, milestones, now);
-                }
-                Accepted::Failed(error) => self.end(&flight, Err(error)),
-            }
-            if is_unsettled {
-                self.settle(&flight, None);
-            }
+            tokens += self.deliver_one(from, &flight, index, event, now);
         }
         self.metrics.completion_tokens.inc_by(tokens);
+    }
+
+    /// Takes in an event by all rules that there are, and says how many tokens that was.
+    fn deliver_one(
+        &self,
+        from: &Arc<Attachment>,
+        flight: &Arc<Flight>,
+        index: usize,
+        event: SessionEvent,
+        now: Instant,
+    ) -> u64 {
+        let (accepted, is_unsettled) = {
+            let mut state = flight.state.lock();
+            let accepted = self.take_event(&mut Seat { flight, state: &mut state, index, now }, from, event);
+            (accepted, state.is_unsettled())
+        };
+        let mut tokens = 0;
+        match accepted {
+            Accepted::Ignored => {
+                tracing::debug!(parent: flight.traced.span(), "event of another epoch or index dropped");
+            }
+            Accepted::Taken(milestones) => {
+                tokens = u64::from(milestones.token);
+                self.count(flight, milestones, now);
+            }
+            Accepted::Failed(error) => self.end(flight, Err(error)),
+        }
+        if is_unsettled {
+            self.settle(flight, None);
+        }
+        tokens
     }
 
     fn count(&self, flight: &Flight, milestones: Milestones, now: Instant) {
@@ -310,8 +335,11 @@ impl Relay {
         let now = Instant::now();
         let sessions: Vec<(String, Arc<Flight>, usize)> = {
             let sessions = self.sessions.lock();
-            let wanted = sessions.iter().filter(|(session, (flight, _))| wanted(flight, session));
-            wanted.map(|(session, (flight, index))| (session.clone(), flight.clone(), *index)).collect()
+            let named = |(flight, index): &(Arc<Flight>, usize)| {
+                let session = flight.submit.sessions.get(*index)?;
+                wanted(flight, session).then(|| (session.clone(), flight.clone(), *index))
+            };
+            sessions.values().filter_map(named).collect()
         };
         let mut told = Vec::new();
         for (session, flight, index) in sessions {
@@ -392,8 +420,8 @@ impl Relay {
         };
         gauge.dec();
         let mut sessions = self.sessions.lock();
-        for session in &flight.submit.sessions {
-            sessions.remove(session);
+        for number in flight.submit.sessions.iter().filter_map(|session| SessionId::number(session)) {
+            sessions.remove(&number);
         }
     }
 

@@ -8,19 +8,20 @@ use std::time::Duration;
 
 use perigee_proto::PROTOCOL_VERSION;
 use perigee_proto::ids::RouterId;
-use perigee_proto::internal::{
-    EventBatch, Hello, Renew, ReplicaMessage, RouterMessage, Welcome, replica_client::ReplicaClient as Client,
-    replica_message, router_message,
-};
+use perigee_proto::internal::{Hello, Renew, RouterMessage, Welcome, replica_message, router_message};
 use perigee_registry::{BoxFuture, ReplicaRecord};
 use perigee_tls::{Dialer, with_causes};
+use prost::DecodeError;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::client::Grpc;
+use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Channel;
-use tonic::{Status, Streaming};
+use tonic::{Request, Status, Streaming};
 
 use crate::attachment::{Attachment, Identity};
+use crate::batch::{AttachCodec, Batch, Contents, Inbound};
 use crate::relay::Relay;
 use crate::replicas::Replicas;
 
@@ -29,8 +30,11 @@ const MAX_MESSAGE_BYTES: usize = 64 << 20;
 /// Pauses between attempts to connect.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Events from which on a batch is a large one.
-const LARGE_BATCH: usize = 16;
+/// Bytes from which on a batch is a large one, of some 16 events.
+const LARGE_BATCH: usize = 1 << 10;
+
+/// The call by which a router attaches.
+const ATTACH: &str = "/perigee.internal.v1.Replica/Attach";
 
 /// How to reach an address: TCP in production, something else under a simulated network.
 pub trait Connect: Send + Sync {
@@ -92,7 +96,7 @@ pub(crate) async fn keep_attached(context: Arc<ClientContext>, record: ReplicaRe
 /// A stream whose leader said welcome. Dropping it, for whatever reason, ends what runs there.
 struct LiveStream {
     attachment: Arc<Attachment>,
-    messages: Streaming<ReplicaMessage>,
+    messages: Streaming<Inbound>,
     guard: LossGuard,
 }
 
@@ -117,17 +121,18 @@ async fn attach(context: &ClientContext, record: &ReplicaRecord) -> Result<LiveS
     let (outbox, inbox) = mpsc::unbounded_channel();
     let exchange = async {
         let channel = context.connector.connect(&record.internal).await?;
-        let mut client = Client::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let mut client = Grpc::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let lease_ms = u32::try_from(context.lease.as_millis()).unwrap_or(u32::MAX);
         let hello = Hello { protocol_version: PROTOCOL_VERSION, router_id: context.router.0, lease_ms };
         let hello = RouterMessage { body: Some(router_message::Body::Hello(hello)) };
         outbox.send(hello).map_err(|_| "the stream closed".to_owned())?;
-        let response = client.attach(UnboundedReceiverStream::new(inbox)).await;
+        client.ready().await.map_err(|error| with_causes(&error.to_string(), &error))?;
+        let call = Request::new(UnboundedReceiverStream::new(inbox));
+        let response = client.streaming(call, PathAndQuery::from_static(ATTACH), AttachCodec).await;
         let refused = |status: Status| with_causes(status.message(), &status);
         let mut messages = response.map_err(refused)?.into_inner();
-        let first = messages.message().await.map_err(refused)?;
-        match first.and_then(|message| message.body) {
-            Some(replica_message::Body::Welcome(welcome)) => Ok((messages, welcome)),
+        match messages.message().await.map_err(refused)? {
+            Some(Inbound::Other(Some(replica_message::Body::Welcome(welcome)))) => Ok((messages, welcome)),
             _ => Err("its first message is not a welcome".to_owned()),
         }
     };
@@ -196,19 +201,18 @@ impl LiveStream {
                 // After a stall of this process, what has arrived counts before the clock.
                 biased;
                 message = self.messages.message() => match message {
-                    Ok(Some(message)) => {
+                    Ok(Some(Inbound::Batch(batch))) => {
                         heard = Instant::now();
-                        if let Some(replica_message::Body::Batch(batch)) = &message.body {
-                            clock = batch.clock;
-                        }
-                        let is_batch = match message.body {
-                            Some(replica_message::Body::Batch(batch)) => self.take_batch(context, batch, heard).await,
-                            body => self.take(context, body, heard),
-                        };
-                        if is_batch && !known {
+                        let Ok(taken) = self.take_batch(context, &batch, heard).await else { break "its stream broke" };
+                        clock = taken.clock;
+                        if taken.has_load && !known {
                             known = true;
                             context.replicas.attach(&self.attachment.identity.replica, self.attachment.clone());
                         }
+                    }
+                    Ok(Some(Inbound::Other(body))) => {
+                        heard = Instant::now();
+                        self.take(context, body, heard);
                     }
                     Ok(None) | Err(_) => break "its stream broke",
                 },
@@ -225,25 +229,25 @@ impl LiveStream {
         why
     }
 
-    /// Takes in a batch of events; true where it has a load. A large one waits for its turn, which lasts until those that it
-    /// woke have run: of batches that came together, the first leaves before the last is taken in, not all after that.
-    async fn take_batch(&self, context: &ClientContext, batch: EventBatch, now: Instant) -> bool {
-        let load = batch.load;
-        let is_large = batch.events.len() >= LARGE_BATCH;
+    /// Takes in a batch of events. A large one waits for its turn, which lasts until those that it woke have run: of batches
+    /// that came together, the first leaves before the last is taken in, not all after that.
+    async fn take_batch(&self, context: &ClientContext, batch: &Batch, now: Instant) -> Result<Taken, DecodeError> {
+        let is_large = batch.len() >= LARGE_BATCH;
         // It is never closed.
         let _turn = if is_large { context.turns.acquire().await.ok() } else { None };
-        context.relay.deliver(&self.attachment, batch, now);
+        let Contents { events, load, clock } = batch.read()?;
+        context.relay.deliver(&self.attachment, events, now);
         if load.is_some_and(|load| self.attachment.set_load(load)) {
             context.replicas.reconsider();
         }
         if is_large {
             tokio::task::yield_now().await;
         }
-        load.is_some()
+        Ok(Taken { has_load: load.is_some(), clock })
     }
 
     /// Takes in any other message.
-    fn take(&self, context: &ClientContext, body: Option<replica_message::Body>, now: Instant) -> bool {
+    fn take(&self, context: &ClientContext, body: Option<replica_message::Body>, now: Instant) {
         use replica_message::Body;
         match body {
             Some(Body::Refused(refused)) => context.relay.refused(&self.attachment, &refused),
@@ -255,6 +259,11 @@ impl LiveStream {
                 tracing::debug!(replica = &*self.attachment.identity.replica, "message that nothing waits for");
             }
         }
-        false
     }
+}
+
+/// What a batch said beside its events.
+struct Taken {
+    has_load: bool,
+    clock: u64,
 }

@@ -12,11 +12,11 @@ use http_body::{Body as _, Frame, SizeHint};
 use prost::bytes::Bytes;
 use tonic::body::Body;
 
-use super::Outlet;
+use super::{Outlet, Piece};
 use crate::front::{Answer, Front};
 
 /// Answers a call.
-pub(super) async fn answer(front: Front, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+pub(super) async fn answer(front: Front, request: Request<RecvStream>, mut respond: SendResponse<Piece>) {
     let request = request.map(|body| Body::new(RequestBody { body, is_read: false }));
     let Answer { response, tokens } = {
         let mut answer = pin!(front.answer(request));
@@ -40,7 +40,7 @@ pub(super) async fn answer(front: Front, request: Request<RecvStream>, mut respo
 }
 
 /// Sends an answer that is not a stream of tokens.
-async fn send_body(mut stream: SendStream<Bytes>, body: Body) -> Result<(), h2::Error> {
+async fn send_body(mut stream: SendStream<Piece>, body: Body) -> Result<(), h2::Error> {
     let mut body = pin!(body);
     loop {
         let next = poll_fn(|context| match stream.poll_reset(context) {
@@ -53,7 +53,7 @@ async fn send_body(mut stream: SendStream<Bytes>, body: Body) -> Result<(), h2::
                     if !data.is_empty() {
                         room(&mut stream).await?;
                     }
-                    stream.send_data(data, false)?;
+                    stream.send_data(data.into(), false)?;
                 }
                 Err(frame) => return stream.send_trailers(frame.into_trailers().unwrap_or_default()),
             },
@@ -61,13 +61,13 @@ async fn send_body(mut stream: SendStream<Bytes>, body: Body) -> Result<(), h2::
                 stream.send_reset(Reason::INTERNAL_ERROR);
                 return Ok(());
             }
-            None => return stream.send_data(Bytes::new(), true),
+            None => return stream.send_data(Bytes::new().into(), true),
         }
     }
 }
 
 /// Waits until the client takes at least a byte.
-async fn room(stream: &mut SendStream<Bytes>) -> Result<(), h2::Error> {
+async fn room(stream: &mut SendStream<Piece>) -> Result<(), h2::Error> {
     stream.reserve_capacity(1);
     while stream.capacity() == 0 {
         match poll_fn(|context| stream.poll_capacity(context)).await {

@@ -7,13 +7,12 @@ use std::time::Duration;
 
 use h2::server::Builder;
 use h2::{Ping, PingPong};
-use prost::bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep};
 use tonic::transport::server::Connected;
 
-use super::call;
+use super::{Piece, call};
 use crate::front::Front;
 use crate::gather::Gathered;
 
@@ -29,7 +28,7 @@ where
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let peer = io.connect_info();
-    let handshake = builder.handshake::<_, Bytes>(Gathered::new(io));
+    let handshake = builder.handshake::<_, Piece>(Gathered::new(io));
     let mut connection = match tokio::time::timeout(HANDSHAKE, handshake).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => return tracing::debug!(%error, "a connection does not speak HTTP/2"),

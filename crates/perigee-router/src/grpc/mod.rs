@@ -8,7 +8,9 @@
 mod call;
 mod connection;
 mod outlet;
+mod piece;
 mod server;
 
 pub(crate) use outlet::{Gone, Outlet};
+pub(crate) use piece::Piece;
 pub(crate) use server::GrpcServer;

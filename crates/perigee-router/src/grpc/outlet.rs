@@ -5,8 +5,10 @@ use std::task::{Context, Poll, ready};
 
 use axum::http::{HeaderMap, HeaderValue};
 use h2::SendStream;
-use prost::bytes::Bytes;
+use prost::bytes::Buf;
 use tonic::{Code, Status};
+
+use super::Piece;
 
 /// Bytes that are sent without a look at whether the client takes them. A look has h2 wake the stream's task, once the room
 /// that was asked for is there, so one at each token would cost a task's run at each token.
@@ -15,7 +17,7 @@ const LOOK_BYTES: usize = 4 << 10;
 /// A stream of answers whose head was sent.
 #[derive(Debug)]
 pub(crate) struct Outlet {
-    stream: SendStream<Bytes>,
+    stream: SendStream<Piece>,
     /// Bytes sent since the last look.
     unseen: usize,
 }
@@ -25,7 +27,7 @@ pub(crate) struct Outlet {
 pub(crate) struct Gone;
 
 impl Outlet {
-    pub(crate) fn new(stream: SendStream<Bytes>) -> Self {
+    pub(crate) fn new(stream: SendStream<Piece>) -> Self {
         Self { stream, unseen: 0 }
     }
 
@@ -59,9 +61,9 @@ impl Outlet {
         self.stream.poll_reset(context).map(|_| Gone)
     }
 
-    /// Sends a message with its gRPC frame, as far as there is room; the connection keeps the rest.
-    pub(crate) fn send(&mut self, message: Bytes) {
-        self.unseen += message.len();
+    /// Sends a message, as far as there is room; the connection keeps the rest.
+    pub(crate) fn send(&mut self, message: Piece) {
+        self.unseen += message.remaining();
         // Refused where the client is gone, which `poll_gone` tells.
         let _ = self.stream.send_data(message, false);
     }
