@@ -14,45 +14,46 @@ use crate::transit::Transit;
 /// The first epoch of a session.
 const FIRST_EPOCH: u64 = 1;
 
-/// One choice. Every token passes it, and it is in another processor's cache then: what only moves and losses need lies
-/// elsewhere.
+/// One choice. Every token passes it, and it is in another processor's cache then: what a token needs lies together, in the
+/// order of these lines, and what only moves and losses need elsewhere.
 #[derive(Debug)]
+#[repr(C)]
 pub(crate) struct Choice {
-    /// Its name in the cluster.
-    pub(crate) session: String,
-    /// Where it runs; none while it waits for a replica.
-    pub(crate) owner: Option<Arc<Attachment>>,
     /// Whose tokens are accepted: the commit point of its moves.
     pub(crate) coordinator: Coordinator,
     /// What the client has of it, in order; the next token's index is its length. A replay goes on after these.
     pub(crate) tokens: Vec<u32>,
     /// How many tokens from the first its client has from another router: they are taken in and not sent on.
     pub(crate) withheld: u64,
-    pub(crate) is_finished: bool,
-    pub(crate) first_token: Option<Instant>,
-    pub(crate) last_token: Option<Instant>,
-    /// Whether its first response was read.
-    pub(crate) is_answered: bool,
-    /// Its client, or an operator, asked for its end.
-    pub(crate) is_aborted: bool,
-    /// Every replica that has or had something of it, by its latest stream.
-    pub(crate) holders: Vec<Arc<Attachment>>,
-    /// Set while it has no owner and needs one.
-    pub(crate) pending: Option<Box<Pending>>,
-    /// Streams that it was sent to without success, so as not to ask the same ones again at once.
-    pub(crate) tried: Vec<u64>,
     /// The move under way, or the last one until its cost is known.
     pub(crate) transit: Option<Box<Transit>>,
     /// The replay whose first token is still to come.
     pub(crate) replay: Option<Box<Replay>>,
+    pub(crate) last_token: Option<Instant>,
+    /// Engine failures since its last token.
+    pub(crate) failures: u32,
+    pub(crate) is_finished: bool,
+    /// Whether its first response was read.
+    pub(crate) is_answered: bool,
+    /// Its client, or an operator, asked for its end.
+    pub(crate) is_aborted: bool,
+    /// Streams that it was sent to without success, so as not to ask the same ones again at once.
+    pub(crate) tried: Vec<u64>,
+    /// Its name in the cluster.
+    pub(crate) session: String,
+    /// Where it runs; none while it waits for a replica.
+    pub(crate) owner: Option<Arc<Attachment>>,
+    pub(crate) first_token: Option<Instant>,
+    /// Every replica that has or had something of it, by its latest stream.
+    pub(crate) holders: Vec<Arc<Attachment>>,
+    /// Set while it has no owner and needs one.
+    pub(crate) pending: Option<Box<Pending>>,
     /// When it is to be looked at again, if nothing happens before.
     pub(crate) alarm: Option<Alarm>,
     /// When its last move began, whoever wanted it and whatever became of it.
     pub(crate) last_move: Option<Instant>,
     /// Attempts to have it leave a replica that drains.
     pub(crate) leaving: Option<Leaving>,
-    /// Engine failures since its last token.
-    pub(crate) failures: u32,
     /// Streams and epochs of tokens that were not the owner's, whose senders were told so.
     strays: Vec<(u64, u64)>,
 }

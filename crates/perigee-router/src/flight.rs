@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 use perigee_proto::internal::{Counts, Finish, SessionEvent, Submit};
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_trace::Traced;
+use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::batch::Token;
@@ -41,18 +42,19 @@ pub(crate) struct Flight {
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct FlightState {
-    pub(crate) choices: Vec<Choice>,
-    /// Who reads.
-    pub(crate) waker: Option<Waker>,
-    pub(crate) buffer: EventBuffer,
     /// Where its answer leaves, if that is a gRPC stream.
     pub(crate) outlet: Option<Outlet>,
+    pub(crate) buffer: EventBuffer,
+    /// Makes resume tokens, where the request is to outlive this router.
+    pub(crate) seal: Option<Box<Seal>>,
+    /// Nearly all requests have one.
+    pub(crate) choices: SmallVec<[Choice; 1]>,
     /// Set once. What is buffered is read before it.
     pub(crate) end: Option<End>,
+    /// Who reads.
+    pub(crate) waker: Option<Waker>,
     /// Whether the table of requests has forgotten it.
     pub(crate) is_forgotten: bool,
-    /// Makes resume tokens, where the request is to outlive this router.
-    pub(crate) seal: Option<Seal>,
 }
 
 /// What became of an event.
@@ -80,6 +82,12 @@ pub(crate) struct Milestones {
 impl Flight {
     pub(crate) fn request_id(&self) -> &str {
         &self.submit.request_id
+    }
+
+    /// Has the processor fetch what a token needs first. For one request that is no gain; over many, one after the other, it
+    /// fetches several at a time, which it cannot where their locks are taken in between.
+    pub(crate) fn fetch(&self) {
+        std::hint::black_box(self.state.is_locked());
     }
 
     pub(crate) fn seed(&self) -> u64 {
@@ -194,7 +202,7 @@ impl FlightState {
         let (event, replica) = self.buffer.pop()?;
         let choice = self.choices.get_mut(event.choice as usize);
         let is_first = choice.is_some_and(|choice| !std::mem::replace(&mut choice.is_answered, true));
-        Some(Read { flight, seal: self.seal.as_mut(), event, replica, is_first })
+        Some(Read { flight, seal: self.seal.as_deref_mut(), event, replica, is_first })
     }
 
     /// Sends a message to the client.

@@ -12,6 +12,7 @@ use perigee_proto::ids::SessionId;
 use perigee_proto::internal::{Abort, MoveReport, SessionEvent, Submit, router_message::Body};
 use perigee_proto::status::{ErrorKind, WireError};
 use perigee_trace::Traced;
+use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::admission::{self, Place};
@@ -99,19 +100,19 @@ impl Relay {
             }
             choice
         };
-        let choices: Vec<Choice> = new.submit.sessions.iter().enumerate().map(choice).collect();
+        let choices: SmallVec<[Choice; 1]> = new.submit.sessions.iter().enumerate().map(choice).collect();
         let seal = new.key.as_ref().map(|key| match new.resumed {
             Some(resumed) => resumed.into_seal(key, &new.submit),
             None => Seal::new(key, &new.submit, choices.len()),
         });
         let state = FlightState {
+            outlet: None,
+            buffer: EventBuffer::new(self.buffered_bytes),
+            seal: seal.map(Box::new),
             end: choices.iter().all(|choice| choice.is_finished).then_some(Ok(())),
             choices,
-            buffer: EventBuffer::new(self.buffered_bytes),
-            outlet: None,
-            seal,
-            is_forgotten: false,
             waker: None,
+            is_forgotten: false,
         };
         let numbers: Vec<_> = new.submit.sessions.iter().map(|name| SessionId::number(name)).collect();
         let flight = Arc::new(Flight {
@@ -161,7 +162,9 @@ impl Relay {
     pub(crate) fn deliver(&self, from: &Arc<Attachment>, events: Vec<Event<'_>>, now: Instant) {
         let flights: Vec<Option<(Arc<Flight>, usize)>> = {
             let sessions = self.sessions.lock();
-            events.iter().map(|event| sessions.get(&event.session()?).cloned()).collect()
+            let found: Vec<_> = events.iter().map(|event| sessions.get(&event.session()?)).collect();
+            found.iter().flatten().for_each(|(flight, _)| flight.fetch());
+            found.into_iter().map(Option::<&_>::cloned).collect()
         };
         let mut tokens = 0;
         for (event, found) in events.into_iter().zip(flights) {

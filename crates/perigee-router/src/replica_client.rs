@@ -31,7 +31,7 @@ const MAX_MESSAGE_BYTES: usize = 64 << 20;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Bytes from which on a batch is a large one, of some 16 events.
-const LARGE_BATCH: usize = 1 << 10;
+const LARGE_BATCH: usize = 768;
 
 /// The call by which a router attaches.
 const ATTACH: &str = "/perigee.internal.v1.Replica/Attach";
