@@ -3,12 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
 
-/// A thread that wakes whoever asks, within about 0.1 ms of the time. It ends with the last copy.
+/// Alarms so close to each other ring together: a thread that ran for each of a thousand replicas' steps would take processors
+/// from the router that is measured.
+const TOGETHER: Duration = Duration::from_micros(100);
+
+/// A thread that wakes whoever asks, within about 0.2 ms of the time. It ends with the last copy.
 #[derive(Debug, Clone)]
 pub struct Pacer(Arc<Owner>);
 
@@ -18,7 +22,7 @@ struct Owner(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     alarms: Mutex<Alarms>,
-    /// The first alarm has changed, or nobody is left to set one.
+    /// There is an alarm before the thread wakes, or nobody is left to set one.
     changed: Condvar,
 }
 
@@ -27,6 +31,8 @@ struct Alarms {
     /// By time, and by number where times are equal.
     set: BTreeMap<(Instant, u64), oneshot::Sender<()>>,
     next: u64,
+    /// Until when the thread sleeps; none where that is until somebody asks.
+    sleeps: Option<Instant>,
     is_over: bool,
 }
 
@@ -50,7 +56,7 @@ impl Pacer {
         let alarm = (at, alarms.next);
         alarms.next += 1;
         alarms.set.insert(alarm, ring);
-        if alarms.first() == Some(alarm) {
+        if alarms.sleeps.is_none_or(|until| at < until) {
             shared.changed.notify_one();
         }
         rings
@@ -71,19 +77,31 @@ impl Alarms {
 }
 
 impl Shared {
-    /// The thread: sleeps until the first alarm, and takes it from the set when it has rung.
+    /// The thread: sleeps until the first alarm, and takes it from the set when it has rung. When all that are due have rung, it
+    /// rests.
     fn ring(&self) {
         let mut alarms = self.alarms.lock();
+        // Until then it rests, whatever is due.
+        let mut rests = Instant::now();
         while !alarms.is_over {
+            let now = Instant::now();
             match alarms.first() {
-                None => self.changed.wait(&mut alarms),
-                Some((at, _)) if at > Instant::now() => {
-                    self.changed.wait_until(&mut alarms, at);
+                None => {
+                    alarms.sleeps = None;
+                    self.changed.wait(&mut alarms);
+                }
+                Some((at, _)) if at.max(rests) > now => {
+                    let until = at.max(rests);
+                    alarms.sleeps = Some(until);
+                    self.changed.wait_until(&mut alarms, until);
                 }
                 Some(_) => {
                     let rung = alarms.set.pop_first();
                     // Who asked may be gone.
                     let _ = rung.map(|(_, ring)| ring.send(()));
+                    if alarms.first().is_none_or(|(at, _)| at > now) {
+                        rests = now + TOGETHER;
+                    }
                 }
             }
         }
