@@ -94,7 +94,7 @@ impl Board {
         let rows = Rows {
             ids: attachments.iter().map(|attachment| attachment.id).collect(),
             reports: vec![Packed::of(None); attachments.len()],
-            chooser: Chooser::default(),
+            chooser: Chooser::of(attachments.len()),
         };
         let board = Arc::new(Self { rows: Mutex::new(rows) });
         for (index, attachment) in attachments.iter().enumerate() {
@@ -106,9 +106,9 @@ impl Board {
     /// The row where a request would have its first token soonest, of none of the streams `tried`.
     pub(crate) fn choose(&self, demand: Demand, tried: &[u64]) -> Option<Chosen> {
         let Rows { ids, reports, chooser } = &mut *self.rows.lock();
-        let untried = |index: &usize| tried.is_empty() || ids.get(*index).is_some_and(|id| !tried.contains(id));
-        let open = |index: usize| reports.get(index).and_then(|packed| packed.read());
-        let (index, report) = chooser.choose(reports.len(), |index| open(index).filter(|_| untried(&index)), demand)?;
+        let is_tried = |index: usize| !tried.is_empty() && ids.get(index).is_some_and(|id| tried.contains(id));
+        let open = |index: usize| reports.get(index).and_then(|packed| packed.read()).filter(|_| !is_tried(index));
+        let (index, report) = chooser.choose(open, demand)?;
         Some(Chosen { index, report })
     }
 }
@@ -116,8 +116,10 @@ impl Board {
 impl Row {
     /// Writes what a stream reports now.
     pub(crate) fn write(&self, report: Option<Report>) {
-        if let Some(row) = self.board.rows.lock().reports.get_mut(self.index) {
+        let Rows { reports, chooser, .. } = &mut *self.board.rows.lock();
+        if let Some(row) = reports.get_mut(self.index) {
             *row = Packed::of(report);
+            chooser.set(self.index, report);
         }
     }
 }

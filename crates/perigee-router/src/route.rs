@@ -97,81 +97,170 @@ pub(crate) fn expected_ms(report: &Report, demand: Demand) -> f64 {
     first_ms + decode_ms * slot_steps.max(page_steps)
 }
 
-/// Chooses among reports, in memory that it keeps.
+/// Chooses among reports. What a choice compares lies in columns, of which processors take several rows at once: a choice among
+/// a thousand replicas is then over before anything interrupts it. Rows in which something is short or not known are looked
+/// at one by one, by their reports.
 #[derive(Debug, Default)]
 pub(crate) struct Chooser {
-    rows: Vec<Row>,
+    /// Expected milliseconds before the request's own tokens, and for each of those; 0 in idle rows.
+    base_ms: Vec<f32>,
+    token_ms: Vec<f32>,
+    /// 1 where a row is idle, and takes the best time of a token that any row shows.
+    is_idle: Vec<f32>,
+    /// Most sessions, pages and tokens of a request for which the times hold; less than none where a row is to be looked at.
+    sessions_room: Vec<i32>,
+    pages_room: Vec<i32>,
+    tokens_room: Vec<i32>,
+    /// Sessions that run and wait.
+    sessions: Vec<i32>,
+    /// Measured times, as bits: those of positive numbers are in the numbers' order.
+    decode_bits: Vec<i32>,
+    token_bits: Vec<i32>,
+    /// Bits of the expected time of the request at hand.
+    times: Vec<i32>,
 }
 
-/// What a choice looks at.
-#[derive(Debug, Clone, Copy)]
-struct Row {
-    index: u32,
-    sessions: u32,
-    /// Expected time; of those that take the best that others show, not a number at first.
-    ms: f64,
+/// Of a row that is to be looked at, or that is not to be chosen: more than any time's bits.
+const NEVER: i32 = i32::MAX;
+
+/// The bits of a time, in the times' order.
+fn bits(ms: f32) -> i32 {
+    if ms.is_finite() { ms.max(0.0).to_bits() as i32 } else { NEVER - 1 }
 }
 
-impl Row {
-    fn is_before(&self, other: &Self) -> bool {
-        self.sessions < other.sessions || self.sessions == other.sessions && self.ms < other.ms
-    }
+fn clamped(count: u64) -> i32 {
+    i32::try_from(count).unwrap_or(i32::MAX)
+}
+
+fn least(values: &[i32]) -> i32 {
+    values.iter().fold(NEVER, |least, &value| least.min(value))
 }
 
 impl Chooser {
-    /// Of `count` replicas, those with a report, one with nearly the least expected time: that with fewest sessions, then the
-    /// least time, then the first.
+    /// A chooser among so many, none of which has a report.
+    pub(crate) fn of(count: usize) -> Self {
+        let mut chooser = Self::default();
+        let Self { base_ms, token_ms, is_idle, .. } = &mut chooser;
+        [base_ms, token_ms, is_idle].into_iter().for_each(|column| column.resize(count, 0.0));
+        let Self { sessions_room, pages_room, tokens_room, sessions, decode_bits, token_bits, times, .. } = &mut chooser;
+        for column in [sessions_room, pages_room, tokens_room, sessions, decode_bits, token_bits, times] {
+            column.resize(count, NEVER);
+        }
+        (0..count).for_each(|index| chooser.set(index, None));
+        chooser
+    }
+
+    /// Takes in what a replica reports now; none where it takes no requests.
+    pub(crate) fn set(&mut self, index: usize, report: Option<Report>) {
+        if index >= self.times.len() {
+            return;
+        }
+        let measured = |ms: f64| if ms > 0.0 { bits(ms as f32) } else { NEVER };
+        let Some(report) = report else {
+            self.sessions_room[index] = -1;
+            (self.decode_bits[index], self.token_bits[index]) = (NEVER, NEVER);
+            return;
+        };
+        let sessions = report.running + report.waiting;
+        let has_own = sessions > 0 && report.decode_ms > 0.0 && report.prompt_token_ms > 0.0;
+        let is_idle = sessions == 0 && report.queued_tokens == 0;
+        let waiting_pages = report.queued_tokens.div_ceil(PAGE_TOKENS);
+        let room = |free: u64, taken: u64| free.checked_sub(taken).map_or(-1, clamped);
+        self.sessions_room[index] =
+            if has_own || is_idle { room(report.slots_free, report.waiting) } else { -1 };
+        self.pages_room[index] = room(report.pages_free, waiting_pages);
+        // With none that decode, tokens share their steps with nobody.
+        self.tokens_room[index] =
+            if report.running == 0 { i32::MAX } else { room(report.step_tokens, report.queued_tokens) };
+        let shared_ms = if report.running == 0 { 0.0 } else { report.decode_ms };
+        let base_ms = float(report.queued_tokens) * report.prompt_token_ms + shared_ms;
+        let own = |ms: f64| if is_idle { 0.0 } else { ms as f32 };
+        (self.base_ms[index], self.token_ms[index]) = (own(base_ms), own(report.prompt_token_ms));
+        self.is_idle[index] = f32::from(u8::from(is_idle));
+        self.sessions[index] = clamped(sessions);
+        (self.decode_bits[index], self.token_bits[index]) =
+            (measured(report.decode_ms), measured(report.prompt_token_ms));
+    }
+
+    /// Of the replicas with a report, one with nearly the least expected time: that with fewest sessions, then the least
+    /// time, then the first. `report` has what a row was last set to, or none where it is not to be chosen.
     pub(crate) fn choose(
         &mut self,
-        count: usize,
         report: impl Fn(usize) -> Option<Report>,
         demand: Demand,
     ) -> Option<(usize, Report)> {
         // An idle replica's times are those of its last load, whatever that was, and one that has done nothing yet has none:
         // both take the best that anybody shows, so that they are tried and measured again.
-        let (mut best_decode, mut best_token) = (f64::INFINITY, f64::INFINITY);
-        let less = |best: f64, time: f64| if time > 0.0 && time < best { time } else { best };
-        let mut least = f64::INFINITY;
-        let mut is_all = true;
-        self.rows.clear();
-        for index in 0..count {
-            let Some(report) = report(index) else { continue };
-            best_decode = less(best_decode, report.decode_ms);
-            best_token = less(best_token, report.prompt_token_ms);
-            let sessions = report.running + report.waiting;
-            let has_own = sessions > 0 && report.decode_ms > 0.0 && report.prompt_token_ms > 0.0;
-            let ms = if has_own { expected_ms(&report, demand) } else { f64::NAN };
-            is_all &= has_own;
-            least = if ms < least { ms } else { least };
-            let sessions = u32::try_from(sessions).unwrap_or(u32::MAX);
-            self.rows.push(Row { index: index as u32, sessions, ms });
-        }
-        if !is_all {
-            let or_unknown = |best: f64| if best.is_finite() { best } else { 0.0 };
-            let (best_decode, best_token) = (or_unknown(best_decode), or_unknown(best_token));
-            for row in self.rows.iter_mut().filter(|row| row.ms.is_nan()) {
-                let Some(report) = report(row.index as usize) else { continue };
-                let or_best = |own: f64, best: f64| if row.sessions == 0 || own <= 0.0 { best } else { own };
-                let decode_ms = or_best(report.decode_ms, best_decode);
-                let prompt_token_ms = or_best(report.prompt_token_ms, best_token);
-                row.ms = expected_ms(&Report { decode_ms, prompt_token_ms, ..report }, demand);
-                least = if row.ms < least { row.ms } else { least };
+        let best = |column: &[i32]| match least(column) {
+            NEVER => None,
+            best => Some(f32::from_bits(best as u32)),
+        };
+        let (best_decode, best_token) = (best(&self.decode_bits), best(&self.token_bits));
+        if self.reckon(demand, best_token.unwrap_or(UNKNOWN_TOKEN_MS as f32)) {
+            for index in 0..self.times.len() {
+                if self.times[index] == NEVER
+                    && let Some(report) = report(index)
+                {
+                    let is_idle = report.running + report.waiting == 0;
+                    let or_best = |own: f64, best: Option<f32>| match best {
+                        Some(best) if is_idle || own <= 0.0 => f64::from(best),
+                        _ => own,
+                    };
+                    let decode_ms = or_best(report.decode_ms, best_decode);
+                    let prompt_token_ms = or_best(report.prompt_token_ms, best_token);
+                    let report = Report { decode_ms, prompt_token_ms, ..report };
+                    self.times[index] = bits(expected_ms(&report, demand) as f32);
+                }
             }
         }
-        let near = least * NEARLY;
-        let mut best: Option<&Row> = None;
-        for row in self.rows.iter().filter(|row| row.ms <= near) {
-            if best.is_none_or(|best| row.is_before(best)) {
-                best = Some(row);
+        loop {
+            let index = self.best()?;
+            if let Some(report) = report(index) {
+                return Some((index, report));
             }
+            self.times[index] = NEVER;
         }
-        let index = best?.index as usize;
-        Some((index, report(index)?))
+    }
+
+    /// Writes the time of a request at every row that has room for it; true where there are others.
+    fn reckon(&mut self, demand: Demand, best_token: f32) -> bool {
+        let (sessions, pages, tokens) =
+            (clamped(demand.sessions), clamped(demand.pages()), clamped(demand.prompt_tokens));
+        let prompt = tokens as f32;
+        let rows = self.base_ms.iter().zip(&self.token_ms).zip(&self.is_idle);
+        let rooms = self.sessions_room.iter().zip(&self.pages_room).zip(&self.tokens_room);
+        let mut others = 0;
+        for ((time, ((base, token), idle)), ((for_sessions, for_pages), for_tokens)) in
+            self.times.iter_mut().zip(rows).zip(rooms)
+        {
+            let ms = base + prompt * (token + idle * best_token);
+            let has_room = (sessions <= *for_sessions) & (pages <= *for_pages) & (tokens <= *for_tokens);
+            *time = if has_room { ms.to_bits() as i32 } else { NEVER };
+            others |= i32::from(!has_room);
+        }
+        others != 0
+    }
+
+    /// The row to choose by its time and sessions.
+    fn best(&self) -> Option<usize> {
+        let first = least(&self.times);
+        if first == NEVER {
+            return None;
+        }
+        let near = bits((f64::from(f32::from_bits(first as u32)) * NEARLY) as f32).max(first);
+        let rows = || self.times.iter().zip(&self.sessions);
+        let among = |(time, sessions): (&i32, &i32)| if *time <= near { *sessions } else { NEVER };
+        let fewest = rows().map(among).fold(NEVER, i32::min);
+        let of_those = |(time, sessions): (&i32, &i32)| if *sessions == fewest { *time } else { NEVER };
+        let soonest = rows().map(of_those).fold(NEVER, i32::min);
+        rows().position(|(time, sessions)| *time == soonest && *sessions == fewest)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const IDLE: Report = Report {
@@ -190,8 +279,72 @@ mod tests {
     const BUSY: Report = Report { running: 1, ..IDLE };
 
     fn choose(reports: &[Report], demand: Demand) -> Option<usize> {
-        let report = |index: usize| reports.get(index).copied();
-        Chooser::default().choose(reports.len(), report, demand).map(|(index, _)| index)
+        choose_open(&reports.iter().copied().map(Some).collect::<Vec<_>>(), demand)
+    }
+
+    fn choose_open(reports: &[Option<Report>], demand: Demand) -> Option<usize> {
+        let mut chooser = Chooser::of(reports.len());
+        // What a row was before leaves nothing behind.
+        for before in [Some(BUSY), None, Some(Report { slots_free: 0, ..IDLE })] {
+            (0..reports.len()).for_each(|index| chooser.set(index, before));
+        }
+        reports.iter().enumerate().for_each(|(index, report)| chooser.set(index, *report));
+        let report = |index: usize| reports.get(index).copied().flatten();
+        let chosen = chooser.choose(report, demand).map(|(index, _)| index);
+        assert_eq!(chooser.choose(report, demand).map(|(index, _)| index), chosen, "a choice changes nothing");
+        chosen
+    }
+
+    fn report() -> impl Strategy<Value = Report> {
+        let times = (0..4_u32, 0..4_u32, prop_oneof![Just(0), Just(512), Just(8192)]);
+        let counts = (prop_oneof![Just(0), 0..20_000_u64], 0..4_u64, 0..3_u64, 0..6_u64, 0..400_u64);
+        (times, counts).prop_map(|((decode, token, step_tokens), (queued_tokens, running, waiting, slots_free, pages))| {
+            Report {
+                decode_ms: f64::from(decode * 5),
+                prompt_token_ms: f64::from(token) / 64.0,
+                step_tokens,
+                queued_tokens,
+                running,
+                waiting,
+                slots_free,
+                pages_free: pages,
+            }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn the_choice_is_one_that_comparing_all_one_by_one_could_make(
+            reports in proptest::collection::vec(proptest::option::weighted(0.9, report()), 0..40),
+            prompt_tokens in prop_oneof![0..100_u64, 0..30_000_u64],
+            sessions in 1..4_u64,
+        ) {
+            let demand = Demand { prompt_tokens, sessions };
+            let open = || reports.iter().flatten();
+            let best = |times: Vec<f64>| times.into_iter().filter(|time| *time > 0.0).reduce(f64::min).unwrap_or(0.0);
+            let best_decode = best(open().map(|report| report.decode_ms).collect());
+            let best_token = best(open().map(|report| report.prompt_token_ms).collect());
+            let rows: Vec<Option<(u64, f64)>> = reports.iter().map(|report| {
+                let report = (*report)?;
+                let sessions = report.running + report.waiting;
+                let or_best = |own: f64, best: f64| if sessions == 0 || own == 0.0 { best } else { own };
+                let decode_ms = or_best(report.decode_ms, best_decode);
+                let prompt_token_ms = or_best(report.prompt_token_ms, best_token);
+                Some((sessions, expected_ms(&Report { decode_ms, prompt_token_ms, ..report }, demand)))
+            }).collect();
+            let chosen = choose_open(&reports, demand);
+            prop_assert_eq!(chosen.is_some(), rows.iter().any(Option::is_some));
+            if let Some(chosen) = chosen {
+                let (sessions, ms) = rows[chosen].expect("an open row");
+                // Columns have half the precision of what this computes.
+                let (less, more) = (1.0 - 1e-5, 1.0 + 1e-5);
+                let near = rows.iter().flatten().map(|(_, ms)| *ms).fold(f64::INFINITY, f64::min) * NEARLY;
+                prop_assert!(ms <= near * more);
+                for (others, time) in rows.iter().flatten().filter(|(_, time)| *time <= near * less) {
+                    prop_assert!(sessions < *others || sessions == *others && ms <= time * more);
+                }
+            }
+        }
     }
 
     #[test]
