@@ -320,8 +320,9 @@ mod tests {
 
     #[test]
     fn what_a_newer_version_adds_is_passed_over() {
-        let mut bytes = batch(vec![SessionEvent { session: "s".to_owned(), token: Some(1), ..SessionEvent::default() }])
-            .encode_to_vec();
+        let mut bytes =
+            batch(vec![SessionEvent { session: "s".to_owned(), token: Some(1), ..SessionEvent::default() }])
+                .encode_to_vec();
         let unknown = [31 << 3, 5];
         // In the message, beside the batch.
         bytes.extend([31 << 3 | 0x80, 1, 5]);

@@ -58,8 +58,7 @@ impl Front {
     pub(crate) async fn answer(mut self, request: Request<Body>) -> Answer {
         let path = request.uri().path();
         if path == GENERATE {
-            let call: Call<GenerateRequest> =
-                |service, call| Box::pin(async move { service.generate(call).await });
+            let call: Call<GenerateRequest> = |service, call| Box::pin(async move { service.generate(call).await });
             return self.stream(request, call).await;
         }
         if path == RESUME {
@@ -68,11 +67,7 @@ impl Front {
         }
         let (is_inference, time) = (is_of(Inference::NAME, path), time_left(request.headers()));
         let answer = async {
-            if is_inference {
-                self.inference.call(request).await
-            } else {
-                self.others.oneshot(request).await
-            }
+            if is_inference { self.inference.call(request).await } else { self.others.oneshot(request).await }
         };
         let answered = match time {
             Some(time) => tokio::time::timeout(time, answer).await,

@@ -14,8 +14,8 @@
 
 mod admission;
 mod attachment;
-mod batch;
 mod balance;
+mod batch;
 mod board;
 mod buffer;
 mod choice;

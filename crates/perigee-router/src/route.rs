@@ -142,7 +142,8 @@ impl Chooser {
         let mut chooser = Self::default();
         let Self { base_ms, token_ms, is_idle, .. } = &mut chooser;
         [base_ms, token_ms, is_idle].into_iter().for_each(|column| column.resize(count, 0.0));
-        let Self { sessions_room, pages_room, tokens_room, sessions, decode_bits, token_bits, times, .. } = &mut chooser;
+        let Self { sessions_room, pages_room, tokens_room, sessions, decode_bits, token_bits, times, .. } =
+            &mut chooser;
         for column in [sessions_room, pages_room, tokens_room, sessions, decode_bits, token_bits, times] {
             column.resize(count, NEVER);
         }
@@ -166,8 +167,7 @@ impl Chooser {
         let is_idle = sessions == 0 && report.queued_tokens == 0;
         let waiting_pages = report.queued_tokens.div_ceil(PAGE_TOKENS);
         let room = |free: u64, taken: u64| free.checked_sub(taken).map_or(-1, clamped);
-        self.sessions_room[index] =
-            if has_own || is_idle { room(report.slots_free, report.waiting) } else { -1 };
+        self.sessions_room[index] = if has_own || is_idle { room(report.slots_free, report.waiting) } else { -1 };
         self.pages_room[index] = room(report.pages_free, waiting_pages);
         // With none that decode, tokens share their steps with nobody.
         self.tokens_room[index] =
@@ -298,8 +298,8 @@ mod tests {
     fn report() -> impl Strategy<Value = Report> {
         let times = (0..4_u32, 0..4_u32, prop_oneof![Just(0), Just(512), Just(8192)]);
         let counts = (prop_oneof![Just(0), 0..20_000_u64], 0..4_u64, 0..3_u64, 0..6_u64, 0..400_u64);
-        (times, counts).prop_map(|((decode, token, step_tokens), (queued_tokens, running, waiting, slots_free, pages))| {
-            Report {
+        (times, counts).prop_map(
+            |((decode, token, step_tokens), (queued_tokens, running, waiting, slots_free, pages))| Report {
                 decode_ms: f64::from(decode * 5),
                 prompt_token_ms: f64::from(token) / 64.0,
                 step_tokens,
@@ -308,8 +308,8 @@ mod tests {
                 waiting,
                 slots_free,
                 pages_free: pages,
-            }
-        })
+            },
+        )
     }
 
     proptest! {

@@ -44,9 +44,9 @@ pub(crate) fn at_least_one() -> clap::builder::RangedU64ValueParser<usize> {
     clap::builder::RangedU64ValueParser::new().range(1..)
 }
 
-/// One for every two processors that this process may have.
-pub(crate) fn half_of_processors() -> usize {
-    (std::thread::available_parallelism().map_or(1, usize::from) / 2).max(1)
+/// One for every so many processors that this process may have, and at least one.
+pub(crate) fn one_for_every(processors: usize) -> usize {
+    (std::thread::available_parallelism().map_or(1, usize::from) / processors).max(1)
 }
 
 /// A runtime of so many threads. One thread alone takes its tasks in the order in which they became ready; that of several

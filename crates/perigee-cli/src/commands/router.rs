@@ -11,12 +11,13 @@ use perigee_telemetry::TelemetryOptions;
 use perigee_tls::ServerTlsOptions;
 use tokio::net::TcpListener;
 
-use crate::commands::{
-    UsageError, at_least_one, half_of_processors, interrupted, runtime, warn_of_missing, without_faults,
-};
+use crate::commands::{UsageError, at_least_one, interrupted, one_for_every, runtime, warn_of_missing, without_faults};
 use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
 const HOUR_MS: u64 = 3_600_000;
+/// Processors for each thread of a router. One thread relays the tokens of many replicas; more of them take work of each other,
+/// and a token costs half as much again.
+const PROCESSORS_PER_THREAD: usize = 8;
 
 /// What a router does with requests, wherever it runs.
 #[derive(Debug, Clone, clap::Args)]
@@ -95,8 +96,8 @@ pub(crate) struct RouterArgs {
     /// can only go on at the router that began it.
     #[arg(long, value_name = "FILE")]
     resume_key_file: Option<PathBuf>,
-    /// Threads that carry streams. One relays some 200,000 tokens a second; those that are not needed cost time, because they
-    /// wake each other for every few tokens. Default: one for every two processors.
+    /// Threads that carry streams. One relays some 400,000 tokens a second; those that are not needed cost time, because they
+    /// wake each other for every few tokens. Default: one for every eight processors.
     #[arg(long, value_parser = at_least_one())]
     threads: Option<usize>,
     /// Logs and traces.
@@ -133,7 +134,7 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
         None => (None, None, None),
     };
     let config = args.options.config(model_digest);
-    let runtime = runtime(args.threads.unwrap_or_else(half_of_processors))?;
+    let runtime = runtime(args.threads.unwrap_or_else(|| one_for_every(PROCESSORS_PER_THREAD)))?;
     runtime.block_on(async {
         let bind = async |option: &str, address: SocketAddr| {
             TcpListener::bind(address).await.with_context(|| format!("{option}: listening at {address}"))

@@ -60,7 +60,8 @@ impl RelayedTarget {
             max_tokens: Some(ask.max_tokens),
             ..GenerateRequest::default()
         };
-        let broken = |error: &dyn std::error::Error| failure(Status::unavailable(with_causes(&error.to_string(), error)));
+        let broken =
+            |error: &dyn std::error::Error| failure(Status::unavailable(with_causes(&error.to_string(), error)));
         let answer = client.ready().await.map_err(|error| broken(&error))?.call(call(&request));
         let (head, body) = answer.await.map_err(|error| broken(&error))?.into_parts();
         refusal(&head.headers)?;

@@ -184,13 +184,13 @@ pub(super) struct Network {
 }
 
 impl Network {
-    fn listen(&self, address: &str) -> mpsc::UnboundedReceiver<DuplexStream> {
+    pub(super) fn listen(&self, address: &str) -> mpsc::UnboundedReceiver<DuplexStream> {
         let (sender, incoming) = mpsc::unbounded_channel();
         self.listeners.lock().insert(address.to_owned(), sender);
         incoming
     }
 
-    fn dial(&self, address: &str) -> Result<DuplexStream, String> {
+    pub(super) fn dial(&self, address: &str) -> Result<DuplexStream, String> {
         let (ours, theirs) = tokio::io::duplex(1 << 16);
         let listeners = self.listeners.lock();
         let listener = listeners.get(address).ok_or_else(|| format!("{address}: nobody listens"))?;

@@ -6,6 +6,7 @@ mod balancing;
 mod bodies;
 mod broken;
 mod calls;
+mod connections;
 mod evacuations;
 mod fake;
 mod http;

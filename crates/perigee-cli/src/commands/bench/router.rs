@@ -16,7 +16,7 @@ use super::child::{Placement, RouterProcess};
 use super::raise_file_limit;
 use super::stubs::{Stubs, milliseconds};
 use crate::client::{ClientArgs, print_json};
-use crate::commands::{at_least_one, half_of_processors, runtime, without_faults};
+use crate::commands::{at_least_one, one_for_every, runtime, without_faults};
 
 /// Calls at once that a router allows on one connection, with some room left.
 const STREAMS_PER_CONNECTION: usize = 500;
@@ -107,8 +107,8 @@ pub(super) fn run(args: RouterBenchArgs) -> anyhow::Result<()> {
     }
     without_faults(&faults)?;
     raise_file_limit();
-    // As many threads as the router has: where all share the processors, neither is in the other's way.
-    let runtime = runtime(half_of_processors())?;
+    // Half of the processors: where all share them, neither this nor the router is in the other's way.
+    let runtime = runtime(one_for_every(2))?;
     let mut rows = Vec::new();
     for &replicas in &args.replicas {
         rows.push(runtime.block_on(measure(&args, replicas, &ServerTlsOptions::default()))?);
