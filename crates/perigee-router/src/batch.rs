@@ -31,7 +31,7 @@ pub(crate) enum Inbound {
     /// What one step did.
     Batch(Batch),
     /// Any other.
-    Other(Option<replica_message::Body>),
+    Other(Box<ReplicaMessage>),
 }
 
 /// A batch of events, not read yet.
@@ -77,9 +77,10 @@ impl Inbound {
             message.advance(message.len() - rest.len());
             return Ok(Self::Batch(Batch(message)));
         }
-        Ok(match ReplicaMessage::decode(message)?.body {
+        let message = ReplicaMessage::decode(message)?;
+        Ok(match &message.body {
             Some(replica_message::Body::Batch(batch)) => Self::Batch(Batch(batch.encode_to_vec().into())),
-            body => Self::Other(body),
+            _ => Self::Other(Box::new(message)),
         })
     }
 }
@@ -337,9 +338,9 @@ mod tests {
     #[test]
     fn other_messages_are_as_they_are_and_broken_ones_are_errors() {
         let refused = replica_message::Body::Refused(perigee_proto::internal::Refused::default());
-        let message = ReplicaMessage { body: Some(refused.clone()) };
-        assert!(matches!(inbound(&message), Inbound::Other(Some(body)) if body == refused));
-        assert!(matches!(inbound(&ReplicaMessage { body: None }), Inbound::Other(None)));
+        let message = ReplicaMessage { body: Some(refused) };
+        assert!(matches!(inbound(&message), Inbound::Other(other) if *other == message));
+        assert!(matches!(inbound(&ReplicaMessage { body: None }), Inbound::Other(other) if other.body.is_none()));
         assert!(Inbound::decode(Bytes::from_static(&[0xff])).is_err());
         // A batch longer than its message.
         assert!(Inbound::decode(Bytes::from_static(&[2 << 3 | 2, 9, 0])).is_err());

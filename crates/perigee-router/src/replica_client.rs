@@ -131,8 +131,12 @@ async fn attach(context: &ClientContext, record: &ReplicaRecord) -> Result<LiveS
         let response = client.streaming(call, PathAndQuery::from_static(ATTACH), AttachCodec).await;
         let refused = |status: Status| with_causes(status.message(), &status);
         let mut messages = response.map_err(refused)?.into_inner();
-        match messages.message().await.map_err(refused)? {
-            Some(Inbound::Other(Some(replica_message::Body::Welcome(welcome)))) => Ok((messages, welcome)),
+        let first = match messages.message().await.map_err(refused)? {
+            Some(Inbound::Other(message)) => message.body,
+            _ => None,
+        };
+        match first {
+            Some(replica_message::Body::Welcome(welcome)) => Ok((messages, welcome)),
             _ => Err("its first message is not a welcome".to_owned()),
         }
     };
@@ -210,9 +214,9 @@ impl LiveStream {
                             context.replicas.attach(&self.attachment.identity.replica, self.attachment.clone());
                         }
                     }
-                    Ok(Some(Inbound::Other(body))) => {
+                    Ok(Some(Inbound::Other(message))) => {
                         heard = Instant::now();
-                        self.take(context, body, heard);
+                        self.take(context, message.body, heard);
                     }
                     Ok(None) | Err(_) => break "its stream broke",
                 },
