@@ -107,10 +107,8 @@ pub(crate) struct Chooser {
     token_ms: Vec<f32>,
     /// 1 where a row is idle, and takes the best time of a token that any row shows.
     is_idle: Vec<f32>,
-    /// Most sessions, pages and tokens of a request for which the times hold; less than none where a row is to be looked at.
-    sessions_room: Vec<i32>,
-    pages_room: Vec<i32>,
-    tokens_room: Vec<i32>,
+    /// Most prompt tokens of a request of one session for which the times hold; less than none where a row is to be looked at.
+    room: Vec<i32>,
     /// Sessions that run and wait.
     sessions: Vec<i32>,
     /// Measured times, as bits: those of positive numbers are in the numbers' order.
@@ -142,11 +140,8 @@ impl Chooser {
         let mut chooser = Self::default();
         let Self { base_ms, token_ms, is_idle, .. } = &mut chooser;
         [base_ms, token_ms, is_idle].into_iter().for_each(|column| column.resize(count, 0.0));
-        let Self { sessions_room, pages_room, tokens_room, sessions, decode_bits, token_bits, times, .. } =
-            &mut chooser;
-        for column in [sessions_room, pages_room, tokens_room, sessions, decode_bits, token_bits, times] {
-            column.resize(count, NEVER);
-        }
+        let Self { room, sessions, decode_bits, token_bits, times, .. } = &mut chooser;
+        [room, sessions, decode_bits, token_bits, times].into_iter().for_each(|column| column.resize(count, NEVER));
         (0..count).for_each(|index| chooser.set(index, None));
         chooser
     }
@@ -158,20 +153,24 @@ impl Chooser {
         }
         let measured = |ms: f64| if ms > 0.0 { bits(ms as f32) } else { NEVER };
         let Some(report) = report else {
-            self.sessions_room[index] = -1;
+            self.room[index] = -1;
             (self.decode_bits[index], self.token_bits[index]) = (NEVER, NEVER);
             return;
         };
         let sessions = report.running + report.waiting;
         let has_own = sessions > 0 && report.decode_ms > 0.0 && report.prompt_token_ms > 0.0;
         let is_idle = sessions == 0 && report.queued_tokens == 0;
-        let waiting_pages = report.queued_tokens.div_ceil(PAGE_TOKENS);
-        let room = |free: u64, taken: u64| free.checked_sub(taken).map_or(-1, clamped);
-        self.sessions_room[index] = if has_own || is_idle { room(report.slots_free, report.waiting) } else { -1 };
-        self.pages_room[index] = room(report.pages_free, waiting_pages);
+        let has_slot = report.slots_free > report.waiting;
+        // Beside the pages of what waits, and one for what is generated.
+        let taken_pages = report.queued_tokens.div_ceil(PAGE_TOKENS) + 1;
+        let in_pages = report.pages_free.checked_sub(taken_pages).map(|pages| pages.saturating_mul(PAGE_TOKENS));
         // With none that decode, tokens share their steps with nobody.
-        self.tokens_room[index] =
-            if report.running == 0 { i32::MAX } else { room(report.step_tokens, report.queued_tokens) };
+        let in_step =
+            if report.running == 0 { Some(u64::MAX) } else { report.step_tokens.checked_sub(report.queued_tokens) };
+        self.room[index] = match (in_pages, in_step) {
+            (Some(in_pages), Some(in_step)) if has_slot && (has_own || is_idle) => clamped(in_pages.min(in_step)),
+            _ => -1,
+        };
         let shared_ms = if report.running == 0 { 0.0 } else { report.decode_ms };
         let base_ms = float(report.queued_tokens) * report.prompt_token_ms + shared_ms;
         let own = |ms: f64| if is_idle { 0.0 } else { ms as f32 };
@@ -195,8 +194,9 @@ impl Chooser {
             NEVER => None,
             best => Some(f32::from_bits(best as u32)),
         };
-        let (best_decode, best_token) = (best(&self.decode_bits), best(&self.token_bits));
+        let best_token = best(&self.token_bits);
         if self.reckon(demand, best_token.unwrap_or(UNKNOWN_TOKEN_MS as f32)) {
+            let best_decode = best(&self.decode_bits);
             for index in 0..self.times.len() {
                 if self.times[index] == NEVER
                     && let Some(report) = report(index)
@@ -222,19 +222,16 @@ impl Chooser {
         }
     }
 
-    /// Writes the time of a request at every row that has room for it; true where there are others.
+    /// Writes the time of a request at every row that has room for it; true where there are others. Requests of several
+    /// sessions are few, and have every row looked at.
     fn reckon(&mut self, demand: Demand, best_token: f32) -> bool {
-        let (sessions, pages, tokens) =
-            (clamped(demand.sessions), clamped(demand.pages()), clamped(demand.prompt_tokens));
+        let tokens = if demand.sessions == 1 { clamped(demand.prompt_tokens) } else { NEVER };
         let prompt = tokens as f32;
-        let rows = self.base_ms.iter().zip(&self.token_ms).zip(&self.is_idle);
-        let rooms = self.sessions_room.iter().zip(&self.pages_room).zip(&self.tokens_room);
+        let rows = self.base_ms.iter().zip(&self.token_ms).zip(&self.is_idle).zip(&self.room);
         let mut others = 0;
-        for ((time, ((base, token), idle)), ((for_sessions, for_pages), for_tokens)) in
-            self.times.iter_mut().zip(rows).zip(rooms)
-        {
+        for (time, (((base, token), idle), room)) in self.times.iter_mut().zip(rows) {
             let ms = base + prompt * (token + idle * best_token);
-            let has_room = (sessions <= *for_sessions) & (pages <= *for_pages) & (tokens <= *for_tokens);
+            let has_room = tokens <= *room && tokens != NEVER;
             *time = if has_room { ms.to_bits() as i32 } else { NEVER };
             others |= i32::from(!has_room);
         }
