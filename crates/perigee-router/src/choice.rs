@@ -30,6 +30,7 @@ pub(crate) struct Choice {
     /// The replay whose first token is still to come.
     pub(crate) replay: Option<Box<Replay>>,
     pub(crate) last_token: Option<Instant>,
+    pub(crate) first_token: Option<Instant>,
     /// Engine failures since its last token.
     pub(crate) failures: u32,
     pub(crate) is_finished: bool,
@@ -43,7 +44,6 @@ pub(crate) struct Choice {
     pub(crate) session: String,
     /// Where it runs; none while it waits for a replica.
     pub(crate) owner: Option<Arc<Attachment>>,
-    pub(crate) first_token: Option<Instant>,
     /// Every replica that has or had something of it, by its latest stream.
     pub(crate) holders: Vec<Arc<Attachment>>,
     /// Set while it has no owner and needs one.

@@ -130,6 +130,7 @@ impl FlightState {
         let is_due = token.epoch == choice.coordinator.epoch()
             && token.index == choice.due()
             && choice.is_answered
+            && choice.first_token.is_some()
             && choice.withheld <= token.index
             && !choice.is_finished;
         if !is_settled || !is_due || self.end.is_some() || self.seal.is_some() || !self.buffer.is_empty() {

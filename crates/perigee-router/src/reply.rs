@@ -90,6 +90,8 @@ impl Reply {
         if !matches!(gone, Some(Poll::Pending)) {
             return Poll::Ready(None);
         }
+        // Also while the client takes nothing: the end may come, and clears what waits.
+        state.waker = Some(context.waker().clone());
         while !state.buffer.is_empty()
             && let Some(outlet) = &mut state.outlet
         {
@@ -103,7 +105,6 @@ impl Reply {
             self.done = true;
             return Poll::Ready(Some(end.clone()));
         }
-        state.waker = Some(context.waker().clone());
         Poll::Pending
     }
 

@@ -17,7 +17,7 @@ use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 const HOUR_MS: u64 = 3_600_000;
 /// Processors for each thread of a router. One thread relays the tokens of many replicas; more of them take work of each other,
 /// and a token costs half as much again.
-const PROCESSORS_PER_THREAD: usize = 8;
+const PROCESSORS_PER_THREAD: usize = 16;
 
 /// What a router does with requests, wherever it runs.
 #[derive(Debug, Clone, clap::Args)]
@@ -97,7 +97,7 @@ pub(crate) struct RouterArgs {
     #[arg(long, value_name = "FILE")]
     resume_key_file: Option<PathBuf>,
     /// Threads that carry streams. One relays some 400,000 tokens a second; those that are not needed cost time, because they
-    /// wake each other for every few tokens. Default: one for every eight processors.
+    /// wake each other for every few tokens. Default: one for every sixteen processors.
     #[arg(long, value_parser = at_least_one())]
     threads: Option<usize>,
     /// Logs and traces.

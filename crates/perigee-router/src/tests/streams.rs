@@ -72,6 +72,31 @@ async fn a_stream_carries_what_the_replica_sends() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_first_token_counts_as_one_though_something_came_before_it() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let (_replica, mut attached) = sandbox.add("a").await;
+    let (submit, mut stream) = generate(&sandbox, &mut attached, prompt()).await;
+    let scores = vec![Position::default(), Position { has_chosen: true, ids: vec![2], logprobs: vec![-2.0] }];
+    let before = perigee_proto::internal::SessionEvent {
+        token: None,
+        text: String::new(),
+        prompt_logprobs: scores,
+        ..token(&submit, 0)
+    };
+    attached.step(vec![before]);
+    let response = stream.message().await.expect("no error").expect("a response");
+    assert_eq!((response.token_id, response.prompt_logprobs.len()), (None, 2));
+    let metrics = &sandbox.router.inference.metrics;
+    assert_eq!((metrics.waiting.get(), metrics.running.get()), (1, 0));
+    for index in 0..3 {
+        attached.step(vec![token(&submit, index)]);
+        assert_eq!(stream.message().await.expect("no error").expect("a response").index, index);
+        assert_eq!((metrics.waiting.get(), metrics.running.get()), (0, 1));
+    }
+    assert_eq!((metrics.ttft.get_sample_count(), metrics.completion_tokens.get()), (1, 3));
+}
+
+#[tokio::test(start_paused = true)]
 async fn only_the_current_epoch_and_the_next_index_pass() {
     let sandbox = Sandbox::start(RouterConfig::default()).await;
     let (_replica, mut attached) = sandbox.add("a").await;
