@@ -137,10 +137,10 @@ impl Attachment {
             return None;
         }
         Some(Report {
-            decode_ms: f64::from(load.decode_ms),
-            prompt_token_ms: f64::from(load.prompt_token_ms),
+            decode_ms: measured(load.decode_ms),
+            prompt_token_ms: measured(load.prompt_token_ms),
             step_tokens: u64::from(self.identity.step_tokens),
-            queued_tokens: load.queued_tokens + state.sent_tokens,
+            queued_tokens: load.queued_tokens.saturating_add(state.sent_tokens),
             running: u64::from(load.running),
             waiting: u64::from(load.waiting) + state.sent_sessions,
             slots_free: u64::from(load.slots_free),
@@ -220,6 +220,12 @@ impl Attachment {
     }
 }
 
+/// A time as a leader reports it, or none where that is no time.
+fn measured(ms: f32) -> f64 {
+    const LONGEST_MS: f64 = 1e9;
+    if ms.is_finite() { f64::from(ms).clamp(0.0, LONGEST_MS) } else { 0.0 }
+}
+
 impl State {
     fn send(&mut self, body: Body) -> Result<(), Lost> {
         let outbox = self.outbox.as_ref().ok_or(Lost)?;
@@ -236,5 +242,20 @@ struct Forget<'a> {
 impl Drop for Forget<'_> {
     fn drop(&mut self) {
         self.attachment.state.lock().calls.remove(&self.call);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_time_is_not_taken_for_one() {
+        for (reported, taken) in [(0.0, 0.0), (5.5, 5.5), (-1.0, 0.0), (f32::MAX, 1e9)] {
+            assert_eq!(measured(reported), taken);
+        }
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!(measured(broken), 0.0);
+        }
     }
 }

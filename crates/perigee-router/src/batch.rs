@@ -112,7 +112,10 @@ impl<'a> Contents<'a> {
         while !batch.is_empty() {
             match decode_key(&mut batch).ok()? {
                 (EVENTS, WireType::LengthDelimited) => read.events.push(Event::read(take(&mut batch)?)?),
-                (LOAD, WireType::LengthDelimited) => read.load = Some(Load::decode(take(&mut batch)?).ok()?),
+                // A second one would add to the first.
+                (LOAD, WireType::LengthDelimited) if read.load.is_none() => {
+                    read.load = Some(Load::decode(take(&mut batch)?).ok()?)
+                }
                 (CLOCK, WireType::Varint) => read.clock = decode_varint(&mut batch).ok()?,
                 _ => return None,
             }

@@ -1,6 +1,6 @@
-//! Answers as the bytes that gRPC sends. All but the first and the last event of a session are a token and its text: those
-//! are written as they are, without the response that everything else is made into, which is a large value to carry and has
-//! names of its own to allocate and to free.
+//! Answers as the bytes that gRPC sends. Tokens with their text that leave as they come, which are nearly all, are written as they
+//! are, without the response that everything else is made into: a large value to carry, with names of its own to allocate and to
+//! free.
 
 use prost::Message;
 use prost::bytes::BufMut;

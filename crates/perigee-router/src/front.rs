@@ -20,6 +20,7 @@ use tonic::{Code, Status};
 use tower::{Service, ServiceExt};
 
 use crate::admission;
+use crate::error;
 use crate::reply::Reply;
 use crate::service::InferenceService;
 
@@ -46,6 +47,13 @@ pub(crate) struct Answer {
     pub(crate) tokens: Option<Reply>,
 }
 
+impl Answer {
+    /// One that is no stream of tokens.
+    fn of(response: Response<Body>) -> Self {
+        Self { response, tokens: None }
+    }
+}
+
 impl Front {
     /// Inference, whose requests may have so many bytes, and the others.
     pub(crate) fn new(service: InferenceService, message_bytes: usize, others: Routes) -> Self {
@@ -54,8 +62,18 @@ impl Front {
         Self { service, inference, message_bytes, others: others.prepare() }
     }
 
-    /// Answers a call, within the time that it has.
-    pub(crate) async fn answer(mut self, request: Request<Body>) -> Answer {
+    /// Answers a call, within the time that it has: for a stream of tokens that is until it begins, and then its own business.
+    pub(crate) async fn answer(self, request: Request<Body>) -> Answer {
+        let time = time_left(request.headers());
+        let answered = match time {
+            Some(time) => tokio::time::timeout(time, self.answer_in_time(request)).await,
+            None => Ok(self.answer_in_time(request).await),
+        };
+        let too_late = |_| Answer::of(Status::from(error::deadline_exceeded()).into_http());
+        answered.unwrap_or_else(too_late)
+    }
+
+    async fn answer_in_time(mut self, request: Request<Body>) -> Answer {
         let path = request.uri().path();
         if path == GENERATE {
             let call: Call<GenerateRequest> = |service, call| Box::pin(async move { service.generate(call).await });
@@ -65,20 +83,14 @@ impl Front {
             let call: Call<ResumeRequest> = |service, call| Box::pin(async move { service.resume(call).await });
             return self.stream(request, call).await;
         }
-        let (is_inference, time) = (is_of(Inference::NAME, path), time_left(request.headers()));
-        let answer = async {
-            if is_inference { self.inference.call(request).await } else { self.others.oneshot(request).await }
-        };
-        let answered = match time {
-            Some(time) => tokio::time::timeout(time, answer).await,
-            None => Ok(answer.await),
+        let answered = if is_of(Inference::NAME, path) {
+            self.inference.call(request).await
+        } else {
+            self.others.oneshot(request).await
         };
         // The services themselves never fail.
-        let response = match answered {
-            Ok(Ok(response)) => response,
-            Err(_) => Status::from(crate::error::deadline_exceeded()).into_http(),
-        };
-        Answer { response: with_told_size(response), tokens: None }
+        let Ok(response) = answered;
+        Answer::of(with_told_size(response))
     }
 
     /// Answers a call with a stream of tokens.

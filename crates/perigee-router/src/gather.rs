@@ -1,13 +1,17 @@
-//! A connection whose writes leave together. Hundreds of answers share a client's connection, each with a task of its own
-//! that adds a small message to what the connection is to send; the connection's task would run after every one or two of
-//! them, and a system call each would cost more than the whole rest of a token's way. So a flush first lets all tasks run
-//! that are ready, and then writes what they have added as well.
+//! A connection whose writes leave together. Whoever takes in a replica's tokens adds small messages to what the connections of
+//! their clients are to send; a connection's task would run after every one or two of them where replicas' batches are small,
+//! and a system call each would cost more than the whole rest of a token's way. So a flush first lets all tasks run that are
+//! ready, and then writes what they have added as well.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
 use tonic::transport::server::Connected;
 
 /// Bytes beyond which nothing more is gathered.
@@ -22,11 +26,35 @@ pub(crate) struct Gathered<S> {
     written: usize,
     /// Whether the others had their turn since the flush was asked for.
     has_waited: bool,
+    heard: Arc<Heard>,
+}
+
+/// When something last came on a connection, for who asks whether its client is there.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    opened: Instant,
+    /// Nanoseconds after that.
+    last: AtomicU64,
+}
+
+impl Heard {
+    pub(crate) fn last(&self) -> Instant {
+        self.opened + Duration::from_nanos(self.last.load(Ordering::Relaxed))
+    }
+
+    fn now(&self) {
+        self.last.store(self.opened.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    }
 }
 
 impl<S> Gathered<S> {
     pub(crate) fn new(stream: S) -> Self {
-        Self { stream, bytes: Vec::new(), written: 0, has_waited: false }
+        let heard = Arc::new(Heard { opened: Instant::now(), last: AtomicU64::new(0) });
+        Self { stream, bytes: Vec::new(), written: 0, has_waited: false, heard }
+    }
+
+    pub(crate) fn heard(&self) -> Arc<Heard> {
+        self.heard.clone()
     }
 }
 
@@ -78,7 +106,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gathered<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Gathered<S> {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_read(context, into)
+        let this = self.get_mut();
+        let before = into.filled().len();
+        let polled = Pin::new(&mut this.stream).poll_read(context, into);
+        if into.filled().len() > before {
+            this.heard.now();
+        }
+        polled
     }
 }
 
@@ -92,8 +126,6 @@ impl<S: Connected> Connected for Gathered<S> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use parking_lot::Mutex;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 

@@ -2,6 +2,7 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use tonic::transport::server::Connected;
 
 use super::{Piece, call};
 use crate::front::Front;
-use crate::gather::Gathered;
+use crate::gather::{Gathered, Heard};
 
 /// How long a client may take to begin to speak HTTP/2.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -28,13 +29,15 @@ where
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let peer = io.connect_info();
-    let handshake = builder.handshake::<_, Piece>(Gathered::new(io));
+    let io = Gathered::new(io);
+    let heard = io.heard();
+    let handshake = builder.handshake::<_, Piece>(io);
     let mut connection = match tokio::time::timeout(HANDSHAKE, handshake).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => return tracing::debug!(%error, "a connection does not speak HTTP/2"),
         Err(_) => return tracing::debug!("a connection did not begin to speak HTTP/2 within {HANDSHAKE:?}"),
     };
-    let mut pulse = connection.ping_pong().map(Pulse::new);
+    let mut pulse = connection.ping_pong().map(|pings| Pulse::new(pings, heard));
     let mut stopped = pin!(stopping.wait_for(|stop| *stop));
     let mut is_stopping = false;
     loop {
@@ -55,7 +58,7 @@ where
             }
             Next::Call(Some(Err(error))) => return tracing::debug!(%error, "a connection broke"),
             Next::Call(None) => return,
-            // Its calls end with it.
+            // Its calls end with it. Nothing is said to a client of which nothing is heard.
             Next::Silent => return tracing::debug!("a client did not answer a ping within {PONG_WITHIN:?}"),
         }
     }
@@ -67,43 +70,42 @@ enum Next<T> {
     Silent,
 }
 
-/// Asks a client now and then whether it is there.
+/// Asks a client of which nothing is heard whether it is there. Whatever comes is an answer: that to the ping itself may have to
+/// wait behind a long prompt.
 struct Pulse {
     pings: PingPong,
-    /// When to ask, or until when the answer must have come.
+    heard: Arc<Heard>,
+    /// When to ask, or until when something must have come.
     timer: Pin<Box<Sleep>>,
-    is_asked: bool,
+    /// When it was asked, if it was.
+    asked: Option<Instant>,
 }
 
 impl Pulse {
-    fn new(pings: PingPong) -> Self {
-        Self { pings, timer: Box::pin(tokio::time::sleep(PING_EVERY)), is_asked: false }
+    fn new(pings: PingPong, heard: Arc<Heard>) -> Self {
+        Self { pings, timer: Box::pin(tokio::time::sleep_until(heard.last() + PING_EVERY)), heard, asked: None }
     }
 
-    /// Ready once the client did not answer in time, or its connection is broken.
+    /// Ready once the client did not answer in time.
     fn poll_lost(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        loop {
-            if self.is_asked
-                && let Poll::Ready(answer) = self.pings.poll_pong(context)
-            {
-                if answer.is_err() {
-                    // The connection itself says how it ended.
-                    return Poll::Pending;
-                }
-                self.is_asked = false;
-                self.timer.as_mut().reset(Instant::now() + PING_EVERY);
-            }
-            if self.timer.as_mut().poll(context).is_pending() {
-                return Poll::Pending;
-            }
-            if self.is_asked {
+        // Taken in, so that another ping may be sent; what came with it is heard anyway. An error is the connection's to tell.
+        let _ = self.pings.poll_pong(context);
+        while self.timer.as_mut().poll(context).is_ready() {
+            let last = self.heard.last();
+            if self.asked.take().is_some_and(|asked| last < asked) {
                 return Poll::Ready(());
             }
-            if self.pings.send_ping(Ping::opaque()).is_err() {
-                return Poll::Pending;
+            let now = Instant::now();
+            let due = last + PING_EVERY;
+            if due > now {
+                self.timer.as_mut().reset(due);
+                continue;
             }
-            self.is_asked = true;
-            self.timer.as_mut().reset(Instant::now() + PONG_WITHIN);
+            // Refused where the answer to the last one is still on its way behind what came.
+            let _ = self.pings.send_ping(Ping::opaque());
+            self.asked = Some(now);
+            self.timer.as_mut().reset(now + PONG_WITHIN);
         }
+        Poll::Pending
     }
 }

@@ -42,8 +42,8 @@ impl GrpcServer {
         Self { builder }
     }
 
-    /// Serves connections until `stop` completes or no more come, then waits for those that are open: they take no more
-    /// calls, and end with their last one.
+    /// Serves connections until `stop` completes, also where no more come, then waits for those that are open: they take no
+    /// more calls, and end with their last one.
     pub(crate) async fn serve<C>(
         self,
         front: Front,
@@ -67,7 +67,10 @@ impl GrpcServer {
                         tokio::spawn(serving);
                     }
                     Some(Err(error)) => tracing::debug!(%error, "a connection was not accepted"),
-                    None => break,
+                    None => {
+                        stop.as_mut().await;
+                        break;
+                    }
                 }
             }
         }

@@ -153,6 +153,23 @@ async fn a_client_that_answers_pings_stays_for_as_long_as_it_likes() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_client_that_sends_anything_is_there_until_it_is_silent() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let (mut read, mut write) = tokio::io::split(sandbox.network.dial("router:1").expect("the router listens"));
+    write.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("written");
+    let reading = tokio::spawn(async move { read.read_to_end(&mut Vec::new()).await });
+    // Never an answer to a ping, as if that waited behind a long prompt: room for another byte, again and again.
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        write.write_all(b"\0\0\x04\x08\0\0\0\0\0\0\0\0\x01").await.expect("written");
+    }
+    assert!(!reading.is_finished(), "it was there for 80 s");
+    let before = Instant::now();
+    reading.await.expect("no panic").expect("the end");
+    assert_eq!(before.elapsed().as_secs(), 15);
+}
+
+#[tokio::test(start_paused = true)]
 async fn connections_that_do_not_speak_http2_end() {
     let sandbox = Sandbox::start(RouterConfig::default()).await;
     let before = Instant::now();
@@ -178,6 +195,19 @@ async fn calls_that_are_no_streams_end_at_their_deadline() {
     let drain = DrainRequest { replica: "a".to_owned() }.encode_to_vec();
     let before = Instant::now();
     let answer = call(&mut client, "/perigee.v1.Cluster/Drain", "700m", drain);
+    let answer = answer.await.expect("an answer");
+    assert_eq!(answer.headers().get("grpc-status"), Some(&HeaderValue::from_static("4")), "DEADLINE_EXCEEDED");
+    assert_eq!(before.elapsed().as_millis(), 700);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_does_not_come_is_waited_for_no_longer_than_its_deadline() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let (mut client, connection) = speak(&sandbox, 1 << 20).await;
+    tokio::spawn(connection);
+    let request = Request::post("http://router/perigee.v1.Inference/Generate").header("grpc-timeout", "700m");
+    let before = Instant::now();
+    let (answer, _body) = client.send_request(request.body(()).expect("a request"), false).expect("sent");
     let answer = answer.await.expect("an answer");
     assert_eq!(answer.headers().get("grpc-status"), Some(&HeaderValue::from_static("4")), "DEADLINE_EXCEEDED");
     assert_eq!(before.elapsed().as_millis(), 700);
