@@ -7,6 +7,8 @@ use prost::Message;
 use tonic::codec::BufferSettings;
 use tonic_prost::{ProstDecoder, ProstEncoder};
 
+/// Bytes before a message on a gRPC stream: whether it is compressed, and its length, the highest byte first.
+pub const FRAME_BYTES: usize = 5;
 /// Bytes of a stream's buffer at first; a longer message has it grow.
 const BUFFER_BYTES: usize = 1 << 10;
 /// Bytes beyond which messages that are ready no longer leave together; tonic's default.

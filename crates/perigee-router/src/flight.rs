@@ -123,7 +123,9 @@ impl FlightState {
 
     /// Takes in a token and sends it, where that is all there is to do about it: it is its choice's next one, of the epoch
     /// that is accepted while nothing moves, neither the first nor the last, and its client takes it now. False where it is
-    /// anything else; nothing is changed then.
+    /// anything else; nothing is changed then. Some of what is asked follows from the rest, as that nothing is accepted after
+    /// a choice's end; it is asked all the same, since this stands for all rules of `Relay::take_event` and `accept`. A choice
+    /// that failed somewhere has a replay, so there is nothing to forgive here.
     pub(crate) fn pass(&mut self, index: usize, token: &Token<'_>, replica: &str, now: Instant) -> bool {
         let Some(choice) = self.choices.get_mut(index) else { return false };
         let is_settled = choice.coordinator.is_idle() && choice.transit.is_none() && choice.replay.is_none();
@@ -142,8 +144,6 @@ impl FlightState {
         }
         choice.tokens.push(token.token);
         choice.last_token = Some(now);
-        choice.failures = 0;
-        choice.tried.clear();
         outlet.send(encoded::token(token, index, replica));
         true
     }

@@ -16,7 +16,7 @@ use crate::{DEFAULT_HTTP_PORT, DEFAULT_PORT};
 
 const HOUR_MS: u64 = 3_600_000;
 /// Processors for each thread of a router. One thread relays the tokens of many replicas; more of them take work of each other,
-/// and a token costs half as much again.
+/// and a token costs half as much again and more.
 const PROCESSORS_PER_THREAD: usize = 16;
 
 /// What a router does with requests, wherever it runs.

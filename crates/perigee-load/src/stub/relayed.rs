@@ -10,6 +10,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http_body_util::Full;
 use hyper::body::Body as _;
 use hyper::http::{HeaderMap, HeaderValue, Method, Request, Uri};
+use perigee_proto::codec::FRAME_BYTES;
 use perigee_proto::v1::{GenerateRequest, SamplingParams};
 use perigee_tls::with_causes;
 use prost::Message;
@@ -22,8 +23,6 @@ use super::VOCABULARY;
 use crate::target::{Ask, BoxFuture, Counts, Failure, Hear, Heard, Target, failure};
 
 const GENERATE: &str = "/perigee.v1.Inference/Generate";
-/// Bytes of a message's gRPC frame: whether it is compressed, and its length.
-const FRAME_BYTES: usize = 5;
 
 /// A router over one or several connections.
 #[derive(Debug)]

@@ -3,10 +3,9 @@
 
 use std::fmt;
 
+use perigee_proto::codec::FRAME_BYTES;
 use prost::bytes::{Buf, Bytes};
 
-/// Bytes of a message's gRPC frame: whether it is compressed, and its length.
-const FRAME_BYTES: usize = 5;
 /// Most bytes that a piece holds itself.
 const SHORT_BYTES: usize = 190;
 

@@ -96,6 +96,121 @@ async fn a_first_token_counts_as_one_though_something_came_before_it() {
     assert_eq!((metrics.ttft.get_sample_count(), metrics.completion_tokens.get()), (1, 3));
 }
 
+/// A stream whose client has read its first two tokens, so that the next ones pass at once.
+async fn under_way(
+    sandbox: &Sandbox,
+    attached: &mut Attached,
+    request: v1::GenerateRequest,
+) -> (Submit, Streaming<v1::GenerateResponse>) {
+    let (submit, mut stream) = generate(sandbox, attached, request).await;
+    for index in 0..2 {
+        attached.step(vec![token(&submit, index)]);
+        read(&mut stream, index).await;
+    }
+    (submit, stream)
+}
+
+/// Reads a response, which must be the token of that index.
+async fn read(stream: &mut Streaming<v1::GenerateResponse>, index: u64) -> v1::GenerateResponse {
+    let response = stream.message().await.expect("no error").expect("a response");
+    let expected = (index, Some(100 + index as u32), format!("t{index} "));
+    assert_eq!((response.index, response.token_id, response.text.clone()), expected);
+    response
+}
+
+#[tokio::test(start_paused = true)]
+async fn under_way_too_only_the_current_epoch_and_the_next_index_pass() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let (_replica, mut attached) = sandbox.add("a").await;
+    let (submit, mut stream) = under_way(&sandbox, &mut attached, prompt()).await;
+    // Fluent all of them: what another owner of the session would say, before and after this one.
+    for epoch in [submit.epoch - 1, submit.epoch + 1] {
+        let other = perigee_proto::internal::SessionEvent { epoch, token: Some(9), ..token(&submit, 2) };
+        attached.step(vec![other]);
+    }
+    attached.step(vec![token(&submit, 1), token(&submit, 0)]);
+    attached.step(vec![token(&submit, 2)]);
+    read(&mut stream, 2).await;
+    attached.step(vec![token(&submit, 4)]);
+    let status = stream.message().await.expect_err("a gap");
+    assert_eq!(status.get_error_details().error_info().expect("info").reason, "EVENT_GAP");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_does_not_overtake_what_came_before_it() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let (_replica, mut attached) = sandbox.add("a").await;
+    let (submit, mut stream) = under_way(&sandbox, &mut attached, prompt()).await;
+    let mut second = token(&submit, 2);
+    second.logprobs = Some(Box::new(Position { has_chosen: true, ids: vec![102], logprobs: vec![-0.5] }));
+    attached.step(vec![second, token(&submit, 3), token(&submit, 4)]);
+    assert!(read(&mut stream, 2).await.logprobs.is_some());
+    read(&mut stream, 3).await;
+    read(&mut stream, 4).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_follows_the_end_of_one_of_two_choices() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let (_replica, mut attached) = sandbox.add("a").await;
+    let (submit, mut stream) = under_way(
+        &sandbox,
+        &mut attached,
+        v1::GenerateRequest { sampling: Some(v1::SamplingParams { n: Some(2), ..Default::default() }), ..prompt() },
+    )
+    .await;
+    attached.step(vec![finished(token(&submit, 2), Finish::Length)]);
+    read(&mut stream, 2).await;
+    attached.step(vec![token(&submit, 3)]);
+    let other =
+        |index| perigee_proto::internal::SessionEvent { session: submit.sessions[1].clone(), ..token(&submit, index) };
+    attached.step(vec![finished(other(0), Finish::Length)]);
+    assert_eq!(read(&mut stream, 0).await.choice, 1);
+    assert_eq!(stream.message().await.expect("no error"), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_token_of_a_resumable_request_can_be_gone_on_from() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let (_replica, mut attached) = sandbox.add("a").await;
+    let request = v1::GenerateRequest { resumable: true, ..prompt() };
+    let (submit, mut stream) = under_way(&sandbox, &mut attached, request).await;
+    for index in 2..5 {
+        attached.step(vec![token(&submit, index)]);
+        assert!(!read(&mut stream, index).await.resume_token.is_empty(), "token {index}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replay_is_over_with_its_first_token() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let (mut replica, mut attached) = sandbox.add("a").await;
+    let (submit, mut stream) = under_way(&sandbox, &mut attached, prompt()).await;
+    let (_other, mut other) = sandbox.add("b").await;
+    replica.kill.take();
+    drop(attached);
+    let again = other.next_submit().await;
+    assert_eq!((again.sessions.clone(), again.delivered.clone()), (submit.sessions, vec![100, 101]));
+    other.step(vec![token(&again, 2)]);
+    assert_eq!(read(&mut stream, 2).await.replica, "b");
+    let done = sandbox.router.inference.metrics.migrations.with_label_values(&["replay", "done"]);
+    assert_eq!(done.get(), 1);
+    other.step(vec![token(&again, 3)]);
+    read(&mut stream, 3).await;
+    assert_eq!(done.get(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_of_more_than_a_window_comes_in() {
+    let sandbox = Sandbox::start(RouterConfig::default()).await;
+    let (_replica, _attached) = sandbox.add("a").await;
+    let mut client = sandbox.inference.clone();
+    let request = v1::GenerateRequest { request_id: "x".repeat(3 << 20), ..prompt() };
+    let answer = tokio::time::timeout(Duration::from_secs(60), client.generate(request)).await;
+    // It was read to its end: what is wrong with it is known.
+    assert_eq!(answer.expect("an answer").expect_err("a bad name").code(), Code::InvalidArgument);
+}
+
 #[tokio::test(start_paused = true)]
 async fn only_the_current_epoch_and_the_next_index_pass() {
     let sandbox = Sandbox::start(RouterConfig::default()).await;
